@@ -1,0 +1,47 @@
+"""Sends the big buffers of multiprocessing objects through shared memory, by value.
+
+Put ``with oobpickle.enabled():`` around working ``multiprocessing`` code. The parts are usable
+alone: `dumps` and `loads` (a pickle serializer with out-of-band buffers), `register` (reducers
+for your own classes), `install` and `uninstall` (the hook without a block), `statistics`."""
+
+from oobpickle._arena import Arena
+from oobpickle._errors import (
+    ArenaError,
+    ArenaFullError,
+    EnvelopeError,
+    FallbackWarning,
+    OobPickleError,
+    PayloadError,
+    StaleEnvelopeError,
+    StructureError,
+)
+from oobpickle._payload import Payload
+from oobpickle._reducers import register, unregister
+from oobpickle._reduction import enabled, install, statistics, uninstall
+from oobpickle._serializer import dumps, loads
+from oobpickle._statistics import Fallback, Statistics
+
+__all__ = [
+    "Arena",
+    "ArenaError",
+    "ArenaFullError",
+    "EnvelopeError",
+    "Fallback",
+    "FallbackWarning",
+    "OobPickleError",
+    "Payload",
+    "PayloadError",
+    "StaleEnvelopeError",
+    "Statistics",
+    "StructureError",
+    "dumps",
+    "enabled",
+    "install",
+    "loads",
+    "register",
+    "statistics",
+    "uninstall",
+    "unregister",
+]
+
+__version__ = "0.1.0.dev0"

@@ -1,0 +1,534 @@
+"""The arena: shared memory for the messages of one tree of processes, and the policy of its use.
+
+**What.** `Arena` gives destinations to senders (`acquire`) and memory to receivers (`claim`),
+recycles blocks, keeps within its capacity, and says what it did.
+
+**How it works.** Three nameless files: data, ledger, locks. Apart, so that a write past the end
+of an array cannot reach the table. Memory that was used is kept for the next message: fresh pages
+cost ten times more than a copy. A receiver's block comes back when the last array over it is
+collected: a weak reference on an exact ndarray, the *anchor*, queues it, and whoever next works
+with the ledger frees it.
+
+**Lifetime.** Created by `create` (the owner), inherited by `attach` and by fork. `close` ends it:
+free blocks go back to the system at once, blocks under living arrays when those die. However
+processes die, the kernel frees the files with the last of them; what a dead participant had is
+recovered by whoever next needs room.
+
+**When it cannot.** `acquire` raises `ArenaFullError` with a reason of `_statistics.REASONS`; the
+caller then sends in-band. `claim` never needs the lock: without it, the bytes are copied out."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from typing import TYPE_CHECKING, Final
+
+from oobpickle import _fork, _interrupts, _statistics, _system
+from oobpickle._errors import ArenaError, ArenaFullError, StaleEnvelopeError
+from oobpickle._holdings import Holdings
+from oobpickle._layout import (
+    GENERATION_MASK,
+    GENERATION_SHIFT,
+    H_CAPACITY,
+    H_CLOSED,
+    H_DATA_NBYTES,
+    H_HELD,
+    H_IDENTITY,
+    H_MAGIC,
+    H_VERSION,
+    IN_FLIGHT,
+    LEDGER_NBYTES,
+    MAGIC,
+    MAX_BLOCKS,
+    STATE_MASK,
+    VERSION,
+    Plan,
+    plan,
+)
+from oobpickle._lease import Lease
+from oobpickle._ledger import Census, Ledger, Shortage
+from oobpickle._membership import BUSY_S, Membership
+from oobpickle._options import Options
+from oobpickle._room import Room
+from oobpickle._segment import Segment, largest_file_nbytes
+from oobpickle._statistics import Statistics, format_nbytes
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+_DATA_NBYTES: Final = 1 << 44
+_MIN_DATA_NBYTES: Final = 64 << 20
+_PLAIN_NBYTES_PER_S: Final = 0.3e9  # what a message through a pipe takes, for the default wait_s
+_FIRST_PAUSE_S: Final = 0.2e-3
+_LAST_PAUSE_S: Final = 5e-3
+_STEP_BLOCKS: Final = 64  # blocks per step, so that nobody waits long for the lock
+_PROMPT_NBYTES: Final = 1 << 20  # blocks from this size on are freed as soon as their arrays die
+_EVERYTHING: Final = 1 << 62
+
+Block = tuple[int, int]  # index and generation
+
+
+class Arena:
+    """Shared memory for the messages between the processes that take part.
+
+    Made by `oobpickle.install` or `oobpickle.enabled`; not by its constructor.
+
+    Attributes
+    ----------
+    identity : bytes
+        16 random bytes that name the arena in its envelopes.
+    options : Options
+        Capacity, threshold, wait_s and copy_out in force.
+    """
+
+    def __init__(self, data: Segment, table: Segment, handle: int) -> None:
+        words = table.words()
+        if (words[H_MAGIC], words[H_VERSION]) != (MAGIC, VERSION):
+            raise ArenaError(
+                f"the inherited file is no ledger of this version: magic {words[H_MAGIC]:#x}, "
+                f"version {words[H_VERSION]}, expected {MAGIC:#x} and {VERSION}. "
+                "Use one version of oobpickle in all processes."
+            )
+        self.data = data
+        self.ledger = Ledger(words)
+        self.holdings = Holdings(self.ledger, data)
+        self.membership = Membership(self.ledger, handle, self._repair)
+        self._room = Room(self.ledger, data, self.holdings, self.membership)
+        self._table = table
+        self._words = words
+        self.identity = bytes(words[H_IDENTITY : H_IDENTITY + 2])
+        self.options = Options.read(words)
+        self._capacity = words[H_CAPACITY]
+        self._max_held = _max_map_count() // 4
+        self._interrupted = False
+        _fork.watch(self)
+
+    @classmethod
+    def create(cls, options: Options) -> Arena:
+        """Create an arena, with this process as its first participant.
+
+        Raises
+        ------
+        ArenaError
+            If the system cannot provide it; the text says why.
+        """
+        if not _system.SUPPORTED:
+            raise ArenaError("this needs 64-bit Linux with /proc")
+        options = options.resolve()
+        data_nbytes = largest_file_nbytes(_DATA_NBYTES)
+        if data_nbytes < _MIN_DATA_NBYTES:
+            raise ArenaError(
+                f"the limits of this process leave {format_nbytes(data_nbytes)} of address space "
+                f"or file size, need {format_nbytes(_MIN_DATA_NBYTES)}. See ulimit -v and -f."
+            )
+        segments: list[Segment] = []
+        try:
+            segments.append(Segment.create(data_nbytes, "data"))
+            segments.append(Segment.create(LEDGER_NBYTES, "ledger"))
+            segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
+            _write_header(segments[1].words(), options, data_nbytes)
+            arena = cls(segments[0], segments[1], segments[2].fd)
+            arena.membership.join()
+        except (OSError, ArenaFullError) as error:
+            for segment in segments:
+                segment.close()
+            raise ArenaError(f"the arena cannot be created: {error}") from error
+        return arena
+
+    @classmethod
+    def attach(cls, data_fd: int, ledger_fd: int, locks_fd: int) -> Arena:
+        """Take part in the arena behind inherited descriptors.
+
+        Raises
+        ------
+        ArenaError
+            If the ledger cannot be mapped or is of another version.
+        """
+        table = Segment.attach(ledger_fd)
+        if not table.mapped:
+            raise ArenaError("no address space for the ledger of the arena. See ulimit -v.")
+        os.set_inheritable(locks_fd, False)
+        arena = cls(Segment.attach(data_fd), table, locks_fd)
+        arena.membership.try_join()
+        return arena
+
+    @property
+    def descriptors(self) -> tuple[int, int, int]:
+        """What a child must inherit to attach: data, ledger, locks."""
+        return self.data.fd, self._table.fd, self.membership.handle
+
+    @property
+    def closed(self) -> bool:
+        """Whether the owner has closed it: nothing new is sent through it."""
+        return self._words[H_CLOSED] != 0
+
+    def _repair(self) -> None:
+        self.ledger.rebuild()
+        if self.membership.joined:
+            self.ledger.forget_unknown(self.membership.slot, self.holdings.known())
+
+    # --- sending
+
+    def acquire(self, sizes: Sequence[int], wait_s: float | None = None) -> Lease:
+        """Lease destinations for buffers of the given sizes.
+
+        Parameters
+        ----------
+        sizes : sequence of int
+            nbytes of each buffer, >= 0.
+        wait_s : float, optional
+            How long to wait for room that others hold, seconds. Default: the arena's option, else
+            as long as a pipe would take for as many bytes.
+
+        Raises
+        ------
+        ArenaFullError
+            If there is no room, memory or lock; nothing stays leased. Its ``reason`` says which.
+        """
+        if self.closed:
+            raise ArenaFullError("the arena is closed", "detached")
+        if not self.data.mapped:
+            raise ArenaFullError("no address space to map the arena; see ulimit -v", "detached")
+        sizes = list(sizes)
+        layout = plan(sizes)
+        taken: list[tuple[int, int]] = []
+        try:
+            self._take(layout, taken, self._deadline(layout, wait_s))
+            for (index, present), nbytes in zip(taken, layout.needs, strict=True):
+                if index not in self.holdings.private:
+                    self._room.furnish(index, nbytes, present)
+            blocks = [(index, self.ledger.generation[index]) for index, _ in taken]
+            lease = Lease(self, blocks, layout, sizes)
+            self.holdings.watch(lease, blocks, None)
+        except BaseException as error:
+            indices = [index for index, _ in taken]
+            if isinstance(error, ArenaFullError):
+                self._room.punch_unreserved(indices)
+            self.give_back([(index, self.ledger.generation[index]) for index in indices])
+            raise
+        return lease
+
+    def _deadline(self, layout: Plan, wait_s: float | None) -> float:
+        if wait_s is None:
+            wait_s = self.options.wait_s
+        if wait_s is None:
+            wait_s = sum(layout.needs) / _PLAIN_NBYTES_PER_S
+        return time.monotonic() + wait_s
+
+    def _take(self, layout: Plan, taken: list[tuple[int, int]], deadline: float) -> None:
+        needs, pause_s = layout.needs, _FIRST_PAUSE_S
+        while len(taken) < len(needs):
+            step = needs[len(taken) : len(taken) + _STEP_BLOCKS]
+            self.holdings.collect()
+            shortage = self.membership.run(self._exchange, step, taken)
+            if shortage is None or self._room.make(shortage):
+                continue
+            if time.monotonic() >= deadline:
+                raise self._full(shortage)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+    def _exchange(self, needs: list[int], taken: list[tuple[int, int]]) -> Shortage | None:
+        """Step: give back what died, then lease."""
+        start, slot = len(taken), self.membership.slot
+        self.holdings.release_pending(slot)
+        shortage = self.ledger.lease(needs, slot, taken)
+        for index, _ in taken[start:]:
+            self.holdings.leased[index] = self.ledger.generation[index]
+        return shortage
+
+    def _full(self, shortage: Shortage) -> ArenaFullError:
+        census = self.ledger.census()
+        uses = ", ".join(f"{format_nbytes(n)} {state}" for state, n in census.nbytes.items() if n)
+        return ArenaFullError(
+            f"arena full: need {format_nbytes(shortage.need_nbytes)} in one block, "
+            f"{format_nbytes(shortage.room_nbytes)} left of {format_nbytes(self._capacity)} "
+            f"({uses or 'nothing in use'}). Pass enabled(capacity=...) or drop results earlier.",
+            shortage.reason,
+        )
+
+    def settle(self, lease: Lease) -> None:
+        """Forget a lease: its blocks belong to the envelope now, or go back another way."""
+        self.holdings.unwatch(lease)
+        for index, _ in lease.blocks:
+            self.holdings.leased.pop(index, None)
+
+    def is_in_flight(self, index: int, generation: int) -> bool:
+        """Tell whether the block's message is still unread. Needs no lock."""
+        word = self.ledger.word[index]
+        same = word >> GENERATION_SHIFT == generation & GENERATION_MASK
+        return same and word & STATE_MASK == IN_FLIGHT
+
+    # --- receiving
+
+    def claim(self, blocks: Sequence[Block], needs: Sequence[int]) -> list[memoryview]:
+        """Take over the blocks of one message.
+
+        Parameters
+        ----------
+        blocks : sequence of (int, int)
+            ``(index, generation)`` of each block, from the envelope.
+        needs : sequence of int
+            Bytes used of each.
+
+        Returns
+        -------
+        list of memoryview
+            Writable bytes of each block: the block itself, released when the last view of it is
+            collected, or a private copy.
+
+        Raises
+        ------
+        StaleEnvelopeError
+            If a block is not in flight with that generation: loaded already, or taken back.
+        """
+        for block in blocks:
+            if block[0] >= MAX_BLOCKS:
+                raise _stale(*block)
+        self.holdings.collect()
+        pairs = list(zip(blocks, needs, strict=True))
+        try:
+            position = self.membership.run(self._claim, blocks, needs)
+        except ArenaFullError:
+            return [self._copy_unclaimed(*block, nbytes) for block, nbytes in pairs]
+        if position is not None:
+            raise _stale(*blocks[position])
+        return self._views(pairs, copying=self._copies_out())
+
+    def _claim(self, blocks: Sequence[Block], needs: Sequence[int]) -> int | None:
+        """Step: give back what died, then take over."""
+        slot = self.membership.slot
+        self.holdings.release_pending(slot)
+        position = self.ledger.claim(blocks, needs, slot)
+        if position is None:
+            for (index, generation), nbytes in zip(blocks, needs, strict=True):
+                self.holdings.held[index] = (generation, nbytes)
+        return position
+
+    def _views(self, pairs: Sequence[tuple[Block, int]], *, copying: bool) -> list[memoryview]:
+        views: list[memoryview] = []
+        try:
+            for block, nbytes in pairs:
+                aside = copying or block[0] in self.holdings.private
+                views.append((self._copy_claimed if aside else self._anchor)(*block, nbytes))
+        except BaseException:
+            # Those with an anchor go back with it; the others are nobody's yet.
+            self.give_back([block for block, _ in pairs[len(views) :]])
+            raise
+        return views
+
+    def _copies_out(self) -> bool:
+        if not self.data.mapped:
+            return True
+        if self.options.copy_out is not None:
+            return self.options.copy_out
+        return self._words[H_HELD] > self._capacity // 2 or len(self.holdings.held) > self._max_held
+
+    def _anchor(self, index: int, generation: int, nbytes: int) -> memoryview:
+        self._room.enter(index, nbytes)
+        anchor = self.data.array(self.ledger.offset[index], nbytes)
+        prompt = self._prompt if nbytes >= _PROMPT_NBYTES or self.closed else None
+        self.holdings.watch(anchor, [(index, generation)], prompt)
+        return memoryview(anchor)
+
+    def _copy_claimed(self, index: int, generation: int, nbytes: int) -> memoryview:
+        copy = self._copy_of(index, nbytes)
+        self.give_back([(index, generation)])
+        self.membership.count(_statistics.N_COPIED_OUT)
+        self.membership.count(_statistics.NBYTES_COPIED_OUT, nbytes)
+        return copy
+
+    def _copy_unclaimed(self, index: int, generation: int, nbytes: int) -> memoryview:
+        # Without the lock: nobody may change a block in flight, so look, copy, and look again.
+        word = self.ledger.word[index]
+        copy = self._copy_of(index, nbytes)
+        unchanged = self.ledger.word[index] == word and self.ledger.used[index] == nbytes
+        if not unchanged or not self.is_in_flight(index, generation):
+            raise _stale(index, generation)
+        self.holdings.consume(index, word)
+        return copy
+
+    def _copy_of(self, index: int, nbytes: int) -> memoryview:
+        import numpy as np
+
+        offset = self.ledger.offset[index]
+        copy = np.empty(nbytes, np.uint8)
+        if self.data.mapped and index not in self.holdings.private:
+            self._room.enter(index, nbytes)
+            np.copyto(copy, self.data.array(offset, nbytes))
+        else:
+            self.data.read_into(offset, memoryview(copy))
+        return memoryview(copy)
+
+    # --- giving back
+
+    def give_back(self, blocks: Sequence[Block]) -> None:
+        """Release blocks now, or, if the ledger is busy, with the next step of this process."""
+        self.holdings.give_back(blocks)
+        self.drain()
+
+    def drain(self) -> None:
+        """Release what has died in this process. Never raises for want of a lock."""
+        holdings = self.holdings
+        holdings.collect()
+        while holdings.has_returns:
+            try:
+                freed = self.membership.run(self._release)
+                if freed and self.closed:
+                    self._room.punch_idle(_EVERYTHING)
+            except (ArenaFullError, OSError):
+                return
+            holdings.collect()
+
+    def _release(self) -> list[int]:
+        return self.holdings.release_pending(self.membership.slot)
+
+    def _prompt(self, _reference: object) -> None:
+        # Runs in a weakref callback, where an exception is printed and lost.
+        try:
+            self.drain()
+        except KeyboardInterrupt:
+            _interrupts.repost()
+
+    # --- counting
+
+    def statistics(self) -> Statistics:
+        """Return the sums over all participants, living and dead.
+
+        Returns
+        -------
+        Statistics
+            A frozen snapshot; bytes and counts.
+        """
+        self.drain()
+        try:
+            counters, census = self.membership.run(self._look)
+        except (ArenaFullError, OSError):
+            counters, census = self._look()
+        return _statistics.summed(
+            counters,
+            n_participants=self.membership.n_others() + self.membership.joined,
+            n_blocks=census.n_blocks,
+            nbytes=census.nbytes,
+            nbytes_resident=self.data.resident_nbytes(),
+            capacity=self._capacity,
+        )
+
+    def _look(self) -> tuple[list[int], Census]:
+        return self.membership.counters(), self.ledger.census()
+
+    # --- ending
+
+    def trim(self) -> None:
+        """Give the pages of all free blocks back to the system."""
+        self.drain()
+        self.membership.reap()
+        self._room.reclaim()
+        self._room.punch_idle(_EVERYTHING)
+
+    def close(self) -> None:
+        """End the arena: nothing new is sent; free memory is back with the system on return.
+
+        Received arrays stay valid, and messages on their way can still be loaded.
+        """
+        try:
+            self.drain()
+            self.membership.reap()
+            self._room.reclaim()  # before it is closed: after that nobody says when he reads
+            self._words[H_CLOSED] = 1
+            self.detach()
+            self._room.punch_idle(_EVERYTHING)
+        except (ArenaFullError, OSError):
+            self._words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes
+
+    def detach(self) -> None:
+        """Stop sending from this process. What it holds goes back as soon as it dies."""
+        self.holdings.prompt_all(self._prompt)
+        self.holdings.settle_all()
+        self.drain()
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is closed, this process the last in it, and no array or message is left."""
+        if not self.closed or not self.holdings.is_empty:
+            return False
+        try:
+            self.membership.reap()
+        except (ArenaFullError, OSError):
+            return False
+        counts = self.ledger.census().n_blocks
+        return not (self.membership.n_others() or counts["in_flight"] or counts["leased"])
+
+    def destroy(self) -> None:
+        """Unmap and close everything. Only when `is_idle`."""
+        _fork.unwatch(self)
+        self.membership.close()
+        self.data.close()
+        self._table.close()
+
+    # --- forking
+
+    def before_fork(self) -> None:
+        """Turn what this process holds into ordinary memory, and keep its other threads out."""
+        self._interrupted = False
+        while True:
+            try:
+                self._prepare_fork()
+                return
+            except KeyboardInterrupt:
+                self._interrupted = True  # a hook cannot stop the fork: finish, deliver it after
+
+    def _prepare_fork(self) -> None:
+        if not self.membership.joined:
+            return
+        self.drain()
+        self.membership.mutex.threads.enter_fork()
+        indices, nbytes, n_shared = self.holdings.privatize()
+        count = self.membership.count
+        count(_statistics.N_PRIVATIZED, len(indices))
+        count(_statistics.NBYTES_PRIVATIZED, nbytes)
+        count(_statistics.N_LEFT_SHARED, n_shared)
+        if indices:
+            self.membership.mutex.run_owned(BUSY_S, self.ledger.mark_punched, indices)
+
+    def after_fork_in_parent(self) -> None:
+        """Let the other threads of this process go on."""
+        if self.membership.joined:
+            self.membership.mutex.threads.leave_fork()
+        if self._interrupted:
+            _interrupts.repost()
+
+    def after_fork_in_child(self) -> None:
+        """Become a participant of its own, who owns nothing yet."""
+        self.membership.reset_in_child()
+        self.holdings.reset_in_child()
+        self._room.forget()
+        if not self.closed:
+            self.membership.try_join()
+
+
+def _stale(index: int, generation: int) -> StaleEnvelopeError:
+    return StaleEnvelopeError(
+        f"block {index} is not in flight with generation {generation}: this message was loaded "
+        "already, or its sender took it back. Load each message once; keep the object instead."
+    )
+
+
+def _max_map_count() -> int:
+    try:
+        with open("/proc/sys/vm/max_map_count") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65530
+
+
+def _write_header(words: memoryview, options: Options, data_nbytes: int) -> None:
+    identity = secrets.token_bytes(16)
+    words[H_IDENTITY] = int.from_bytes(identity[:8], "little")
+    words[H_IDENTITY + 1] = int.from_bytes(identity[8:], "little")
+    options.write(words)
+    words[H_CAPACITY] = min(words[H_CAPACITY], data_nbytes // 2)
+    words[H_DATA_NBYTES] = data_nbytes
+    words[H_VERSION] = VERSION
+    words[H_MAGIC] = MAGIC

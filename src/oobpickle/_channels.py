@@ -1,0 +1,91 @@
+"""Channels: which of them may carry envelopes, and how much of one's own is still unread in them.
+
+**What.** `Channels` knows the pipes and socket pairs that were made inside an enabled block, and
+the messages that this process has in flight in each.
+
+**How it works.** An envelope is of use only to a participant, and a load that fails can hang a
+pool for ever, so the sender decides. Whoever has an end of a channel made while the arena was
+there was started while it was there, and inherited it. A tiny envelope also takes away the
+back-pressure of a full pipe; so a sender over its budget waits as long as an earlier message of
+its own is unread, where a plain pipe would have made it wait for the same.
+
+**Lifetime.** Follows the arena; a spawned child gets the list with its process object.
+
+**When it cannot.** A channel that is not known stays in-band (reason ``channel``).
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import OrderedDict, deque
+from typing import Final
+
+from oobpickle._arena import Arena
+from oobpickle._pipes import channel_id, is_broken, n_unread
+
+_MOST_CHANNELS: Final = 1 << 14
+_FIRST_PAUSE_S: Final = 0.1e-3
+_LAST_PAUSE_S: Final = 5e-3
+
+Message = tuple[int, int, int]  # index and generation of one block, nbytes of the message
+
+
+class Channels:
+    """The channels of one arena, as this process knows them."""
+
+    def __init__(self, arena: Arena, known: bytes = b"") -> None:
+        self._arena = arena
+        self._made: OrderedDict[int, None] = OrderedDict.fromkeys(array("Q", known))
+        self._epoch = arena.holdings.epoch
+        self._sent: dict[int, deque[Message]] = {}
+
+    def to_bytes(self) -> bytes:
+        """Return what a spawned child needs to know."""
+        return array("Q", self._made).tobytes()
+
+    def note(self, fd: int) -> None:
+        """Remember a channel that was made while the arena was there."""
+        channel = channel_id(fd)
+        if channel:
+            self._made[channel] = None
+            while len(self._made) > _MOST_CHANNELS:
+                self._made.popitem(last=False)
+
+    def known(self, fd: int) -> int:
+        """Return the id of a channel whose readers all take part, else 0."""
+        channel = channel_id(fd)
+        return channel if channel in self._made else 0
+
+    def sent(self, channel: int, block: tuple[int, int], nbytes: int) -> None:
+        """Note a message of this process that is on its way."""
+        self._sent.setdefault(channel, deque()).append((*block, nbytes))
+
+    def wait_for_budget(self, fd: int, channel: int, nbytes: int) -> None:
+        """Wait while too much of this process's own is unread in the channel.
+
+        Without a bound in time, since a plain pipe would have made the sender wait for the same.
+        """
+        if self._epoch != self._arena.holdings.epoch:  # inherited by fork: the parent's messages
+            self._epoch = self._arena.holdings.epoch
+            self._sent.clear()
+        budget = max(2 * nbytes, (self._arena.options.capacity or 0) // 8)
+        pause_s = _FIRST_PAUSE_S
+        while self._unread_nbytes(channel) + nbytes > budget and not self._arena.closed:
+            try:
+                if n_unread(fd, channel) == 0 or is_broken(fd, channel):
+                    return
+            except OSError:
+                return  # closed meanwhile: the send itself will say so
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+    def _unread_nbytes(self, channel: int) -> int:
+        messages = self._sent.get(channel)
+        if messages is None:
+            return 0
+        while messages and not self._arena.is_in_flight(*messages[0][:2]):
+            messages.popleft()
+        if not messages:
+            self._sent.pop(channel, None)
+        return sum(nbytes for _, _, nbytes in messages)

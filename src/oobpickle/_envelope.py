@@ -1,0 +1,237 @@
+"""The envelope: the small picklable message that crosses the pipe. Here pickle meets memory.
+
+**What.** `pack` writes a payload into memory that the caller acquires, and returns the envelope;
+loading it calls `unpack_envelope`.
+
+**How it works.** An envelope is an ordinary pickle with one global and one ``bytes`` argument::
+
+    magic 4 | crc32 u32 | identity 16 | n_blocks u32 | n_buffers u32 | flags u32 | stream nbytes u64
+    index u64, generation u64 of each block | nbytes u64 of each buffer | stream
+
+A large stream, or a long table, lies in the arena too: then the envelope names the first block
+only, and that block holds the rest (flag 1). Sender and receiver compute the layout of the
+buffers within the blocks from the sizes.
+
+**Lifetime.** The blocks belong to the `Envelope` until it is sent; they are released if it is
+collected before. The receiver's arrays are the blocks; if loading the stream raises, they are
+released as the exception is handled.
+
+**When it cannot.** `EnvelopeError` for bytes that are truncated, altered, or of an arena that
+this process does not take part in; `StaleEnvelopeError` if the message was loaded before."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zlib
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+from oobpickle import _faults
+from oobpickle._arena import Arena
+from oobpickle._errors import EnvelopeError
+from oobpickle._layout import OWN_BLOCK_NBYTES, plan
+from oobpickle._payload import Payload
+from oobpickle._statistics import N_LOADED
+
+_MAGIC: Final = b"OOBE"
+_HEADER: Final = struct.Struct("<4sI16sIIIQ")
+_CRC_FROM: Final = 8
+_INDIRECT: Final = 1
+_INLINE_NBYTES: Final = 8 << 10
+_PREFIX: Final = b"\x80\x04coobpickle._envelope\nunpack_envelope\n\x8e"
+_SUFFIX: Final = b"\x85R."
+_BODY_AT: Final = len(_PREFIX) + 8
+
+_arenas: dict[bytes, Arena] = {}
+
+
+class Destinations(Protocol):
+    """What `pack` needs of a lease."""
+
+    @property
+    def destinations(self) -> Sequence[memoryview]: ...
+
+    @property
+    def blocks(self) -> list[tuple[int, int]]: ...
+
+    def seal(self, channel: int) -> None: ...
+
+
+class Envelope(bytes):
+    """The bytes to send, with the lease of the blocks that they name."""
+
+    lease: Any
+
+
+def pack(
+    payload: Payload,
+    acquire: Callable[[Sequence[int]], Destinations],
+    identity: bytes,
+    channel: int = 0,
+) -> Envelope:
+    """Write a payload into acquired memory and return its envelope.
+
+    Parameters
+    ----------
+    payload : Payload
+        Its buffers are copied exactly once.
+    acquire : callable
+        ``acquire(sizes)`` returns an object with ``destinations``, ``blocks`` and ``seal``.
+    identity : bytes
+        The 16 bytes that name the arena.
+    channel : int
+        Where the envelope will go, for `Lease.seal`.
+
+    Raises
+    ------
+    ArenaFullError
+        From `acquire`; nothing stays leased, here or after any other exception.
+    """
+    sizes, stream = payload.sizes, payload.stream
+    indirect = len(stream) + 8 * len(sizes) > _INLINE_NBYTES
+    if indirect:
+        index_nbytes = _index_nbytes(sizes, len(stream))
+        lease = acquire([index_nbytes, *sizes])
+        index, *destinations = lease.destinations
+        _write_index(index, lease.blocks, sizes, stream)
+        payload.write_into(destinations)
+        body = _table(lease.blocks[:1], [index_nbytes])
+    else:
+        lease = acquire(sizes)
+        payload.write_into(lease.destinations)
+        body = _table(lease.blocks, sizes) + stream
+    _faults.reach("envelope.copied")
+    lease.seal(channel)
+    counts = (len(lease.blocks), len(sizes), _INDIRECT if indirect else 0, len(stream))
+    framed = _framed(identity, counts, body)
+    envelope = Envelope(_PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
+    envelope.lease = lease
+    return envelope
+
+
+def _table(blocks: Sequence[tuple[int, int]], sizes: Sequence[int]) -> bytes:
+    numbers = [number for block in blocks for number in block]
+    return struct.pack(f"<{len(numbers) + len(sizes)}Q", *numbers, *sizes)
+
+
+def _index_nbytes(sizes: Sequence[int], n_stream: int) -> int:
+    # At least a block of its own, so that it does not change how the others are laid out.
+    n_blocks = 1 + len(plan(list(sizes)).needs)
+    return max(OWN_BLOCK_NBYTES, 16 * n_blocks + 8 * len(sizes) + n_stream)
+
+
+def _write_index(
+    index: memoryview, blocks: Sequence[tuple[int, int]], sizes: Sequence[int], stream: bytes
+) -> None:
+    table = _table(blocks, sizes)
+    index[: len(table)] = table
+    index[len(table) : len(table) + len(stream)] = stream
+
+
+def _framed(identity: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:
+    head = _HEADER.pack(_MAGIC, 0, identity, *counts)
+    crc = zlib.crc32(body, zlib.crc32(head[_CRC_FROM:]))
+    return head[:4] + struct.pack("<I", crc) + head[_CRC_FROM:] + body
+
+
+class _Parsed(NamedTuple):
+    identity: bytes
+    n_blocks: int
+    n_buffers: int
+    indirect: bool
+    n_stream: int
+    body: memoryview
+
+
+def _parse(data: bytes) -> _Parsed:
+    if len(data) < _HEADER.size:
+        raise EnvelopeError(f"envelope truncated: {len(data)} bytes, need {_HEADER.size} or more")
+    magic, crc, identity, n_blocks, n_buffers, flags, n_stream = _HEADER.unpack_from(data)
+    if magic != _MAGIC or flags > _INDIRECT:
+        raise EnvelopeError(f"not an envelope: magic {magic!r}, flags {flags}, expected {_MAGIC!r}")
+    body = memoryview(data)[_HEADER.size :]
+    found = zlib.crc32(memoryview(data)[_CRC_FROM:])
+    if found != crc:
+        raise EnvelopeError(f"envelope altered: checksum {found:#010x}, expected {crc:#010x}")
+    wanted = 24 if flags else 16 * n_blocks + 8 * n_buffers + n_stream
+    if body.nbytes != wanted:
+        raise EnvelopeError(f"envelope of {body.nbytes} bytes after its head, expected {wanted}")
+    return _Parsed(identity, n_blocks, n_buffers, bool(flags), n_stream, body)
+
+
+def unpack_envelope(data: bytes) -> Any:
+    """Rebuild the object of an envelope; what loading one calls.
+
+    Raises
+    ------
+    EnvelopeError
+        If `data` is truncated, altered, or of an arena that this process does not take part in.
+    StaleEnvelopeError
+        If the message was loaded already, or taken back.
+    """
+    parsed = _parse(data)
+    arena = _arenas.get(parsed.identity)
+    if arena is None:
+        raise EnvelopeError(
+            f"this message lies in arena {parsed.identity.hex()[:8]}, which process {os.getpid()} "
+            "does not take part in. Receive it in a process that was started inside enabled()."
+        )
+    try:
+        sizes, views, stream = _claim(arena, parsed)
+    finally:
+        arena.membership.finish_reading(data[:KEY_NBYTES])
+    buffers = _buffers(sizes, views)
+    arena.membership.count(N_LOADED)
+    _faults.reach("envelope.claimed")
+    return pickle.loads(stream, buffers=buffers)
+
+
+def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[int], list[memoryview], memoryview]:
+    rest, n_blocks = parsed.body, parsed.n_blocks
+    if parsed.indirect:
+        index, generation, index_nbytes = struct.unpack("<3Q", rest)
+        n_table = 16 * n_blocks + 8 * parsed.n_buffers
+        if index_nbytes < n_table + parsed.n_stream or n_blocks < 1:
+            raise EnvelopeError(f"an index of {index_nbytes} bytes for {n_blocks} blocks")
+        (rest,) = arena.claim([(index, generation)], [index_nbytes])
+    numbers = struct.unpack_from(f"<{2 * n_blocks + parsed.n_buffers}Q", rest)
+    pairs = list(zip(numbers[: 2 * n_blocks : 2], numbers[1 : 2 * n_blocks : 2], strict=True))
+    sizes = list(numbers[2 * n_blocks :])
+    start = 8 * len(numbers)
+    stream = rest[start : start + parsed.n_stream]
+    blocks = pairs[1:] if parsed.indirect else pairs
+    needs = plan(sizes).needs
+    if len(needs) != len(blocks):
+        raise EnvelopeError(f"{len(blocks)} blocks for buffers that need {len(needs)}")
+    return sizes, arena.claim(blocks, needs), stream
+
+
+def _buffers(sizes: list[int], views: list[memoryview]) -> list[memoryview]:
+    return [
+        views[block][at : at + nbytes] if block >= 0 else memoryview(bytearray())
+        for (block, at), nbytes in zip(plan(sizes).places, sizes, strict=True)
+    ]
+
+
+def introduce(arena: Arena) -> None:
+    """Let this process load envelopes of the arena."""
+    _arenas[arena.identity] = arena
+
+
+def forget(arena: Arena) -> None:
+    """No envelope of the arena can come any more."""
+    _arenas.pop(arena.identity, None)
+
+
+def key_of(message: bytes) -> bytes | None:
+    """Return what tells one envelope from all others, given the first `HEAD_NBYTES` of a message.
+
+    ``None`` if the message is no envelope.
+    """
+    return message[_BODY_AT:] if message.startswith(_PREFIX) else None
+
+
+KEY_NBYTES: Final = _HEADER.size + 16
+HEAD_NBYTES: Final = _BODY_AT + KEY_NBYTES

@@ -1,0 +1,56 @@
+"""The errors and the warning of oobpickle: one tree, so that one ``except`` catches all of it.
+
+**What.** Every exception that the library raises of its own accord. Each also inherits from the
+standard class that a caller already catches for that kind of failure.
+
+**How it works.** A message says what happened, the numbers, where, and what to do. The text is the
+only argument, so each exception survives pickling with the same text.
+
+**Lifetime.** None: no state.
+
+**When it cannot.** An error of the user's own object (a ``__reduce__`` or ``__setstate__`` that
+raises) is not wrapped: it arrives as plain ``pickle`` would have raised it.
+"""
+
+from __future__ import annotations
+
+import pickle
+
+
+class OobPickleError(Exception):
+    """Base of all errors that oobpickle raises of its own accord."""
+
+
+class PayloadError(OobPickleError, pickle.UnpicklingError):
+    """A payload is truncated or altered, or comes with the wrong number or size of buffers."""
+
+
+class EnvelopeError(OobPickleError, pickle.UnpicklingError):
+    """An envelope is truncated, altered, or from an arena that this process cannot reach."""
+
+
+class StaleEnvelopeError(EnvelopeError):
+    """An envelope was loaded already, or its memory has been taken back."""
+
+
+class StructureError(OobPickleError, ValueError):
+    """``loads(payload, into=obj)``: `obj` has not the structure of the payload."""
+
+
+class ArenaError(OobPickleError, OSError):
+    """The arena cannot be created, attached or used on this system."""
+
+
+class ArenaFullError(OobPickleError, MemoryError):
+    """No room in the arena: the caller may wait, or send the bytes in-band."""
+
+    def __init__(self, message: str, reason: str = "full") -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ArenaFullError], tuple[str, str]]:
+        return (type(self), (str(self), self.reason))
+
+
+class FallbackWarning(UserWarning):
+    """Some messages travelled in-band; the text says how many, why, and what to change."""

@@ -1,0 +1,60 @@
+"""The fork hooks: one registration for the life of the process, asked by each arena.
+
+**What.** `watch` makes an arena take part in every later fork of this process.
+
+**How it works.** ``os.register_at_fork`` cannot be undone, so one set of hooks is registered with
+the first arena and looks at a weak set of arenas from then on. *before* keeps other threads out
+and turns what this process holds into ordinary memory; *after* lets them in again, or makes the
+child a participant of its own.
+
+**Lifetime.** With no arena the hooks do nothing. They run for ``os.fork`` and everything built on
+it, not for ``subprocess`` or ``posix_spawn``, which need nothing: the new program inherits no
+mapping.
+
+**When it cannot.** A hook cannot prevent a fork. A fork from C code runs no hooks; the child then
+must not use what it inherited."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from oobpickle._arena import Arena
+
+_arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
+_forking: list[Arena] = []
+_registered = False
+
+
+def watch(arena: Arena) -> None:
+    """Let the arena take part in every fork from now on."""
+    global _registered
+    _arenas.add(arena)
+    if not _registered:
+        _registered = True
+        os.register_at_fork(
+            before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+        )
+
+
+def unwatch(arena: Arena) -> None:
+    """The arena is gone."""
+    _arenas.discard(arena)
+
+
+def _before() -> None:
+    _forking[:] = list(_arenas)
+    for arena in _forking:
+        arena.before_fork()
+
+
+def _after_in_parent() -> None:
+    while _forking:
+        _forking.pop().after_fork_in_parent()
+
+
+def _after_in_child() -> None:
+    while _forking:
+        _forking.pop().after_fork_in_child()

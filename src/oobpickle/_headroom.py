@@ -1,0 +1,119 @@
+"""How much memory may still be taken before somebody is killed for it.
+
+**What.** `available_nbytes`: the smallest of what the machine has available and what each memory
+cgroup above this process still allows.
+
+**How it works.** A memory cgroup at its limit kills on ``fallocate``, on ``pwrite`` and on a page
+fault alike; none of them returns an error. So the arena asks *before* it reserves. For each
+cgroup from this process's own to the root: limit - usage + page cache that can be dropped (files,
+not shared memory). Both cgroup versions are read, through the mount points in
+``/proc/self/mountinfo``.
+
+**Lifetime.** Nothing is kept; a process can be moved at any time. A query costs 50-100 us.
+
+**When it cannot.** What cannot be read does not limit. The answer is a snapshot: others may take
+the memory a moment later, hence the margin that the arena keeps."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final, NamedTuple
+
+_UNLIMITED: Final = 1 << 60
+
+
+class _Files(NamedTuple):
+    limit: str
+    usage: str
+    cache_keys: tuple[str, ...]
+
+
+_V1 = _Files(
+    "memory.limit_in_bytes",
+    "memory.usage_in_bytes",
+    ("total_inactive_file", "total_active_file"),
+)
+_V2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
+
+
+def available_nbytes() -> int:
+    """Return the bytes that can be taken now without meeting a limit."""
+    return max(0, min([_meminfo("MemAvailable"), *_cgroup_rooms()]))
+
+
+def limit_nbytes() -> int:
+    """Return the memory of the machine, or the lowest cgroup limit if that is smaller."""
+    return min([_meminfo("MemTotal"), *(limit for _, _, limit in _cgroups())])
+
+
+def _meminfo(key: str) -> int:
+    try:
+        with open("/proc/meminfo") as file:
+            for line in file:
+                if line.startswith(key + ":"):
+                    return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return _UNLIMITED
+
+
+def _cgroup_rooms() -> Iterator[int]:
+    for directory, files, limit in _cgroups():
+        usage = _read_number(directory / files.usage)
+        if usage is not None:
+            yield limit - usage + _cache_nbytes(directory, files)
+
+
+def _cgroups() -> Iterator[tuple[Path, _Files, int]]:
+    """Yield each cgroup above this process that has a memory limit."""
+    for mount, group, files in _hierarchies():
+        directory = mount / group
+        while True:
+            limit = _read_number(directory / files.limit)
+            if limit is not None and limit < _UNLIMITED:
+                yield directory, files, limit
+            if directory == mount or mount not in directory.parents:
+                break
+            directory = directory.parent
+
+
+def _hierarchies() -> Iterator[tuple[Path, str, _Files]]:
+    try:
+        memberships = Path("/proc/self/cgroup").read_text().splitlines()
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return
+    groups = {}
+    for line in memberships:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            groups["cgroup2"] = path
+        elif "memory" in controllers.split(","):
+            groups["cgroup"] = path
+    for line in mounts:
+        left, _, right = line.partition(" - ")
+        kind, _, options = right.split(" ", 2)
+        root, point = left.split(" ")[3:5]
+        if kind not in groups or (kind == "cgroup" and "memory" not in options.split(",")):
+            continue
+        # Inside a container the mount shows only the part below its own root.
+        group = os.path.relpath(groups[kind], root) if groups[kind].startswith(root) else "."
+        yield Path(point), group, _V1 if kind == "cgroup" else _V2
+
+
+def _read_number(path: Path) -> int | None:
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):  # no such file; "max"
+        return None
+
+
+def _cache_nbytes(directory: Path, files: _Files) -> int:
+    try:
+        lines = (directory / "memory.stat").read_text().splitlines()
+    except OSError:
+        return 0
+    pairs = (line.split() for line in lines)
+    return sum(int(value) for key, value in pairs if key in files.cache_keys)

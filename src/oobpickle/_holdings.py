@@ -1,0 +1,223 @@
+"""What this process has of an arena: leases, held blocks, private ranges, and what is on its way
+back.
+
+**What.** `Holdings` is the process's own book, next to the ledger that all share. It turns the
+death of an anchor into the release of its block, and held blocks into ordinary memory before a
+fork.
+
+**How it works.** A watched object (an anchor or a lease) has a weak reference whose callback is
+``deque.append``: nothing can interrupt it, in a GC pass, a signal handler or at exit. `collect`
+moves what was dropped to ``pending``; the step `release_pending` frees it. Each entry leaves its
+queue only after it is dealt with, and dealing with it twice is harmless. ::
+
+    anchor dies -> dropped -> collect: (private? map shared again) -> pending -> release_pending:
+    FREE
+
+**Lifetime.** After a fork the child owns nothing: its epoch changes, and watches of an older
+epoch only say when an inherited private range may be mapped shared again.
+
+**When it cannot.** If the system allows no further mapping, a held block stays shared with a
+forked child; it is counted."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from oobpickle import _faults
+from oobpickle._lease import Lease
+from oobpickle._ledger import Ledger
+from oobpickle._mutex import LedgerBusyError, ThreadLock
+from oobpickle._segment import Segment
+
+Blocks = list[tuple[int, int]]
+
+
+class _Watch(weakref.ref[Any]):
+    """A weak reference that remembers which blocks go back when its object dies."""
+
+    __slots__ = ("blocks", "epoch", "prompt")
+
+    blocks: Blocks
+    epoch: int
+    prompt: weakref.ref[Any] | None
+
+
+class Holdings:
+    """This process's part of an arena.
+
+    Attributes
+    ----------
+    leased : dict of int to int
+        Index to generation of the blocks that a sender of this process writes.
+    held : dict of int to (int, int)
+        Index to ``(generation, nbytes)`` of the blocks under received arrays.
+    private : dict of int to int
+        Index to nbytes of ranges that are private memory here since a fork.
+    epoch : int
+        Counts the forks between the first participant and this process.
+    """
+
+    def __init__(self, ledger: Ledger, data: Segment) -> None:
+        self.leased: dict[int, int] = {}
+        self.held: dict[int, tuple[int, int]] = {}
+        self.private: dict[int, int] = {}
+        self.epoch = 0
+        self._ledger = ledger
+        self._data = data
+        self._complete: set[int] = set()  # of `private`: copied as a whole
+        self._returning: set[int] = set()
+        self._watches: dict[int, _Watch] = {}
+        self._dropped: deque[_Watch] = deque()
+        self._pending: deque[tuple[int, int]] = deque()
+        self._unlocked: deque[tuple[int, int]] = deque()
+        self._collecting = ThreadLock()
+
+    # --- watching
+
+    def watch(self, obj: object, blocks: Blocks, prompt: Callable[[Any], None] | None) -> None:
+        """Give the blocks back when `obj` is collected; then call `prompt`, if given."""
+        # Callbacks run from the newest reference to the oldest, so `prompt` finds it dropped.
+        second = weakref.ref(obj, prompt) if prompt is not None else None
+        watch = _Watch(obj, self._dropped.append)
+        watch.blocks = blocks
+        watch.epoch = self.epoch
+        watch.prompt = second
+        self._watches[id(watch)] = watch
+
+    def unwatch(self, obj: object) -> None:
+        """Forget an object whose blocks went another way."""
+        for watch in list(weakref.getweakrefs(obj)):
+            if isinstance(watch, _Watch):
+                self._watches.pop(id(watch), None)
+
+    def prompt_all(self, prompt: Callable[[Any], None]) -> None:
+        """Call `prompt` at the death of every object watched now: nobody else will come by."""
+        for watch in list(self._watches.values()):
+            obj = watch()
+            if obj is not None and watch.prompt is None:
+                self.watch(obj, watch.blocks, prompt)
+                self._watches.pop(id(watch), None)
+
+    def settle_all(self) -> None:
+        """Leave every sealed lease to its envelope: nobody will say when that has left."""
+        for watch in list(self._watches.values()):
+            lease = watch()
+            if isinstance(lease, Lease) and lease.sealed:
+                lease.settle()
+
+    # --- giving back
+
+    @property
+    def has_returns(self) -> bool:
+        """Whether something waits to be released."""
+        return bool(self._dropped or self._pending or self._unlocked)
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether no object of this process depends on the mapping."""
+        return not (self._watches or self.leased or self.held or self._returning)
+
+    def known(self) -> set[int]:
+        """Return the indices of all blocks that this process knows to be its own."""
+        return {*self.leased, *self.held, *self._returning}
+
+    def give_back(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Queue blocks for release."""
+        for index, generation in blocks:
+            self._returning.add(index)
+            self.leased.pop(index, None)
+            self.held.pop(index, None)
+            self._share(index)
+            self._pending.append((index, generation))
+
+    def consume(self, index: int, word: int) -> None:
+        """Queue a block in flight that was copied out without being claimed."""
+        self._unlocked.append((index, word))
+
+    def collect(self) -> None:
+        """Queue the blocks of everything that has died."""
+        # Somebody else (or this thread, below a finalizer) may be doing it right now: fine.
+        with contextlib.suppress(LedgerBusyError):
+            self._collecting.run(0, self._collect)
+
+    def _collect(self) -> None:
+        dropped = self._dropped
+        while dropped:
+            watch = dropped[0]
+            if watch.epoch == self.epoch:
+                self.give_back(watch.blocks)
+            else:
+                for index, _ in watch.blocks:
+                    self._share(index)
+            self._watches.pop(id(watch), None)
+            dropped.popleft()
+
+    def _share(self, index: int) -> None:
+        nbytes = self.private.get(index)
+        if nbytes is not None:
+            self._data.share(self._ledger.offset[index], nbytes)
+            self._complete.discard(index)
+            self.private.pop(index, None)
+
+    def release_pending(self, slot: int) -> list[int]:
+        """Step: free what is queued; return the indices."""
+        freed = []
+        pending = self._pending
+        while pending:
+            block = pending[0]
+            _faults.reach("holdings.releasing")
+            self._ledger.release((block,), slot)
+            self._returning.discard(block[0])
+            freed.append(block[0])
+            pending.popleft()
+        while self._unlocked:
+            self._ledger.free_unread((self._unlocked[0],))
+            self._unlocked.popleft()
+        return freed
+
+    # --- forking
+
+    def privatize(self) -> tuple[list[int], int, int]:
+        """Turn every held block into ordinary memory; call again after an interrupt.
+
+        Returns
+        -------
+        indices : list of int
+            The blocks, whose file pages are gone.
+        nbytes : int
+            Their size.
+        n_failed : int
+            Blocks that had to stay shared: the system allows no further mapping.
+        """
+        done, total, n_failed = [], 0, 0
+        for index, (_, nbytes) in list(self.held.items()):
+            if index in self._complete:
+                continue
+            # In the book first: an interrupt after the mapping must not lose that it is private.
+            resume = index in self.private
+            self.private[index] = nbytes
+            try:
+                self._data.privatize(self._ledger.offset[index], nbytes, resume=resume)
+                self._complete.add(index)
+            except OSError:
+                self.private.pop(index, None)
+                n_failed += 1
+                continue
+            _faults.reach("fork.privatized")
+            done.append(index)
+            total += nbytes
+        return done, total, n_failed
+
+    def reset_in_child(self) -> None:
+        """Start anew in a forked child: what was inherited is the parent's."""
+        self.epoch += 1
+        self.leased.clear()
+        self.held.clear()
+        self._returning.clear()
+        self._pending.clear()
+        self._unlocked.clear()
+        self._collecting.reset_in_child()

@@ -1,0 +1,172 @@
+"""Where everything lies: the words of the ledger file, size classes, and buffers within blocks.
+
+**What.** Constants and pure functions, shared by all that read or write the ledger.
+
+**How it works.** The ledger is one array of aligned 64-bit words::
+
+    header        0 ..... HEADER_WORDS     identity, options, counters, free-list heads, totals
+    participants  + slot * PARTICIPANT_WORDS        state, incarnation, pid, reading, counters
+    blocks        one column after the other, MAX_BLOCKS words each: word, generation, offset, ...
+
+A block's *word* is its commit word; one store of it changes the block's state::
+
+    bits 63..32  low half of the generation     bits 31..8  slot of the owner     bits 7..0  state
+
+Blocks come in size classes, four to each doubling, because a range is never split or merged:
+address space is free and only pages cost, so a larger block used for less wastes nothing. `plan`
+gives each big buffer a block of its own, so that a small survivor pins nothing, and packs small
+ones, 64-byte aligned, into blocks of up to 1 MiB.
+
+**Lifetime.** `VERSION` changes with the layout; a process with another one refuses to attach.
+
+**When it cannot.** At most 2**20 blocks and 4,096 participants at a time.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from oobpickle._system import PAGE_NBYTES
+
+MAGIC: Final = int.from_bytes(b"OOBPICKL", "little")
+VERSION: Final = 1
+
+# --- header words
+H_MAGIC: Final = 0
+H_VERSION: Final = 1
+H_IDENTITY: Final = 2  # and 3
+H_CAPACITY: Final = 4
+H_DATA_NBYTES: Final = 5
+H_THRESHOLD: Final = 6
+H_WAIT_US: Final = 7
+H_COPY_OUT: Final = 8
+H_CLOSED: Final = 9
+H_DIRTY: Final = 16
+H_N_BLOCKS: Final = 17
+H_FRONTIER: Final = 18
+H_RESIDENT: Final = 19  # bytes that blocks may occupy: reserved, not yet punched
+H_HELD: Final = 20
+H_N_SLOTS: Final = 21
+H_BANK: Final = 22  # which of the two totals is valid
+H_INCARNATION: Final = 23
+H_WARM: Final = 64  # heads of the free lists: blocks with pages
+H_EMPTY: Final = 192  # and without
+H_TOTALS: Final = 512  # two banks
+BANK_WORDS: Final = 128
+HEADER_WORDS: Final = 1024
+
+N_CLASSES: Final = 128
+
+# --- participants
+MAX_PARTICIPANTS: Final = 4096
+PARTICIPANT_WORDS: Final = 128
+P_STATE: Final = 0
+P_INCARNATION: Final = 1
+P_PID: Final = 2
+P_READING: Final = 3
+P_COUNTERS: Final = 8
+N_COUNTERS: Final = PARTICIPANT_WORDS - P_COUNTERS
+VACANT: Final = 0
+JOINED: Final = 1
+
+# --- blocks
+MAX_BLOCKS: Final = 1 << 20
+N_COLUMNS: Final = 10
+(
+    C_WORD,
+    C_GENERATION,
+    C_OFFSET,
+    C_CLASS,
+    C_USED,
+    C_RESIDENT,
+    C_NEXT,
+    C_CHANNEL,
+    C_LAST,
+    C_PUNCHES,
+) = range(N_COLUMNS)
+BLOCKS_AT: Final = HEADER_WORDS + MAX_PARTICIPANTS * PARTICIPANT_WORDS
+LEDGER_NBYTES: Final = (BLOCKS_AT + N_COLUMNS * MAX_BLOCKS) * 8
+
+NONE: Final = 0
+FREE: Final = 1
+LEASED: Final = 2
+IN_FLIGHT: Final = 3
+HELD: Final = 4
+STATE_MASK: Final = 0xFF
+OWNER_SHIFT: Final = 8
+OWNER_MASK: Final = 0xFFFFFF
+GENERATION_SHIFT: Final = 32
+GENERATION_MASK: Final = 0xFFFFFFFF
+ORPHAN: Final = OWNER_MASK  # owner of a block in flight whose sender is gone
+
+#: Buffers from this size on get a block each; smaller ones share blocks of at most `PACK_NBYTES`.
+OWN_BLOCK_NBYTES: Final = 64 << 10
+PACK_NBYTES: Final = 1 << 20
+ALIGN_NBYTES: Final = 64
+_HUGE_NBYTES: Final = 2 << 20
+
+
+def commit_word(state: int, owner: int, generation: int) -> int:
+    """Compose the one word that says everything about a block."""
+    return state | owner << OWNER_SHIFT | (generation & GENERATION_MASK) << GENERATION_SHIFT
+
+
+def class_of(nbytes: int) -> int:
+    """Return the smallest size class whose blocks hold `nbytes` bytes (> 0)."""
+    n_pages = -(-nbytes // PAGE_NBYTES)
+    if n_pages <= 4:
+        return n_pages - 1
+    shift = (n_pages - 1).bit_length() - 3
+    return 4 * shift + ((n_pages - 1) >> shift)
+
+
+def class_nbytes(size_class: int) -> int:
+    """Return how many bytes a block of the class holds."""
+    if size_class < 4:
+        return (size_class + 1) * PAGE_NBYTES
+    shift, step = divmod(size_class - 4, 4)
+    return ((step + 5) << shift) * PAGE_NBYTES
+
+
+def class_stride(size_class: int) -> int:
+    """Return the address space of one block: its bytes, then a hole that an overflow falls into."""
+    nbytes = class_nbytes(size_class)
+    unit = _HUGE_NBYTES if nbytes >= _HUGE_NBYTES else PAGE_NBYTES
+    return -(-(nbytes + PAGE_NBYTES) // unit) * unit
+
+
+class Plan(NamedTuple):
+    """How the buffers of one message lie in its blocks.
+
+    Attributes
+    ----------
+    needs : list of int
+        Bytes used of each block.
+    places : list of (int, int)
+        For each buffer: which of the blocks (-1: the buffer is empty), and the offset in it, bytes.
+    """
+
+    needs: list[int]
+    places: list[tuple[int, int]]
+
+
+def plan(sizes: list[int]) -> Plan:
+    """Lay out buffers of the given nbytes. Sender and receiver compute the same."""
+    needs: list[int] = []
+    places: list[tuple[int, int]] = []
+    pack = -1
+    filled = PACK_NBYTES
+    for nbytes in sizes:
+        if nbytes >= OWN_BLOCK_NBYTES:
+            places.append((len(needs), 0))
+            needs.append(nbytes)
+        elif nbytes == 0:
+            places.append((-1, 0))
+        else:
+            if filled + nbytes > PACK_NBYTES:
+                pack, filled = len(needs), 0
+                needs.append(0)
+            places.append((pack, filled))
+            needs[pack] = filled + nbytes
+            filled += -(-nbytes // ALIGN_NBYTES) * ALIGN_NBYTES
+    return Plan(needs, places)

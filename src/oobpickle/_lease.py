@@ -1,0 +1,111 @@
+"""A lease: the right of a sender to write into blocks until its message has left.
+
+**What.** `Lease` holds the blocks of one message, and one destination for each of its buffers.
+
+**How it works.** Write into ``destinations``, then `seal` (the blocks are IN FLIGHT), then hand
+the envelope on, then `settle`. Up to `settle` the lease gives its blocks back when it is
+collected or `release` is called, so an exception anywhere on the way leaves nothing leased::
+
+    acquire -> Lease -> write -> seal -> [envelope is written to the pipe] -> settle
+                 \\-------- collected, or release(): blocks are free again --------/
+
+**Lifetime.** Belongs to one process: in a forked child a copy of it means nothing. If the process
+dies before `seal`, the blocks come back at once; after it they come back when the envelope turns
+out to be unreadable.
+
+**When it cannot.** A range that is private in this process since a fork cannot be written through
+the mapping; its buffers are collected aside and written to the file by `seal`."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING
+
+from oobpickle import _faults
+
+if TYPE_CHECKING:
+    from oobpickle._arena import Arena
+    from oobpickle._layout import Plan
+
+
+class Lease:
+    """Blocks leased for one message.
+
+    Attributes
+    ----------
+    destinations : list of memoryview
+        One writable view of bytes for each buffer, in order.
+    blocks : list of (int, int)
+        ``(index, generation)`` of each block: with the sizes of the buffers, the placements.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_arena",
+        "_aside",
+        "_epoch",
+        "_plan",
+        "blocks",
+        "destinations",
+        "sealed",
+    )
+
+    def __init__(
+        self, arena: Arena, blocks: list[tuple[int, int]], plan: Plan, sizes: list[int]
+    ) -> None:
+        self._arena = arena
+        self._epoch = arena.holdings.epoch
+        self._plan = plan
+        self._aside: list[tuple[int, bytearray]] = []
+        self.blocks = blocks
+        self.sealed = False
+        views = [
+            self._view(index, nbytes) for (index, _), nbytes in zip(blocks, plan.needs, strict=True)
+        ]
+        self.destinations = [
+            views[block][at : at + nbytes] if block >= 0 else memoryview(bytearray())
+            for (block, at), nbytes in zip(plan.places, sizes, strict=True)
+        ]
+
+    def _view(self, index: int, nbytes: int) -> memoryview:
+        arena = self._arena
+        if index in arena.holdings.private:
+            aside = bytearray(nbytes)
+            self._aside.append((index, aside))
+            return memoryview(aside)
+        offset = arena.ledger.offset[index]
+        return arena.data.view()[offset : offset + nbytes]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes used of all blocks."""
+        return sum(self._plan.needs)
+
+    def seal(self, channel: int) -> None:
+        """Finish writing: from here on a receiver may claim the blocks.
+
+        Parameters
+        ----------
+        channel : int
+            `_pipes.channel_id` of where the envelope goes, recorded so that the blocks come back
+            if nobody can read it any more; 0 if unknown.
+        """
+        arena = self._arena
+        for index, aside in self._aside:
+            os.pwrite(arena.data.fd, aside, arena.ledger.offset[index])
+        _faults.reach("lease.written")
+        for index, _ in self.blocks:
+            arena.ledger.seal(index, arena.membership.slot, channel)
+        self.sealed = True
+        _faults.reach("lease.sealed")
+
+    def settle(self) -> None:
+        """The envelope has left, or may have: the blocks are no longer this process's to free."""
+        if self._epoch == self._arena.holdings.epoch:
+            self._arena.settle(self)
+
+    def release(self) -> None:
+        """Give the blocks back: the envelope has not left."""
+        if self._epoch == self._arena.holdings.epoch:
+            self._arena.settle(self)
+            self._arena.give_back(self.blocks)

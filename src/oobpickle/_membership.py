@@ -1,0 +1,181 @@
+"""Membership: this process as a participant of an arena.
+
+**What.** `Membership` joins the table of participants, runs steps under the ledger's mutex,
+counts, and says when this process is in the middle of receiving.
+
+**How it works.** Joining opens a description of the locks file of this process's own and takes a
+slot. A forked child gives up what it inherited and joins anew; if that fails (no descriptor, no
+slot), the next use tries again.
+
+**Lifetime.** Ends with the process; nobody need say goodbye.
+
+**When it cannot.** `run` raises `ArenaFullError` with the reason ``detached`` while this process
+cannot join, and ``busy`` while the lock cannot be had."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any, Final
+
+from oobpickle._errors import ArenaFullError
+from oobpickle._ledger import Ledger
+from oobpickle._locks import LockFile
+from oobpickle._mutex import LedgerMutex
+from oobpickle._participants import OwnRow, Participants
+
+BUSY_S: Final = 2.0  # how long a step waits for the lock before its caller does without
+
+
+class Membership:
+    """This process's place in an arena.
+
+    Parameters
+    ----------
+    ledger : Ledger
+        The table that all share.
+    handle : int
+        Descriptor of the locks file, to be passed on and never locked.
+    repair : callable
+        See `LedgerMutex`.
+    """
+
+    def __init__(self, ledger: Ledger, handle: int, repair: Callable[[], None]) -> None:
+        self.handle = handle
+        self._ledger = ledger
+        self._repair = repair
+        self._participants = Participants(ledger)
+        self._mutex: LedgerMutex | None = None
+        self._own: OwnRow | None = None
+        self._unloaded: set[bytes] = set()
+
+    # --- joining
+
+    def join(self) -> None:
+        """Become a participant.
+
+        Raises
+        ------
+        OSError
+            If there is no descriptor to be had.
+        ArenaFullError
+            If the lock or a slot cannot be had.
+        """
+        if self._mutex is None:
+            self._mutex = LedgerMutex(LockFile(self.handle), self._ledger.words, self._repair)
+        slot = self._mutex.run(BUSY_S, self._participants.join, self._mutex.locks)
+        if slot is None:
+            raise ArenaFullError("no slot is left for another participant", "detached")
+        self._own = OwnRow(self._ledger.words, slot)
+
+    def try_join(self) -> bool:
+        """Become a participant if possible."""
+        try:
+            self.join()
+        except (OSError, ArenaFullError):
+            return False
+        return True
+
+    @property
+    def joined(self) -> bool:
+        """Whether this process is a participant now."""
+        return self._own is not None
+
+    @property
+    def slot(self) -> int:
+        """This process's number among the participants."""
+        if self._own is None:
+            raise ArenaFullError("this process does not take part in the arena", "detached")
+        return self._own.slot
+
+    def run(self, step: Callable[..., Any], *args: Any) -> Any:
+        """Return ``step(*args)``, run under the ledger's mutex.
+
+        Raises
+        ------
+        ArenaFullError
+            With the reason ``busy`` or ``detached``.
+        """
+        if self._own is None and not self.try_join():
+            raise ArenaFullError(
+                f"process {os.getpid()} could not attach to the arena: no descriptor or slot is "
+                "left, or the ledger is busy. See ulimit -n.",
+                "detached",
+            )
+        return self.mutex.run(BUSY_S, step, *args)
+
+    @property
+    def mutex(self) -> LedgerMutex:
+        """The mutex around the ledger; only after `join` was tried with success once."""
+        if self._mutex is None:
+            raise ArenaFullError("this process does not take part in the arena", "detached")
+        return self._mutex
+
+    # --- the others
+
+    def reap(self) -> int:
+        """Recover what dead participants had; return how many there were."""
+        return int(self.run(self._reap))
+
+    def _reap(self) -> int:
+        return self._participants.reap(self.mutex.locks, self.slot)
+
+    def pids(self) -> list[int]:
+        """Return the pids of all participants; a hint for looking at /proc only."""
+        return self._participants.pids()
+
+    def n_others(self) -> int:
+        """Return how many other participants there are, living or not yet reaped."""
+        own = self._own.slot if self._own is not None else -1
+        return sum(slot != own for slot, _ in self._participants.readers())
+
+    def anyone_reads(self) -> bool:
+        """Tell whether any participant is in the middle of loading a message."""
+        return any(n_reading for _, n_reading in self._participants.readers())
+
+    def counters(self) -> list[int]:
+        """Step: sum the counters of all participants, living and dead."""
+        return self._participants.counters()
+
+    # --- counting and reading
+
+    def count(self, counter: int, amount: int = 1) -> None:
+        """Add to a counter of `_statistics`."""
+        if self._own is not None:
+            self._own.count(counter, amount)
+
+    def begin_reading(self) -> None:
+        """A message is about to leave its channel: until it is claimed nothing is reclaimed."""
+        if self._own is not None:
+            self._own.begin_reading()
+
+    def end_reading(self, key: bytes | None) -> None:
+        """The message has left its channel; it is the envelope with this key, or none."""
+        if key is not None:
+            self._unloaded.add(key)  # until `finish_reading`
+        elif self._own is not None:
+            self._own.end_reading()
+
+    def finish_reading(self, key: bytes) -> None:
+        """The blocks of the envelope with this key are claimed."""
+        if key in self._unloaded:
+            self._unloaded.discard(key)
+            self.end_reading(None)
+
+    # --- forking and ending
+
+    def reset_in_child(self) -> None:
+        """Give up, in a forked child, what is the parent's; `join` comes next."""
+        if self._mutex is not None:
+            self._mutex.locks.abandon()
+        self._mutex = None
+        self._own = None
+        self._unloaded.clear()
+
+    def close(self) -> None:
+        """Leave for good, and close the handle."""
+        if self._mutex is not None:
+            self._mutex.locks.close()
+        self._mutex = None
+        self._own = None
+        os.close(self.handle)

@@ -1,0 +1,150 @@
+"""Exclusion around every step on the ledger: between threads, then between processes.
+
+**What.** `LedgerMutex.run` runs one short step while nobody else, in any process of the arena,
+runs one. `ThreadLock` is its first half, for state that only this process has.
+
+**How it works.** First an in-process lock, then the ledger's byte of the locks file, tried
+without giving up the GIL and retried with short sleeps *outside*. A dirty word in the ledger is
+set around each step: whoever finds it set follows someone who died in the middle, and repairs the
+table first.
+
+A KeyboardInterrupt can come between any two bytecodes. So each lock is given back in a
+``finally`` by one C call that is harmless when the lock is not held; the interpreter delivers no
+interrupt before it.
+
+**Lifetime.** The kernel gives the byte back when its holder dies. A forking thread keeps the
+in-process lock from the *before* to the *after* hook, never the ledger's byte.
+
+**When it cannot.** `LedgerBusyError` after `timeout_s` (a stopped holder, a fork in progress),
+and at once when a finalizer or signal handler comes here from inside a step of the same thread.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, Final
+
+from oobpickle import _faults, _system
+from oobpickle._errors import ArenaFullError
+from oobpickle._layout import H_DIRTY
+from oobpickle._locks import LockFile
+
+_FIRST_PAUSE_S: Final = 20e-6
+_LAST_PAUSE_S: Final = 2e-3
+
+
+class LedgerBusyError(ArenaFullError):
+    """A lock could not be had in time."""
+
+    def __init__(self, message: str, reason: str = "busy") -> None:
+        super().__init__(message, reason)
+
+
+class ThreadLock:
+    """An in-process lock that an interrupt cannot leave locked, and that its owner cannot
+    re-enter."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def run(self, timeout_s: float, call: Callable[..., Any], *args: Any) -> Any:
+        """Return ``call(*args)``, run under the lock.
+
+        Raises
+        ------
+        LedgerBusyError
+            If another thread has it for `timeout_s` seconds, or this thread has it already.
+        """
+        lock = self._lock
+        if lock._is_owned():  # type: ignore[attr-defined]
+            raise LedgerBusyError("in use by this very thread: a finalizer or a signal handler")
+        release = lock.release
+        try:
+            if not lock.acquire(timeout=timeout_s):
+                raise LedgerBusyError(f"in use by another thread for {timeout_s} s")
+            return call(*args)
+        finally:
+            try:  # noqa: SIM105 - a context manager would let an interrupt in before the release
+                release()
+            except RuntimeError:
+                pass  # not ours: the wait for it timed out
+
+    def enter_fork(self) -> None:
+        """Keep the other threads of this process out until `leave_fork`; again, after an
+        interrupt."""
+        if not self._lock._is_owned():  # type: ignore[attr-defined]
+            self._lock.acquire()
+
+    def leave_fork(self) -> None:
+        """Let the other threads in again (in the parent), if `enter_fork` kept them out."""
+        if self._lock._is_owned():  # type: ignore[attr-defined]
+            self._lock.release()
+
+    def reset_in_child(self) -> None:
+        """Start anew in a forked child, where the other threads do not exist."""
+        self._lock = threading.RLock()
+
+
+class LedgerMutex:
+    """The two locks around the ledger.
+
+    Parameters
+    ----------
+    locks : LockFile
+        This process's description of the locks file.
+    words : memoryview
+        The ledger, as 64-bit words.
+    repair : callable
+        Called under both locks, after somebody died, was interrupted or failed in a step.
+    """
+
+    def __init__(self, locks: LockFile, words: memoryview, repair: Callable[[], None]) -> None:
+        self.threads = ThreadLock()
+        self.locks = locks
+        self._words = words
+        self._repair = repair
+        self._interrupted = False
+
+    def run(self, timeout_s: float, step: Callable[..., Any], *args: Any) -> Any:
+        """Return ``step(*args)``, run under both locks.
+
+        Raises
+        ------
+        LedgerBusyError
+            If they cannot be had within `timeout_s` seconds, or this thread is inside a step.
+        """
+        return self.threads.run(timeout_s, self.run_owned, timeout_s, step, *args)
+
+    def run_owned(self, timeout_s: float, step: Callable[..., Any], *args: Any) -> Any:
+        """Do the same for a thread that owns the in-process lock already."""
+        words = self._words
+        locks = self.locks
+        unlock_call = locks.unlock_call
+        unlock = _system.fcntl_keeping_gil
+        try:
+            if not locks.try_lock():
+                self._wait(timeout_s)
+            _faults.reach("mutex.locked")
+            if words[H_DIRTY] or self._interrupted:
+                words[H_DIRTY] = 1
+                self._repair()
+            words[H_DIRTY] = 1
+            self._interrupted = True
+            result = step(*args)
+            self._interrupted = False
+            words[H_DIRTY] = 0
+            _faults.reach("mutex.clean")
+            return result
+        finally:
+            unlock(*unlock_call)
+
+    def _wait(self, timeout_s: float) -> None:
+        deadline = time.monotonic() + timeout_s
+        pause_s = _FIRST_PAUSE_S
+        while not self.locks.try_lock():
+            if time.monotonic() >= deadline:
+                raise LedgerBusyError(f"the ledger is in use by another process for {timeout_s} s")
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LAST_PAUSE_S)

@@ -1,0 +1,97 @@
+"""The options of an arena, checked before anything starts.
+
+**What.** `Options` holds what ``enabled`` and ``install`` take; `Options.resolve` fills the
+defaults in.
+
+**How it works.** ``None`` means "not said": nested uses compare only what was said.
+
+**Lifetime.** The resolved values are written into the ledger's header, where children read them.
+
+**When it cannot.** A value out of range raises ``ValueError`` (``TypeError`` for the wrong type)
+with the value and the range."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from typing import Final
+
+from oobpickle import _headroom
+from oobpickle._layout import H_CAPACITY, H_COPY_OUT, H_THRESHOLD, H_WAIT_US
+
+#: Measured crossover of plain pickling and the arena for one message through a warm Pool.
+DEFAULT_THRESHOLD: Final = 64 << 10
+_MIN_CAPACITY: Final = 1 << 20
+_MAX_CAPACITY: Final = 1 << 43
+_NOT_SAID: Final = 0xFFFF_FFFF_FFFF_FFFF
+_COPY_OUT_CODES: Final[dict[bool | None, int]] = {None: 0, True: 1, False: 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What the user said; ``None`` where nothing was said. Units: bytes and seconds."""
+
+    capacity: int | None = None
+    threshold: int | None = None
+    wait_s: float | None = None
+    copy_out: bool | None = None
+
+    def __post_init__(self) -> None:
+        _check_int("capacity", self.capacity, _MIN_CAPACITY, _MAX_CAPACITY)
+        _check_int("threshold", self.threshold, 0, 1 << 62)
+        if self.wait_s is not None:
+            if isinstance(self.wait_s, bool) or not isinstance(self.wait_s, (int, float)):
+                raise TypeError(f"wait_s must be a number of seconds, not {self.wait_s!r}")
+            if not (0 <= self.wait_s <= 86400 * 365) or math.isnan(self.wait_s):
+                raise ValueError(f"wait_s must be 0 to 31536000 seconds, not {self.wait_s!r}")
+        if self.copy_out is not None and not isinstance(self.copy_out, bool):
+            raise TypeError(f"copy_out must be True, False or None, not {self.copy_out!r}")
+
+    def check_compatible(self, running: Options) -> None:
+        """Compare with the options of the arena that runs already.
+
+        Raises
+        ------
+        ValueError
+            If an option was said here and differs there.
+        """
+        for field in fields(self):
+            said, runs = getattr(self, field.name), getattr(running, field.name)
+            if said is not None and said != runs:
+                raise ValueError(
+                    f"oobpickle is enabled already with {field.name}={runs!r}; "
+                    f"{field.name}={said!r} differs. Leave the option out here, or give it outside."
+                )
+
+    def resolve(self) -> Options:
+        """Return the options with their defaults filled in; `wait_s` and `copy_out` may stay
+        ``None``."""
+        capacity = self.capacity
+        if capacity is None:
+            capacity = max(_MIN_CAPACITY, _headroom.limit_nbytes() // 2)
+        threshold = DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+        return Options(capacity, threshold, self.wait_s, self.copy_out)
+
+    def write(self, words: memoryview) -> None:
+        """Store resolved options in a ledger's header."""
+        words[H_CAPACITY] = self.capacity or 0
+        words[H_THRESHOLD] = self.threshold or 0
+        words[H_WAIT_US] = _NOT_SAID if self.wait_s is None else int(self.wait_s * 1e6)
+        words[H_COPY_OUT] = _COPY_OUT_CODES[self.copy_out]
+
+    @classmethod
+    def read(cls, words: memoryview) -> Options:
+        """Return what `write` stored."""
+        wait_us = words[H_WAIT_US]
+        copy_out = {code: said for said, code in _COPY_OUT_CODES.items()}[words[H_COPY_OUT]]
+        wait_s = None if wait_us == _NOT_SAID else wait_us / 1e6
+        return cls(words[H_CAPACITY], words[H_THRESHOLD], wait_s, copy_out)
+
+
+def _check_int(name: str, value: object, low: int, high: int) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int (bytes), not {value!r}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be {low} to {high} bytes, not {value}")

@@ -1,0 +1,173 @@
+"""Who takes part in an arena: one slot each, with its proof of life and its counters.
+
+**What.** The table of participants in the ledger file. Methods named as steps run under
+`LedgerMutex`.
+
+**How it works.** A participant holds byte ``1 + slot`` of the locks file for life. A slot whose
+state is JOINED but whose byte is free belongs to a dead process: no pids, no clocks. Its counters
+are added to the totals, which exist twice: the sum is written into the bank that is not valid,
+with a note of whom it includes, and one store makes it the valid one. So a death in the middle
+neither loses nor counts twice.
+
+**Lifetime.** A slot is reused only after the blocks of its dead owner were recovered. A
+participant that leaves cleanly does nothing: the kernel releases the byte.
+
+**When it cannot.** `join` returns ``None`` when all 4,096 slots are held by living processes.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable
+from typing import Final
+
+from oobpickle import _faults
+from oobpickle._layout import (
+    BANK_WORDS,
+    H_BANK,
+    H_INCARNATION,
+    H_N_SLOTS,
+    H_TOTALS,
+    HEADER_WORDS,
+    JOINED,
+    MAX_PARTICIPANTS,
+    N_COUNTERS,
+    P_COUNTERS,
+    P_INCARNATION,
+    P_PID,
+    P_READING,
+    P_STATE,
+    PARTICIPANT_WORDS,
+    VACANT,
+)
+from oobpickle._ledger import Ledger
+from oobpickle._locks import LockFile
+
+_REAP_EVERY: Final = 16
+_BANK_INCLUDES: Final = N_COUNTERS  # a bank's word after its counters: the incarnation it includes
+
+
+class Participants:
+    """The table of participants over the ledger's words."""
+
+    def __init__(self, ledger: Ledger) -> None:
+        self.words = ledger.words
+        self._ledger = ledger
+
+    def _row(self, slot: int) -> int:
+        return HEADER_WORDS + slot * PARTICIPANT_WORDS
+
+    def join(self, locks: LockFile) -> int | None:
+        """Step: take a slot for this process and hold its byte for life."""
+        words = self.words
+        n_slots = words[H_N_SLOTS]
+        slot = self._vacant(n_slots)
+        if slot is None and n_slots % _REAP_EVERY == 0 and self.reap(locks):
+            slot = self._vacant(n_slots)
+        if slot is None:
+            slot = n_slots
+        if slot >= MAX_PARTICIPANTS or not locks.hold(slot):
+            return None
+        _faults.reach("participants.held")
+        row = self._row(slot)
+        for word in range(P_READING, PARTICIPANT_WORDS):
+            words[row + word] = 0
+        words[H_INCARNATION] += 1
+        words[row + P_INCARNATION] = words[H_INCARNATION]
+        words[row + P_PID] = os.getpid()
+        words[H_N_SLOTS] = max(n_slots, slot + 1)
+        words[row + P_STATE] = JOINED
+        _faults.reach("participants.joined")
+        return slot
+
+    def _vacant(self, n_slots: int) -> int | None:
+        for slot in range(n_slots):
+            if self.words[self._row(slot) + P_STATE] == VACANT:
+                return slot
+        return None
+
+    def reap(self, locks: LockFile, own_slot: int | None = None) -> int:
+        """Step: recover every dead participant; return how many there were."""
+        n_dead = 0
+        for slot in range(self.words[H_N_SLOTS]):
+            if slot != own_slot and self._is_dead(slot, locks):
+                self._ledger.recover(slot)
+                self._absorb(slot)
+                self.words[self._row(slot) + P_STATE] = VACANT
+                _faults.reach("participants.reaped")
+                n_dead += 1
+        return n_dead
+
+    def _is_dead(self, slot: int, locks: LockFile) -> bool:
+        return self.words[self._row(slot) + P_STATE] == JOINED and not locks.is_alive(slot)
+
+    def _absorb(self, slot: int) -> None:
+        words, row = self.words, self._row(slot)
+        incarnation = words[row + P_INCARNATION]
+        old = H_TOTALS + words[H_BANK] * BANK_WORDS
+        new = H_TOTALS + (1 - words[H_BANK]) * BANK_WORDS
+        if words[old + _BANK_INCLUDES] == incarnation:
+            return  # the process that reaped it died right after this
+        for k in range(N_COUNTERS):
+            words[new + k] = words[old + k] + words[row + P_COUNTERS + k]
+        words[new + _BANK_INCLUDES] = incarnation
+        _faults.reach("participants.summed")
+        words[H_BANK] = 1 - words[H_BANK]
+        _faults.reach("participants.absorbed")
+
+    def counters(self) -> list[int]:
+        """Step: sum the counters of all participants, living and dead."""
+        words = self.words
+        bank = H_TOTALS + words[H_BANK] * BANK_WORDS
+        sums = list(words[bank : bank + N_COUNTERS])
+        for slot in range(words[H_N_SLOTS]):
+            row = self._row(slot)
+            if words[row + P_STATE] == JOINED and (
+                words[row + P_INCARNATION] != words[bank + _BANK_INCLUDES]
+            ):
+                for k in range(N_COUNTERS):
+                    sums[k] += words[row + P_COUNTERS + k]
+        return sums
+
+    def pids(self) -> list[int]:
+        """Return the pids of all that joined and were not reaped; a hint for looking at /proc
+        only."""
+        rows = (self._row(slot) for slot in range(self.words[H_N_SLOTS]))
+        return [self.words[row + P_PID] for row in rows if self.words[row + P_STATE] == JOINED]
+
+    def readers(self) -> Iterable[tuple[int, int]]:
+        """Yield ``(slot, number of messages it is in the middle of loading)``."""
+        for slot in range(self.words[H_N_SLOTS]):
+            row = self._row(slot)
+            if self.words[row + P_STATE] == JOINED:
+                yield slot, self.words[row + P_READING]
+
+
+class OwnRow:
+    """This process's own row: counters and the reading word; only this process writes it."""
+
+    def __init__(self, words: memoryview, slot: int) -> None:
+        self._words = words
+        self._row = HEADER_WORDS + slot * PARTICIPANT_WORDS
+        # Re-entrant: a signal handler may send a message while this thread counts one.
+        self._lock = threading.RLock()
+        self._n_reading = 0
+        self.slot = slot
+
+    def count(self, counter: int, amount: int = 1) -> None:
+        """Add to one counter."""
+        with self._lock:
+            self._words[self._row + P_COUNTERS + counter] += amount
+
+    def begin_reading(self) -> None:
+        """Say that a message may have left its channel without its blocks being claimed yet."""
+        with self._lock:
+            self._n_reading += 1
+            self._words[self._row + P_READING] = self._n_reading
+
+    def end_reading(self) -> None:
+        """Say that the blocks of that message are claimed, or that it had none."""
+        with self._lock:
+            self._n_reading = max(0, self._n_reading - 1)
+            self._words[self._row + P_READING] = self._n_reading

@@ -1,0 +1,255 @@
+"""A payload: a protocol-5 stream and its buffers, still in this process.
+
+**What.** `Payload` holds what `dumps` made of an object: ``stream``, ``buffers``, ``nbytes``. It
+writes its buffers into destinations that the caller allocated, and becomes bytes, or an ordinary
+pickle, and back.
+
+**How it works.** Nothing is copied until it is written; then each buffer is copied once, from the
+user's array, strided or not. The bytes of a payload::
+
+    magic 8 | version u32 | n_buffers u32 | crc32 u32 | 0 u32 | stream nbytes u64 | nbytes u64 of
+    each buffer stream | padding to 64 | buffer | padding to 64 | buffer ...
+
+The checksum covers everything but itself.
+
+**Lifetime.** A payload refers to the user's memory: what is written is what it holds *then*.
+Write it before you change the object.
+
+**When it cannot.** `PayloadError` for wrong destinations and for bytes that are no payload,
+truncated or altered. The stream is trusted like any pickle: loading it can run code."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterable, Sequence
+from pickle import PickleBuffer
+from typing import TYPE_CHECKING, Any, Final
+
+from oobpickle._errors import PayloadError
+from oobpickle._reducers import in_memory_order
+
+if TYPE_CHECKING:
+    from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
+
+    from oobpickle._reducers import Source
+
+_MAGIC: Final = b"OOBPAYLD"
+_VERSION: Final = 1
+_HEADER: Final = struct.Struct("<8sIIIIQ")
+_CRC_AT: Final = 16
+_ALIGN: Final = 64
+_SMALL_NBYTES: Final = 32 << 10
+
+
+class Payload:
+    """What `dumps` made of one object.
+
+    Attributes
+    ----------
+    stream : bytes
+        The in-band pickle, protocol 5.
+    sizes : list of int
+        nbytes of each buffer.
+    nbytes : int
+        Stream and buffers together, bytes.
+    """
+
+    __slots__ = ("_sources", "sizes", "stream")
+
+    def __init__(self, stream: bytes, sources: Sequence[Any], sizes: list[int]) -> None:
+        self.stream = stream
+        self._sources = sources
+        self.sizes = sizes
+
+    @property
+    def nbytes(self) -> int:
+        return len(self.stream) + sum(self.sizes)
+
+    @property
+    def buffers(self) -> list[Source]:
+        """The memory to send out of band, in order; nothing is copied.
+
+        A ``PickleBuffer`` over contiguous memory, or the array itself if it is strided.
+        """
+        return [_exposed(source) for source in self._sources]
+
+    def __repr__(self) -> str:
+        return f"<Payload of {self.nbytes} bytes: stream {len(self.stream)}, buffers {self.sizes}>"
+
+    def write_into(self, destinations: Sequence[Buffer]) -> None:
+        """Copy each buffer once into the destination at the same position.
+
+        Parameters
+        ----------
+        destinations : sequence of writable buffers
+            One for each buffer, contiguous, with exactly its nbytes.
+
+        Raises
+        ------
+        PayloadError
+            If their number or a size is wrong, or one cannot be written; nothing was written.
+        """
+        views = [_writable(destination) for destination in destinations]
+        check_sizes("destinations", [view.nbytes for view in views], self.sizes)
+        for view, source in zip(views, self._sources, strict=True):
+            _copy(view, source)
+
+    def to_bytes(self) -> bytes:
+        """Return everything as one string of bytes, with a checksum; see `from_bytes`."""
+        sizes = struct.pack(f"<{len(self.sizes)}Q", *self.sizes)
+        head = _HEADER.pack(_MAGIC, _VERSION, len(self.sizes), 0, 0, len(self.stream)) + sizes
+        offsets, total = _offsets(len(head) + len(self.stream), self.sizes)
+        whole = bytearray(total)
+        view = memoryview(whole)
+        view[: len(head)] = head
+        view[len(head) : len(head) + len(self.stream)] = self.stream
+        for at, nbytes, source in zip(offsets, self.sizes, self._sources, strict=True):
+            _copy(view[at : at + nbytes], source)
+        struct.pack_into("<I", whole, _CRC_AT, zlib.crc32(whole))
+        view.release()
+        return bytes(whole)
+
+    @classmethod
+    def from_bytes(cls, data: Buffer) -> Payload:
+        """Read what `to_bytes` returned; the buffers are slices of `data`, uncopied.
+
+        Raises
+        ------
+        PayloadError
+            If `data` is no payload, truncated or altered.
+        """
+        view = memoryview(data).cast("B")
+        if view.nbytes < _HEADER.size:
+            raise PayloadError(
+                f"payload truncated: {view.nbytes} bytes, need {_HEADER.size} or more"
+            )
+        magic, version, n_buffers, crc, zero, n_stream = _HEADER.unpack_from(view)
+        if magic != _MAGIC or version != _VERSION or zero != 0:
+            raise PayloadError(
+                f"not a payload: magic {magic!r}, version {version}, expected {_MAGIC!r} and "
+                f"{_VERSION}. "
+                "Pass the bytes that Payload.to_bytes() returned."
+            )
+        body = _HEADER.size + 8 * n_buffers
+        if view.nbytes < body + n_stream:
+            raise PayloadError(
+                f"payload truncated: {view.nbytes} bytes, need {body + n_stream} or more"
+            )
+        sizes = list(struct.unpack_from(f"<{n_buffers}Q", view, _HEADER.size))
+        offsets, total = _offsets(body + n_stream, sizes)
+        if view.nbytes != total:
+            raise PayloadError(
+                f"payload truncated or extended: {view.nbytes} bytes, expected {total}"
+            )
+        found = zlib.crc32(view[_CRC_AT + 4 :], zlib.crc32(b"\0\0\0\0", zlib.crc32(view[:_CRC_AT])))
+        if found != crc:
+            raise PayloadError(f"payload altered: checksum {found:#010x}, expected {crc:#010x}")
+        stream = bytes(view[body : body + n_stream])
+        return cls(stream, [view[at : at + n] for at, n in zip(offsets, sizes, strict=True)], sizes)
+
+    def to_pickle(self) -> memoryview:
+        """Return an ordinary pickle of the object, with the buffers in-band.
+
+        Any Python >= 3.8 that can load the stream can load it; it need not have oobpickle. The
+        receiver's arrays are writable.
+        """
+        # partial(loads, buffers=(bytearray, ...))(stream), written out by hand: nothing is pickled
+        # twice, and each buffer is copied once.
+        head = (
+            b"\x80\x05cfunctools\npartial\nc_pickle\nloads\n\x85R"
+            b"(c_pickle\nloads\n)}\x8c\x07buffers("
+        )
+        tail = b"tsNtb\x8e" + struct.pack("<Q", len(self.stream))
+        total = len(head) + sum(self.sizes) + 9 * len(self.sizes) + len(tail) + len(self.stream) + 3
+        whole = _empty(total)
+        at = _put(whole, 0, head)
+        for nbytes, source in zip(self.sizes, self._sources, strict=True):
+            at = _put(whole, at, b"\x96" + struct.pack("<Q", nbytes))
+            _copy(whole[at : at + nbytes], source)
+            at += nbytes
+        at = _put(whole, _put(whole, at, tail), self.stream)
+        _put(whole, at, b"\x85R.")
+        return whole
+
+
+def check_sizes(what: str, found: Sequence[int], wanted: Sequence[int]) -> None:
+    """Raise `PayloadError` unless both lists of nbytes are the same."""
+    if len(found) != len(wanted):
+        raise PayloadError(f"{len(found)} {what} for {len(wanted)} buffers")
+    for position, (n_found, n_wanted) in enumerate(zip(found, wanted, strict=True)):
+        if n_found != n_wanted:
+            raise PayloadError(
+                f"{what}[{position}] has {n_found} bytes, buffer {position} has {n_wanted}"
+            )
+
+
+def fresh_destinations(sizes: Iterable[int]) -> list[memoryview]:
+    """Allocate ordinary memory for buffers of the given nbytes, 64-byte aligned."""
+    return [_empty(nbytes) for nbytes in sizes]
+
+
+def _empty(nbytes: int) -> memoryview:
+    # Not bytearray(n): that writes zeros first.
+    import numpy as np
+
+    room = np.empty(nbytes + _ALIGN, np.uint8)
+    start = -room.ctypes.data % _ALIGN
+    return memoryview(room[start : start + nbytes])
+
+
+def _put(whole: memoryview, at: int, part: bytes) -> int:
+    whole[at : at + len(part)] = part
+    return at + len(part)
+
+
+def _offsets(start: int, sizes: Sequence[int]) -> tuple[list[int], int]:
+    offsets = []
+    for nbytes in sizes:
+        start = -(-start // _ALIGN) * _ALIGN
+        offsets.append(start)
+        start += nbytes
+    return offsets, start
+
+
+def _exposed(source: Any) -> Any:
+    if isinstance(source, (PickleBuffer, memoryview)):
+        return source if isinstance(source, PickleBuffer) else PickleBuffer(source)
+    flat = in_memory_order(source)
+    if not flat.flags.c_contiguous:
+        return source
+    return PickleBuffer(flat.reshape(-1).view("u1"))
+
+
+def _writable(destination: Buffer) -> memoryview:
+    try:
+        view = memoryview(destination)
+        if view.readonly:
+            raise PayloadError(f"a destination is read-only: {type(destination).__name__}")
+        return view.cast("B") if view.nbytes else memoryview(bytearray())
+    except (TypeError, BufferError) as error:
+        raise PayloadError(f"a destination is no contiguous writable buffer: {error}") from error
+
+
+def _copy(view: memoryview, source: Any) -> None:
+    if isinstance(source, (PickleBuffer, memoryview)):
+        raw = memoryview(source) if isinstance(source, memoryview) else source.raw()
+        if raw.nbytes <= _SMALL_NBYTES:
+            view[:] = raw
+            return
+        _copy_bytes(view, raw)
+        return
+    import numpy as np
+
+    flat = in_memory_order(source)
+    if flat.flags.c_contiguous and flat.nbytes <= _SMALL_NBYTES and source.dtype.kind in "biufc":
+        view[:] = memoryview(flat).cast("B")
+    else:
+        # Releases the GIL, and takes strides in the same pass.
+        np.copyto(np.ndarray(flat.shape, flat.dtype, view), flat)
+
+
+def _copy_bytes(view: memoryview, raw: memoryview) -> None:
+    import numpy as np
+
+    np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(raw, np.uint8))

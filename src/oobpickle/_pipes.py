@@ -1,0 +1,105 @@
+"""Questions to a pipe or socket: can what was written to it still be read?
+
+**What.** `channel_id` names a channel; `n_unread`, `is_broken` and `is_unreadable` ask the kernel
+about it.
+
+**How it works.** FIONREAD on either end of a pipe (SIOCOUTQ on the sending end of a Unix socket)
+counts the bytes that were written and not read; POLLERR on a write end says that no reader exists
+anywhere. A process that has no descriptor of the channel looks whether any participant still has
+one.
+
+**Lifetime.** No state, no descriptor is opened or kept.
+
+**When it cannot.** Where /proc does not show another process's descriptors, the channel counts as
+readable: memory is then kept, and never freed wrongly."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import select
+import stat
+import struct
+from collections.abc import Iterable
+from typing import Final
+
+from oobpickle import _system
+
+_SOCKET: Final = 1 << 63
+
+
+def channel_id(fd: int) -> int:
+    """Return a number that names the pipe or socket behind `fd` on this machine; 0 for anything
+    else."""
+    status = os.fstat(fd)
+    if stat.S_ISFIFO(status.st_mode):
+        return status.st_ino
+    if stat.S_ISSOCK(status.st_mode):
+        return status.st_ino | _SOCKET
+    return 0
+
+
+def n_unread(fd: int, channel: int) -> int:
+    """Return how many bytes written through `fd` are still unread."""
+    request = _system.SIOCOUTQ if channel & _SOCKET else _system.FIONREAD
+    answer = fcntl.ioctl(fd, request, b"\0\0\0\0")
+    return int(struct.unpack("i", answer)[0])
+
+
+def is_broken(fd: int, channel: int) -> bool:
+    """Tell whether no reader of the channel exists any more.
+
+    Only a write end can tell: the read end of a pipe reports POLLHUP, with bytes still in it, when
+    the writers are gone.
+    """
+    poller = select.poll()
+    poller.register(fd, 0)
+    gone = select.POLLERR | select.POLLHUP if channel & _SOCKET else select.POLLERR
+    return any(events & gone for _, events in poller.poll(0))
+
+
+def wait_readable(fd: int) -> None:
+    """Block until something can be read from `fd`, or its writers are gone."""
+    poller = select.poll()
+    poller.register(fd, select.POLLIN)
+    poller.poll()
+
+
+def is_unreadable(channel: int, pids: Iterable[int]) -> bool:
+    """Tell whether nothing that was written to the channel can be read any more.
+
+    Parameters
+    ----------
+    channel : int
+        From `channel_id`; 0 is never unreadable.
+    pids : iterable of int
+        The processes that may have it open.
+    """
+    if channel == 0:
+        return False
+    for fd in _descriptors_of("self", channel):
+        try:
+            return n_unread(int(fd), channel) == 0 or is_broken(int(fd), channel)
+        except OSError:
+            continue  # closed by another thread a moment ago
+    me = os.getpid()
+    try:
+        return not any(_descriptors_of(str(pid), channel) for pid in pids if pid != me)
+    except PermissionError:
+        return False
+
+
+def _descriptors_of(pid: str, channel: int) -> list[str]:
+    kind, inode = ("socket", channel & ~_SOCKET) if channel & _SOCKET else ("pipe", channel)
+    target = f"{kind}:[{inode}]"
+    found = []
+    try:
+        for fd in os.listdir(f"/proc/{pid}/fd"):
+            try:
+                if os.readlink(f"/proc/{pid}/fd/{fd}") == target:
+                    found.append(fd)
+            except FileNotFoundError:
+                continue
+    except FileNotFoundError:
+        pass  # the process is gone
+    return found

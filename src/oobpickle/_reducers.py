@@ -1,0 +1,196 @@
+"""How objects are taken apart: the reducers of oobpickle, and those that users register.
+
+**What.** `Sink` collects the buffers of one message, with a reducer for exact ``numpy.ndarray``
+and the callback that the pickler asks about each ``PickleBuffer``. `register` adds a reducer for
+a user's own class.
+
+**How it works.** NumPy's own reducer keeps strided and datetime arrays in the stream, and
+read-only arrays arrive read-only. Ours hands the pickler a *stand-in*: an empty writable
+PickleBuffer, for which the array itself goes into the list of buffers. It is rebuilt by
+``numpy.ndarray(shape, dtype, buffer[, 0, strides])``, so a receiver needs only NumPy.
+
+A message below the threshold costs nothing extra: buffers stay in the stream until their sum
+reaches the threshold, and what is in-band by then stays there. No reducer runs twice.
+
+**Lifetime.** A sink lives for one ``dumps``. Registered reducers live until `unregister`.
+
+**When it cannot.** Arrays with Python objects in them, subclasses and empty arrays take NumPy's
+way."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pickle import PickleBuffer
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+    Source = Array | PickleBuffer
+
+Reducer = Callable[[Any], Any]
+
+#: Below this a buffer of its own costs more than its bytes in the stream.
+MIN_BUFFER_NBYTES: Final = 512
+_NOTHING: Final = bytearray()
+_KINDS: Final = frozenset("biufcmMSUV")
+
+_registered: dict[type, Reducer] = {}
+
+
+def register(type: type, reducer: Reducer) -> None:
+    """Use `reducer` for instances of exactly `type`, in `dumps` and in every enabled block.
+
+    Parameters
+    ----------
+    type : type
+        The class; subclasses are not affected, as with ``copyreg.pickle``.
+    reducer : callable
+        ``reducer(obj)`` returns what ``__reduce_ex__(5)`` would, and may wrap memory in
+        ``pickle.PickleBuffer``, which then travels out of band. The rebuilding function receives
+        a writable, bytes-like object in its place.
+
+    Raises
+    ------
+    TypeError
+        If `type` is no class or `reducer` not callable.
+
+    See Also
+    --------
+    unregister : the undo.
+
+    Examples
+    --------
+    >>> import pickle, oobpickle
+    >>> class Signal:
+    ...     def __init__(self, samples):
+    ...         self.samples = samples
+    >>> def rebuild_signal(samples):
+    ...     return Signal(bytearray(samples))
+    >>> def reduce_signal(signal):
+    ...     return rebuild_signal, (pickle.PickleBuffer(signal.samples),)
+    >>> oobpickle.register(Signal, reduce_signal)
+    >>> payload = oobpickle.dumps(Signal(bytearray(1000)))
+    >>> [memoryview(buffer).nbytes for buffer in payload.buffers]
+    [1000]
+    >>> oobpickle.unregister(Signal)
+    """
+    if not isinstance(type, _type):
+        raise TypeError(f"register() takes a class, not {type!r}")
+    if not callable(reducer):
+        raise TypeError(f"the reducer for {type.__qualname__} is not callable: {reducer!r}")
+    _registered[type] = reducer
+
+
+_type = type
+
+
+def unregister(type: type) -> None:
+    """Undo `register`; a class that is not registered is no error."""
+    _registered.pop(type, None)
+
+
+class Sink:
+    """The buffers of one message, as the pickler comes across them.
+
+    Parameters
+    ----------
+    threshold : int
+        Buffers stay in-band while their sum is below this, bytes.
+
+    Attributes
+    ----------
+    sources : list
+        Arrays and PickleBuffers to send out of band, in order.
+    sizes : list of int
+        Their nbytes.
+    """
+
+    __slots__ = ("_in_band_nbytes", "_stand_ins", "_threshold", "sizes", "sources")
+
+    def __init__(self, threshold: int) -> None:
+        self.sources: list[Source] = []
+        self.sizes: list[int] = []
+        self._threshold = threshold
+        self._in_band_nbytes = 0
+        self._stand_ins: dict[int, Array] = {}
+
+    def dispatch_table(self, *tables: dict[type, Reducer]) -> dict[type, Reducer]:
+        """Merge the tables, later ones winning, with the reducer for arrays below all of them."""
+        merged: dict[type, Reducer] = {}
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            merged[numpy.ndarray] = self.reduce_array
+        for table in tables:
+            merged.update(table)
+        merged.update(_registered)
+        return merged
+
+    def take(self, buffer: PickleBuffer) -> bool:
+        """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
+        array = self._stand_ins.pop(id(buffer), None)
+        if array is not None:
+            self.sources.append(array)
+            self.sizes.append(array.nbytes)
+            return False
+        nbytes = memoryview(buffer).nbytes
+        if self._stays(nbytes):
+            return True
+        self.sources.append(buffer)
+        self.sizes.append(nbytes)
+        return False
+
+    def _stays(self, nbytes: int) -> bool:
+        total = self._in_band_nbytes + nbytes
+        if total < self._threshold:
+            self._in_band_nbytes = total
+            return True
+        return False
+
+    def reduce_array(self, array: Array) -> Any:
+        """Reduce an exact ndarray: ``ndarray(shape, dtype, buffer[, 0, strides])``."""
+        dtype, nbytes = array.dtype, array.nbytes
+        if nbytes == 0 or dtype.kind not in _KINDS or dtype.hasobject:
+            return array.__reduce_ex__(5)
+        # The name of a builtin dtype is much cheaper to send and to load than the object.
+        kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
+        flags = array.flags
+        strides = None if flags.c_contiguous else _kept_strides(array)
+        buffer: bytearray | PickleBuffer
+        if nbytes < MIN_BUFFER_NBYTES or self._stays(nbytes):
+            buffer = _bytes_of(array, strides)
+        else:
+            buffer = PickleBuffer(_NOTHING)
+            self._stand_ins[id(buffer)] = array
+        if strides is None:
+            return type(array), (array.shape, kind, buffer)
+        return type(array), (array.shape, kind, buffer, 0, strides)
+
+
+def _kept_strides(array: Array) -> tuple[int, ...] | None:
+    """Return the strides if the array's memory has no gaps in some order of axes, else ``None``."""
+    if array.flags.f_contiguous:
+        return array.strides
+    axes = _axes_by_stride(array)
+    return array.strides if array.transpose(axes).flags.c_contiguous else None
+
+
+def _axes_by_stride(array: Array) -> list[int]:
+    strides = array.strides
+    return sorted(range(array.ndim), key=lambda axis: -strides[axis])
+
+
+def in_memory_order(array: Array) -> Array:
+    """Return a view whose C order is the order of the bytes that are sent."""
+    if array.flags.c_contiguous or _kept_strides(array) is None:
+        return array
+    return array.transpose(_axes_by_stride(array))
+
+
+def _bytes_of(array: Array, strides: tuple[int, ...] | None) -> bytearray:
+    ordered = array if strides is None else in_memory_order(array)
+    if array.dtype.kind in "mM":  # no buffer protocol
+        return bytearray(ordered.tobytes())
+    return bytearray(ordered)

@@ -1,0 +1,502 @@
+"""The hook: where multiprocessing pickles, and how to undo it.
+
+**What.** `install`, `uninstall` and `enabled` put oobpickle into ``multiprocessing`` and take it
+out again.
+
+**How it works.** Six objects of the standard library are replaced: the name ``_ForkingPickler``
+in ``multiprocessing.connection`` and ``.queues``, ``Connection._send_bytes`` and ``._recv_bytes``
+(on the class, since pools bind the methods early), ``connection.Pipe`` and ``reduction.dump``.
+Each replacement asks at call time whether the hook is still there, and else does what it
+replaced.
+
+* dumps: serialize; below the threshold that is the message. Else pack it into the arena and
+  return an envelope; if that cannot be,
+  return an ordinary pickle of the same payload, and count why.
+* _send_bytes: when an envelope has left, its blocks are the receiver's.
+* _recv_bytes: while a message has left its channel and is not claimed, nobody may reclaim its
+  blocks.
+* reduction.dump: a process object that is spawned takes the arena's descriptors along.
+
+**Lifetime.** The process that installs owns the arena and closes it with the last exit. Children
+inherit the hook; they take it out when they see the arena closed.
+
+**When it cannot.** Without an arena `enabled` warns once, and everything stays as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing.connection as mp_connection
+import multiprocessing.context as mp_context
+import multiprocessing.forkserver as mp_forkserver
+import multiprocessing.process as mp_process
+import multiprocessing.queues as mp_queues
+import multiprocessing.reduction as mp_reduction
+import sys
+import threading
+import warnings
+from collections.abc import Iterator
+from types import FrameType
+from typing import IO, Any
+
+from oobpickle import _envelope, _statistics
+from oobpickle._arena import Arena
+from oobpickle._channels import Channels
+from oobpickle._envelope import Envelope
+from oobpickle._errors import ArenaError, ArenaFullError, FallbackWarning
+from oobpickle._options import Options
+from oobpickle._payload import Payload
+from oobpickle._pipes import wait_readable
+from oobpickle._serializer import serialize
+from oobpickle._statistics import Statistics, describe_fallbacks
+
+_hook: Hook | None = None
+_lingering: list[Arena] = []
+_guard = threading.RLock()
+
+
+class Hook:
+    """One arena in place under multiprocessing in this process.
+
+    Parameters
+    ----------
+    arena : Arena
+        What messages go through.
+    channels : Channels
+        Where they may go.
+    is_owner : bool
+        Whether this process made the arena and closes it.
+    """
+
+    def __init__(self, arena: Arena, channels: Channels, *, is_owner: bool) -> None:
+        self.arena = arena
+        self.channels = channels
+        self.n_users = 0  # enabled() blocks that are open
+        self.installed = False  # install() was called
+        self._is_owner = is_owner
+        self._epoch = arena.holdings.epoch
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this very process, not one that was forked from it, made the arena."""
+        return self._is_owner and self.arena.holdings.epoch == self._epoch
+
+    def put_in(self) -> None:
+        """Replace the six objects."""
+        connection: Any = mp_connection.Connection
+        for module in (mp_connection, mp_queues):
+            self._replace(module, "_ForkingPickler", _hooked_pickler(module._ForkingPickler))
+        self._replace(connection, "_send_bytes", _hooked_send_bytes(connection._send_bytes))
+        self._replace(connection, "_recv_bytes", _hooked_recv_bytes(connection._recv_bytes))
+        self._replace(mp_connection, "Pipe", _hooked_pipe(mp_connection.Pipe))
+        self._replace(mp_reduction, "dump", _hooked_dump(mp_reduction.dump))
+
+    def _replace(self, owner: Any, name: str, ours: Any) -> None:
+        self._replaced.append((owner, name, ours, getattr(owner, name)))
+        setattr(owner, name, ours)
+
+    def take_out(self) -> None:
+        """Restore what was there, unless somebody has put something else in its place since."""
+        while self._replaced:
+            owner, name, ours, original = self._replaced.pop()
+            if getattr(owner, name) is ours:
+                setattr(owner, name, original)
+
+    def send(self, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
+        """Return the bytes to write for a payload at or above the threshold."""
+        arena, reason = self.arena, "channel"
+        fd = _descriptor_in(frame)
+        channel = 0 if fd is None else self.channels.known(fd)
+        if fd is not None and channel:
+            self.channels.wait_for_budget(fd, channel, payload.nbytes)
+            try:
+                envelope = _envelope.pack(payload, arena.acquire, arena.identity, channel)
+            except ArenaFullError as error:
+                reason = error.reason
+            except ArenaError:
+                reason = "detached"
+            else:
+                self._sent(envelope, channel, payload)
+                return envelope
+        for counter, amount in zip(
+            _statistics.fallback_counters(reason), (1, payload.nbytes), strict=True
+        ):
+            arena.membership.count(counter, amount)
+        return payload.to_pickle() if payload.sizes else payload.stream
+
+    def _sent(self, envelope: Envelope, channel: int, payload: Payload) -> None:
+        lease, arena = envelope.lease, self.arena
+        if lease.blocks:
+            self.channels.sent(channel, lease.blocks[0], payload.nbytes)
+        arena.membership.count(_statistics.N_MESSAGES)
+        arena.membership.count(_statistics.N_BUFFERS, len(lease.destinations))
+        arena.membership.count(_statistics.NBYTES, payload.nbytes)
+        if _hook is not self:
+            lease.settle()  # uninstalled meanwhile: nobody will say when it has left
+
+
+# --- the replacements
+
+
+def _hooked_pickler(original: Any) -> Any:
+    class HookedPickler(original):  # type: ignore[misc]
+        """The pickler of multiprocessing, with large messages out of band."""
+
+        @classmethod
+        def dumps(cls, obj: object, protocol: int | None = None) -> Any:
+            hook = _running()
+            if hook is None or protocol is not None:
+                return original.dumps(obj, protocol)
+            threshold = hook.arena.options.threshold or 0
+            payload = serialize(obj, original._extra_reducers, threshold)
+            if not payload.sizes and len(payload.stream) < threshold:
+                return payload.stream
+            return hook.send(payload, sys._getframe(1))
+
+    return HookedPickler
+
+
+def _hooked_send_bytes(original: Any) -> Any:
+    def _send_bytes(self: Any, buf: Any) -> None:
+        envelope = buf if type(buf) is Envelope else getattr(buf, "obj", None)
+        if type(envelope) is not Envelope:
+            original(self, buf)
+            return
+        try:
+            original(self, buf)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                envelope.lease.release()  # no reader is left
+            raise
+        finally:
+            # After any other error a reader may have it: its blocks are reclaimed, not released.
+            envelope.lease.settle()
+
+    return _send_bytes
+
+
+def _hooked_recv_bytes(original: Any) -> Any:
+    def _recv_bytes(self: Any, maxsize: int | None = None) -> Any:
+        hook = _running()
+        if hook is None:
+            return original(self, maxsize)
+        wait_readable(self._handle)  # so that a waiting process does not count as reading
+        arena, key = hook.arena, None
+        arena.membership.begin_reading()
+        try:
+            message = original(self, maxsize)
+            if message is not None:
+                end = message.tell()
+                message.seek(0)
+                key = _envelope.key_of(message.read(_envelope.HEAD_NBYTES))
+                message.seek(end)
+            return message
+        finally:
+            arena.membership.end_reading(key)
+
+    return _recv_bytes
+
+
+def _hooked_pipe(original: Any) -> Any:
+    def Pipe(duplex: bool = True) -> tuple[Any, Any]:
+        ends: tuple[Any, Any] = original(duplex)
+        hook = _running()
+        if hook is not None:
+            for end in ends:
+                hook.channels.note(end.fileno())
+        return ends
+
+    return Pipe
+
+
+def _hooked_dump(original: Any) -> Any:
+    def dump(obj: object, file: IO[bytes], protocol: int | None = None) -> None:
+        hook = _running()
+        starting = isinstance(obj, mp_process.BaseProcess)
+        if hook is not None and starting and mp_context.get_spawning_popen() is not None:
+            obj = _Inheriting(_Inheritance(hook), obj)
+        original(obj, file, protocol)
+
+    return dump
+
+
+def _descriptor_in(frame: FrameType | None) -> int | None:
+    """Return the descriptor of the connection that the caller of ``dumps`` is about to use."""
+    names = {} if frame is None else frame.f_locals
+    connection = names.get("self")
+    if connection is None:
+        connection = getattr(names.get("send_bytes"), "__self__", None)  # Queue._feed
+    connection = getattr(connection, "_writer", connection)  # SimpleQueue.put
+    handle = getattr(connection, "_handle", None)
+    return handle if isinstance(handle, int) else None
+
+
+# --- children that do not inherit by fork
+
+
+class _Inheriting:
+    """A process object that brings an arena along."""
+
+    def __init__(self, inheritance: _Inheritance, process: object) -> None:
+        self._parts = (inheritance, process)
+
+    def __reduce__(self) -> Any:
+        return _second, self._parts
+
+
+def _second(_first: object, second: object) -> object:
+    return second
+
+
+class _Inheritance:
+    """The arena's descriptors and channels, for the child that is being started."""
+
+    def __init__(self, hook: Hook) -> None:
+        self._hook = hook
+
+    def __reduce__(self) -> Any:
+        descriptors = [mp_reduction.DupFd(fd) for fd in self._hook.arena.descriptors]
+        return _inherit, (*descriptors, self._hook.channels.to_bytes())
+
+
+def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
+    """In a child that is being started: take part in the parent's arena."""
+    global _hook
+    descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
+    # The parent counts on us, but a process that cannot start is worse than one that cannot load.
+    with contextlib.suppress(ArenaError, OSError):
+        arena = Arena.attach(*descriptors)
+        _envelope.introduce(arena)
+        hook = Hook(arena, Channels(arena, channels), is_owner=False)
+        hook.installed = True
+        hook.put_in()
+        _hook = hook
+
+
+# --- in and out
+
+
+def _running() -> Hook | None:
+    """Return the hook, if its arena is open; take it out if the owner has closed the arena."""
+    hook = _hook
+    if hook is None or not hook.arena.closed:
+        return hook
+    with _guard:
+        _take_out(hook)
+    return None
+
+
+def _take_out(hook: Hook) -> None:
+    global _hook
+    if _hook is hook:
+        _hook = None
+        if hook.is_owner:
+            hook.arena.close()
+        elif hook.arena.closed:
+            hook.arena.detach()
+        else:
+            # It goes on receiving without saying when: so nothing may be reclaimed while it lives.
+            hook.arena.membership.begin_reading()
+            hook.arena.detach()
+        hook.take_out()
+        _lingering.append(hook.arena)
+
+
+def _sweep() -> None:
+    """Unmap the arenas of earlier blocks that nobody needs any more."""
+    for arena in [arena for arena in _lingering if arena.is_idle]:
+        _lingering.remove(arena)
+        _envelope.forget(arena)
+        arena.destroy()
+
+
+def _is_being_started() -> bool:
+    """Whether this process is importing its main module for its parent, or is a fork server.
+
+    The former gets an arena with its process object; the latter must not become a participant.
+    """
+    if getattr(mp_process.current_process(), "_inheriting", False):
+        return True
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is mp_forkserver._serve_one.__code__:  # type: ignore[attr-defined]
+            return False
+        if frame.f_code is mp_forkserver.main.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _start(options: Options) -> Hook | None:
+    """Return the running hook, or put one in; ``None`` if this process has to do without."""
+    global _hook
+    hook = _running()
+    if hook is not None:
+        options.check_compatible(hook.arena.options)
+        return hook
+    if _is_being_started():
+        return None
+    _sweep()
+    arena = Arena.create(options)
+    _envelope.introduce(arena)
+    hook = Hook(arena, Channels(arena), is_owner=True)
+    hook.put_in()
+    _hook = hook
+    return hook
+
+
+def install(
+    *,
+    capacity: int | None = None,
+    threshold: int | None = None,
+    wait_s: float | None = None,
+    copy_out: bool | None = None,
+) -> Arena | None:
+    """Send large messages of this process and its children out of band from now on.
+
+    Parameters
+    ----------
+    capacity, threshold, wait_s, copy_out
+        As for `enabled`.
+
+    Returns
+    -------
+    Arena or None
+        The arena; the same one if it is installed already. ``None`` in a process that is only
+        just being started (the top level of a spawned child's main module): it takes part in its
+        parent's.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is out of range, or differs from the running arena's.
+    ArenaError
+        If this system cannot provide the memory.
+
+    See Also
+    --------
+    uninstall : the undo.
+    """
+    options = Options(capacity, threshold, wait_s, copy_out)
+    with _guard:
+        hook = _start(options)
+        if hook is None:
+            return None
+        hook.installed = True
+        return hook.arena
+
+
+def uninstall() -> None:
+    """Undo `install`: restore what was replaced, and give every free block back to the system.
+
+    Does nothing if nothing is installed. Inside an `enabled` block the end of the block does it.
+    Objects that were received stay valid.
+    """
+    with _guard:
+        hook = _hook
+        if hook is not None:
+            hook.installed = False
+            if hook.n_users == 0:
+                _take_out(hook)
+
+
+@contextlib.contextmanager
+def enabled(
+    *,
+    capacity: int | None = None,
+    threshold: int | None = None,
+    wait_s: float | None = None,
+    copy_out: bool | None = None,
+) -> Iterator[Arena | None]:
+    """Send the large buffers of multiprocessing messages through shared memory inside the block.
+
+    Parameters
+    ----------
+    capacity : int, optional
+        The most bytes that the arena may occupy. Default: half of the machine's memory, or of the
+        memory cgroup's limit. What is available is looked at again whenever fresh memory is
+        taken.
+    threshold : int, optional
+        Messages of fewer bytes in all travel as they always did. Default: 64 KiB, the measured
+        crossover.
+    wait_s : float, optional
+        How long a sender waits for room that others hold, seconds, before the message travels
+        in-band. Default: as long as a pipe would take for it.
+    copy_out : bool, optional
+        Whether receivers copy into ordinary memory and give the block back at once. Default: only
+        when held blocks pass half of `capacity`.
+
+    Yields
+    ------
+    Arena or None
+        The arena; nested uses yield the same. ``None`` where the system offers no shared memory:
+        then one `FallbackWarning` says so, and everything works as without oobpickle.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is out of range, or differs from the running arena's; before anything starts.
+
+    Warns
+    -----
+    FallbackWarning
+        Once, when the block is left, if messages travelled in-band although they were large enough.
+
+    Examples
+    --------
+    >>> import multiprocessing, numpy as np, oobpickle
+    >>> with oobpickle.enabled() as arena:
+    ...     with multiprocessing.get_context("fork").Pool(1) as pool:
+    ...         total = pool.map(np.sum, [np.ones(100_000)] * 2)
+    ...     arena.statistics().n_messages_out_of_band
+    1
+    """
+    options = Options(capacity, threshold, wait_s, copy_out)
+    with _guard:
+        try:
+            hook = _start(options)
+        except ArenaError as error:
+            warnings.warn(
+                f"oobpickle is not in use: {error} Messages travel as without it.",
+                FallbackWarning,
+                stacklevel=3,
+            )
+            hook = None
+        if hook is not None:
+            hook.n_users += 1
+    if hook is None:
+        yield None
+        return
+    try:
+        yield hook.arena
+    finally:
+        fallbacks = _leave(hook)
+        if fallbacks:
+            warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=3)
+
+
+def _leave(hook: Hook) -> dict[str, _statistics.Fallback]:
+    """Leave one block; return what to warn of, if it was the last one of the owner."""
+    with _guard:
+        hook.n_users -= 1
+        if hook.n_users or hook.installed or _hook is not hook:
+            return {}
+        is_owner = hook.is_owner
+        _take_out(hook)
+        return dict(hook.arena.statistics().fallbacks) if is_owner else {}
+
+
+def statistics() -> Statistics:
+    """Return the statistics of the arena in use; see `Arena.statistics`.
+
+    Raises
+    ------
+    ArenaError
+        If none is in use in this process.
+    """
+    hook = _running()
+    if hook is None:
+        raise ArenaError("oobpickle is not enabled in this process. Call it inside enabled().")
+    return hook.arena.statistics()

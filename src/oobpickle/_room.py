@@ -1,0 +1,188 @@
+"""Room for a message: pages under its blocks, and what to do when there are none left.
+
+**What.** `Room` gives leased blocks their pages within the system's limits, and frees memory that
+nobody needs: blocks of the dead, messages that nobody can read, idle blocks of other sizes.
+
+**How it works.** Pages that exist but are not in this process's page tables are entered at once
+(``MADV_POPULATE_READ``), which is twice as fast as by faults. Fresh ones are reserved in steps,
+each after a look at the headroom of the machine and of every cgroup: past a limit the kernel
+kills, it does not refuse. Work on pages is done on leased blocks, without the ledger's lock.
+
+**Lifetime.** ``touched`` remembers what is in this process's page tables; a forked child begins
+anew.
+
+**When it cannot.** `ArenaFullError` with the reason ``memory`` (headroom) or ``space`` (refused
+by the system)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Final
+
+from oobpickle import _faults, _headroom
+from oobpickle._errors import ArenaFullError
+from oobpickle._holdings import Holdings
+from oobpickle._layout import H_CLOSED, ORPHAN
+from oobpickle._ledger import Ledger, Shortage
+from oobpickle._membership import Membership
+from oobpickle._pipes import is_unreadable
+from oobpickle._segment import STEP_NBYTES, Segment, page_round
+from oobpickle._statistics import N_RECLAIMED, format_nbytes
+
+_MARGIN_NBYTES: Final = 256 << 20
+_FAULTS_SUFFICE_NBYTES: Final = 16 << 10
+
+
+class Room:
+    """The pages of one process's leased and claimed blocks."""
+
+    def __init__(
+        self, ledger: Ledger, data: Segment, holdings: Holdings, membership: Membership
+    ) -> None:
+        self._ledger = ledger
+        self._data = data
+        self._holdings = holdings
+        self._membership = membership
+        self._touched: dict[int, tuple[int, int]] = {}
+        self._allowance = 0
+
+    def furnish(self, index: int, nbytes: int, present_nbytes: int) -> None:
+        """Make the first `nbytes` bytes of a leased block fast to write.
+
+        Parameters
+        ----------
+        index : int
+            The block.
+        nbytes : int
+            What will be written, bytes.
+        present_nbytes : int
+            How much of it has pages already.
+
+        Raises
+        ------
+        ArenaFullError
+            If there is too little memory left, or the system refuses.
+        """
+        offset = self._ledger.offset[index]
+        self._enter(index, offset, min(nbytes, present_nbytes))
+        fresh = page_round(nbytes) - present_nbytes
+        if fresh <= 0:
+            return
+        for start in range(offset + present_nbytes, offset + present_nbytes + fresh, STEP_NBYTES):
+            step = min(STEP_NBYTES, offset + present_nbytes + fresh - start)
+            self._check_headroom(step, fresh)
+            try:
+                self._data.reserve(start, step)
+            except OSError as error:
+                raise ArenaFullError(
+                    f"the system refused {format_nbytes(step)} of pages: {error}. "
+                    "See the limits of the mount, or pass a smaller capacity.",
+                    "space",
+                ) from error
+            _faults.reach("room.reserved")
+            self._data.populate(start, step, write=True)
+        self._touched[index] = (self._ledger.punches[index], nbytes)
+
+    def enter(self, index: int, nbytes: int) -> None:
+        """Make the first `nbytes` bytes of a claimed block fast to read and write."""
+        self._enter(index, self._ledger.offset[index], nbytes)
+
+    def _enter(self, index: int, offset: int, nbytes: int) -> None:
+        punches = self._ledger.punches[index]
+        seen_punches, entered = self._touched.get(index, (punches, 0))
+        if seen_punches != punches:
+            entered = 0
+        if nbytes <= entered:
+            return
+        if nbytes - entered > _FAULTS_SUFFICE_NBYTES:
+            self._data.populate(offset + entered, nbytes - entered, write=False)
+        self._touched[index] = (punches, nbytes)
+
+    def forget(self) -> None:
+        """In a forked child: page tables of shared mappings are not inherited."""
+        self._touched.clear()
+        self._allowance = 0
+
+    def _check_headroom(self, nbytes: int, total: int) -> None:
+        if nbytes <= self._allowance:
+            self._allowance -= nbytes
+            return
+        margin = min(_MARGIN_NBYTES, _headroom.limit_nbytes() // 16)
+        room = _headroom.available_nbytes() - margin
+        if nbytes > room:
+            raise ArenaFullError(
+                f"too little memory: need {format_nbytes(total)} of fresh pages, "
+                f"{format_nbytes(max(0, room))} left on the machine or in its memory cgroup. "
+                "Run fewer workers, or drop received objects earlier.",
+                "memory",
+            )
+        # Small requests need not look each time; the margin covers what others take meanwhile.
+        self._allowance = min(STEP_NBYTES, (room - nbytes) // 8)
+
+    # --- making room
+
+    def make(self, shortage: Shortage) -> bool:
+        """Free what nobody needs; tell whether it is worth trying again."""
+        self._holdings.collect()
+        if self._holdings.has_returns or self._membership.reap() or self.reclaim():
+            return True
+        return shortage.reason == "full" and self.punch_idle(shortage.need_nbytes)
+
+    def punch_idle(self, nbytes: int) -> bool:
+        """Give pages of free blocks back to the system, `nbytes` of them or all; tell whether
+        any."""
+        taken: list[int] = []
+        try:
+            self._membership.run(self._take_idle, nbytes, taken)
+            for index in taken:
+                self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
+        finally:
+            if taken:
+                self._membership.run(self._finish_punch, taken)
+        return bool(taken)
+
+    def _take_idle(self, nbytes: int, taken: list[int]) -> None:
+        self._ledger.take_idle(nbytes, self._membership.slot, taken)
+        for index in taken:
+            self._holdings.leased[index] = self._ledger.generation[index]
+
+    def _finish_punch(self, taken: list[int]) -> None:
+        self._ledger.mark_punched(taken)
+        for index in taken:
+            block = (index, self._ledger.generation[index])
+            self._ledger.release([block], self._membership.slot)
+            self._holdings.leased.pop(index, None)
+
+    def punch_unreserved(self, indices: Sequence[int]) -> None:
+        """Take leased blocks off the account whose pages were counted but not all reserved."""
+        for index in indices:
+            self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
+        # Without the lock the account stays too high until the blocks are punched again.
+        with contextlib.suppress(ArenaFullError):
+            self._membership.run(self._ledger.mark_punched, indices)
+
+    def reclaim(self) -> int:
+        """Free blocks in flight that nobody can ever load; return how many.
+
+        That is when their sender is dead or done, nothing is unread in their channel, and no
+        participant is in the middle of loading what it read from there before.
+        """
+        owners = (ORPHAN, self._membership.slot)
+        sent = [
+            (index, word, channel)
+            for index, word, channel in self._ledger.in_flight(owners)
+            if index not in self._holdings.leased
+        ]
+        if not sent:
+            return 0
+        pids = self._membership.pids()
+        unreadable = {c for c in {c for _, _, c in sent} if is_unreadable(c, pids)}
+        lost = [(index, word) for index, word, channel in sent if channel in unreadable]
+        if not lost or self._membership.anyone_reads():
+            return 0
+        if self._ledger.words[H_CLOSED]:
+            return 0  # processes that saw that no longer say when they read
+        n_freed = int(self._membership.run(self._ledger.free_unread, lost))
+        self._membership.count(N_RECLAIMED, n_freed)
+        return n_freed

@@ -1,0 +1,161 @@
+"""The few system calls that Python's standard library does not offer, typed.
+
+**What.** ``mmap`` at a fixed address, ``madvise`` on a range, ``fallocate(2)``, open file
+description locks (``fcntl(2)``, ``F_OFD_*``) and two pipe queries.
+
+**How it works.** ctypes on the C library that the interpreter itself uses. Calls that may take
+long go through `ctypes.CDLL` (the GIL is released); the record locks go through `ctypes.PyDLL`
+(the GIL is kept): the holder of a lock that gave up the GIL would wait for it, up to 5 ms, while
+all other processes wait for the lock.
+
+**Lifetime.** No state; addresses and descriptors belong to the callers.
+
+**When it cannot.** `SUPPORTED` is false on anything but 64-bit Linux with ``/proc``; nothing else
+of this module may then be used. Sources: mmap(2), madvise(2), fallocate(2), fcntl(2), pipe(7).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import sys
+from typing import Final
+
+SUPPORTED: Final = (
+    sys.platform == "linux" and sys.maxsize > 2**32 and os.path.isdir("/proc/self/fd")
+)
+PAGE_NBYTES: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+PROT_READ_WRITE: Final = 0x1 | 0x2
+MAP_SHARED: Final = 0x01
+MAP_PRIVATE: Final = 0x02
+MAP_FIXED: Final = 0x10
+MAP_NORESERVE: Final = 0x4000
+
+MADV_DONTFORK: Final = 10
+MADV_HUGEPAGE: Final = 14
+MADV_DONTDUMP: Final = 16
+MADV_POPULATE_READ: Final = 22
+MADV_POPULATE_WRITE: Final = 23
+
+_FALLOC_KEEP_SIZE: Final = 0x01
+_FALLOC_PUNCH_HOLE: Final = 0x02
+
+_F_OFD_GETLK: Final = 36
+F_OFD_SETLK: Final = 37
+_F_WRLCK: Final = 1
+_F_UNLCK: Final = 2
+
+FIONREAD: Final = 0x541B
+SIOCOUTQ: Final = 0x5411
+
+
+class _Flock(ctypes.Structure):
+    _fields_ = (
+        ("l_type", ctypes.c_short),
+        ("l_whence", ctypes.c_short),
+        ("l_start", ctypes.c_int64),
+        ("l_len", ctypes.c_int64),
+        ("l_pid", ctypes.c_int),
+    )
+
+
+if SUPPORTED:
+    _free = ctypes.CDLL(None, use_errno=True)
+    _held = ctypes.PyDLL(None, use_errno=True)
+    _mmap = _free.mmap
+    _mmap.restype = ctypes.c_void_p
+    _mmap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int,
+        ctypes.c_int64,
+    ]
+    _munmap = _free.munmap
+    _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    _madvise = _free.madvise
+    _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    _fallocate = _free.fallocate
+    _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    #: ``fcntl(fd, command, flock)`` with the GIL held: for the one place that may not lose it.
+    fcntl_keeping_gil = _held.fcntl
+    fcntl_keeping_gil.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+
+_MAP_FAILED: Final = ctypes.c_void_p(-1).value
+
+
+def flock_argument(*, lock: bool, byte: int) -> object:
+    """Return a reusable argument for `fcntl_keeping_gil` that locks or unlocks one byte."""
+    return ctypes.byref(_Flock(_F_WRLCK if lock else _F_UNLCK, os.SEEK_SET, byte, 1, 0))
+
+
+def _error(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, f"{call}: {os.strerror(number)}")
+
+
+def map_memory(fd: int, offset: int, nbytes: int, *, flags: int, address: int = 0) -> int:
+    """Map `nbytes` of `fd` from `offset`, readable and writable; return the address.
+
+    Raises
+    ------
+    OSError
+        With the errno of mmap(2), for instance ENOMEM beyond ``RLIMIT_AS``.
+    """
+    mapped = _mmap(address or None, nbytes, PROT_READ_WRITE, flags, fd, offset)
+    if mapped == _MAP_FAILED or mapped is None:
+        raise _error("mmap")
+    return int(mapped)
+
+
+def unmap_memory(address: int, nbytes: int) -> None:
+    """Give up a mapping; errors are impossible for a range that we mapped."""
+    _munmap(address, nbytes)
+
+
+def advise(address: int, nbytes: int, advice: int) -> bool:
+    """Call madvise(2), again after each signal; ``False`` where the kernel refuses the advice."""
+    while _madvise(address, nbytes, advice) != 0:
+        if ctypes.get_errno() not in (errno.EINTR, errno.EAGAIN):
+            return False
+    return True
+
+
+def allocate(fd: int, offset: int, nbytes: int) -> None:
+    """Give the range its pages (fallocate(2)).
+
+    Raises
+    ------
+    OSError
+        With ENOSPC on a full mount, EOPNOTSUPP where the file system cannot.
+    """
+    while _fallocate(fd, 0, offset, nbytes) != 0:
+        if ctypes.get_errno() != errno.EINTR:
+            raise _error("fallocate")
+
+
+def punch_hole(fd: int, offset: int, nbytes: int) -> None:
+    """Give the pages of the range back to the system; it reads as zeros from then on."""
+    while _fallocate(fd, _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE, offset, nbytes) != 0:
+        if ctypes.get_errno() != errno.EINTR:
+            raise _error("fallocate(PUNCH_HOLE)")
+
+
+def try_lock_byte(fd: int, byte: int) -> bool:
+    """Lock one byte for this open file description; ``False`` if another one holds it."""
+    if fcntl_keeping_gil(fd, F_OFD_SETLK, flock_argument(lock=True, byte=byte)) == 0:
+        return True
+    if ctypes.get_errno() in (errno.EAGAIN, errno.EACCES):
+        return False
+    raise _error("fcntl(F_OFD_SETLK)")
+
+
+def is_byte_locked(fd: int, byte: int) -> bool:
+    """Tell whether *another* open file description holds the byte."""
+    query = _Flock(_F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    if fcntl_keeping_gil(fd, _F_OFD_GETLK, ctypes.byref(query)) != 0:
+        raise _error("fcntl(F_OFD_GETLK)")
+    return bool(query.l_type != _F_UNLCK)
