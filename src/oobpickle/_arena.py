@@ -37,6 +37,7 @@ from oobpickle._layout import (
     H_IDENTITY,
     H_MAGIC,
     H_VERSION,
+    HEADER_WORDS,
     IN_FLIGHT,
     LEDGER_NBYTES,
     MAGIC,
@@ -55,7 +56,7 @@ from oobpickle._segment import Segment, largest_file_nbytes
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
 _DATA_NBYTES: Final = 1 << 44
 _MIN_DATA_NBYTES: Final = 64 << 20
@@ -102,6 +103,8 @@ class Arena:
         self._capacity = words[H_CAPACITY]
         self._max_held = _max_map_count() // 4
         self._interrupted = False
+        self._final: Statistics | None = None
+        self._when_idle: Callable[[], None] | None = None
         _fork.watch(self)
 
     @classmethod
@@ -388,6 +391,8 @@ class Arena:
         # Runs in a weakref callback, where an exception is printed and lost.
         try:
             self.drain()
+            if self._when_idle is not None:
+                self._when_idle()
         except KeyboardInterrupt:
             _interrupts.repost()
 
@@ -401,6 +406,8 @@ class Arena:
         Statistics
             A frozen snapshot; bytes and counts.
         """
+        if self._final is not None:
+            return self._final
         self.drain()
         try:
             counters, census = self.membership.run(self._look)
@@ -430,20 +437,27 @@ class Arena:
     def close(self) -> None:
         """End the arena: nothing new is sent; free memory is back with the system on return.
 
-        Received arrays stay valid, and messages on their way can still be loaded.
+        Received arrays stay valid, and messages on their way can still be loaded. `detach` comes
+        next, then `destroy` when `is_idle`.
         """
         try:
             self.drain()
             self.membership.reap()
             self._room.reclaim()  # before it is closed: after that nobody says when he reads
             self._words[H_CLOSED] = 1
-            self.detach()
             self._room.punch_idle(_EVERYTHING)
         except (ArenaFullError, OSError):
             self._words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes
 
-    def detach(self) -> None:
-        """Stop sending from this process. What it holds goes back as soon as it dies."""
+    def detach(self, when_idle: Callable[[], None]) -> None:
+        """Stop sending from this process. What it holds goes back as soon as it dies.
+
+        Parameters
+        ----------
+        when_idle : callable
+            Called whenever something of it has died.
+        """
+        self._when_idle = when_idle
         self.holdings.prompt_all(self._prompt)
         self.holdings.settle_all()
         self.drain()
@@ -451,7 +465,7 @@ class Arena:
     @property
     def is_idle(self) -> bool:
         """Whether it is closed, this process the last in it, and no array or message is left."""
-        if not self.closed or not self.holdings.is_empty:
+        if self._final is not None or not self.closed or not self.holdings.is_empty:
             return False
         try:
             self.membership.reap()
@@ -461,8 +475,12 @@ class Arena:
         return not (self.membership.n_others() or counts["in_flight"] or counts["leased"])
 
     def destroy(self) -> None:
-        """Unmap and close everything. Only when `is_idle`."""
+        """Unmap and close everything; only when `is_idle`. The statistics stay."""
+        self._final = self.statistics()
         _fork.unwatch(self)
+        self._when_idle = None
+        self._words = memoryview(bytearray(self._words[:HEADER_WORDS])).cast("Q")
+        self.ledger.close()
         self.membership.close()
         self.data.close()
         self._table.close()

@@ -115,6 +115,14 @@ class Ledger:
         self.last = self._column(C_LAST)
         self.punches = self._column(C_PUNCHES)
 
+    def close(self) -> None:
+        """Let go of the mapping: any use after this raises ``ValueError``."""
+        for column in (
+            *(self.word, self.generation, self.offset, self.size_class, self.used),
+            *(self.resident, self.next, self.channel, self.last, self.punches, self.words),
+        ):
+            column.release()
+
     def _column(self, number: int) -> memoryview:
         start = BLOCKS_AT + number * MAX_BLOCKS
         return self.words[start : start + MAX_BLOCKS]

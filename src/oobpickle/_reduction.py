@@ -294,14 +294,13 @@ def _take_out(hook: Hook) -> None:
         _hook = None
         if hook.is_owner:
             hook.arena.close()
-        elif hook.arena.closed:
-            hook.arena.detach()
-        else:
+        elif not hook.arena.closed:
             # It goes on receiving without saying when: so nothing may be reclaimed while it lives.
             hook.arena.membership.begin_reading()
-            hook.arena.detach()
+        hook.arena.detach(_sweep)
         hook.take_out()
         _lingering.append(hook.arena)
+        _sweep()
 
 
 def _sweep() -> None:

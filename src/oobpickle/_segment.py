@@ -243,6 +243,7 @@ class Segment:
     def close(self) -> None:
         """Unmap and close. Nobody may hold an array of this segment."""
         if self._view is not None:
+            self._view.release()
             self._view = None
             _system.unmap_memory(self._address, self.nbytes)
         if self._is_ours():

@@ -1,0 +1,103 @@
+"""Fixtures that every test shares: start methods, and the finder of what was left behind."""
+
+import gc
+import multiprocessing
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+START_METHODS = ("fork", "spawn", "forkserver")
+
+
+def eventually(condition, *, within_s=20.0):
+    """Poll until `condition()` is true; fail with its last value at the deadline."""
+    deadline = time.monotonic() + within_s
+    while not (value := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {within_s} s: {condition} is still {value!r}")
+        time.sleep(0.005)
+    return value
+
+
+@pytest.fixture(params=START_METHODS)
+def start_method(request):
+    """Each start method in turn."""
+    return request.param
+
+
+@pytest.fixture
+def context(start_method):
+    """The multiprocessing context of each start method in turn."""
+    return multiprocessing.get_context(start_method)
+
+
+def _shared_files():
+    return {path.name for path in Path("/dev/shm").glob("*")}
+
+
+def _our_descriptors():
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if "oobpickle" in target:
+            found.append(target)
+    return sorted(found)
+
+
+def _children():
+    own = {process.pid for process in multiprocessing.active_children()}
+    found = set()
+    for task in os.listdir("/proc/self/task"):
+        try:
+            text = Path(f"/proc/self/task/{task}/children").read_text()
+        except OSError:
+            continue
+        found |= {int(pid) for pid in text.split()}
+    return found | own
+
+
+_HELPERS = ("resource_tracker", "forkserver")
+
+
+def _unexpected_children(before):
+    # The standard library's own helper processes live until the interpreter exits.
+    left = set()
+    for pid in _children() - before:
+        try:
+            command = Path(f"/proc/{pid}/cmdline").read_bytes().decode()
+            state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        except OSError:
+            continue
+        if state != "Z" and not any(helper in command for helper in _HELPERS):
+            left.add(f"{pid}: {command!r}")
+    return left
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left():
+    """No test leaves files, descriptors of ours, children or threads behind."""
+    import oobpickle
+
+    files, descriptors = _shared_files(), _our_descriptors()
+    children, threads = _children(), set(threading.enumerate())
+    yield
+    assert not is_installed(), "the test left oobpickle installed"
+    gc.collect()
+    eventually(lambda: not (_shared_files() - files))
+    eventually(lambda: gc.collect() >= 0 and _our_descriptors() == descriptors)
+    eventually(lambda: not _unexpected_children(children))
+    eventually(lambda: not [t for t in set(threading.enumerate()) - threads if t.is_alive()])
+    assert oobpickle.__version__
+
+
+def is_installed():
+    """Whether this process has the hook in place."""
+    from oobpickle import _reduction
+
+    return _reduction._hook is not None
