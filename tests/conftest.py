@@ -83,12 +83,14 @@ def _unexpected_children(before):
 def _nothing_is_left():
     """No test leaves files, descriptors of ours, children or threads behind."""
     import oobpickle
+    from oobpickle import _reduction
 
     files, descriptors = _shared_files(), _our_descriptors()
     children, threads = _children(), set(threading.enumerate())
     yield
     assert not is_installed(), "the test left oobpickle installed"
     gc.collect()
+    _reduction._sweep()  # what the next enabled() would do
     eventually(lambda: not (_shared_files() - files))
     eventually(lambda: gc.collect() >= 0 and _our_descriptors() == descriptors)
     eventually(lambda: not _unexpected_children(children))

@@ -56,7 +56,7 @@ from oobpickle._segment import Segment, largest_file_nbytes
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 _DATA_NBYTES: Final = 1 << 44
 _MIN_DATA_NBYTES: Final = 64 << 20
@@ -64,7 +64,6 @@ _PLAIN_NBYTES_PER_S: Final = 0.3e9  # what a message through a pipe takes, for t
 _FIRST_PAUSE_S: Final = 0.2e-3
 _LAST_PAUSE_S: Final = 5e-3
 _STEP_BLOCKS: Final = 64  # blocks per step, so that nobody waits long for the lock
-_PROMPT_NBYTES: Final = 1 << 20  # blocks from this size on are freed as soon as their arrays die
 _EVERYTHING: Final = 1 << 62
 
 Block = tuple[int, int]  # index and generation
@@ -104,7 +103,6 @@ class Arena:
         self._max_held = _max_map_count() // 4
         self._interrupted = False
         self._final: Statistics | None = None
-        self._when_idle: Callable[[], None] | None = None
         _fork.watch(self)
 
     @classmethod
@@ -203,7 +201,7 @@ class Arena:
                     self._room.furnish(index, nbytes, present)
             blocks = [(index, self.ledger.generation[index]) for index, _ in taken]
             lease = Lease(self, blocks, layout, sizes)
-            self.holdings.watch(lease, blocks, None)
+            self.holdings.watch(lease, blocks)
         except BaseException as error:
             indices = [index for index, _ in taken]
             if isinstance(error, ArenaFullError):
@@ -331,15 +329,17 @@ class Arena:
     def _anchor(self, index: int, generation: int, nbytes: int) -> memoryview:
         self._room.enter(index, nbytes)
         anchor = self.data.array(self.ledger.offset[index], nbytes)
-        prompt = self._prompt if nbytes >= _PROMPT_NBYTES or self.closed else None
-        self.holdings.watch(anchor, [(index, generation)], prompt)
+        self.holdings.watch(anchor, [(index, generation)])
+        if self.closed:
+            self.holdings.free_pages_at_death()
         return memoryview(anchor)
 
     def _copy_claimed(self, index: int, generation: int, nbytes: int) -> memoryview:
         copy = self._copy_of(index, nbytes)
         self.give_back([(index, generation)])
-        self.membership.count(_statistics.N_COPIED_OUT)
-        self.membership.count(_statistics.NBYTES_COPIED_OUT, nbytes)
+        self.membership.count(
+            (_statistics.N_COPIED_OUT, 1), (_statistics.NBYTES_COPIED_OUT, nbytes)
+        )
         return copy
 
     def _copy_unclaimed(self, index: int, generation: int, nbytes: int) -> memoryview:
@@ -386,15 +386,6 @@ class Arena:
 
     def _release(self) -> list[int]:
         return self.holdings.release_pending(self.membership.slot)
-
-    def _prompt(self, _reference: object) -> None:
-        # Runs in a weakref callback, where an exception is printed and lost.
-        try:
-            self.drain()
-            if self._when_idle is not None:
-                self._when_idle()
-        except KeyboardInterrupt:
-            _interrupts.repost()
 
     # --- counting
 
@@ -449,16 +440,9 @@ class Arena:
         except (ArenaFullError, OSError):
             self._words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes
 
-    def detach(self, when_idle: Callable[[], None]) -> None:
-        """Stop sending from this process. What it holds goes back as soon as it dies.
-
-        Parameters
-        ----------
-        when_idle : callable
-            Called whenever something of it has died.
-        """
-        self._when_idle = when_idle
-        self.holdings.prompt_all(self._prompt)
+    def detach(self) -> None:
+        """Stop sending from this process. Pages of what it holds go back as soon as that dies."""
+        self.holdings.free_pages_at_death()
         self.holdings.settle_all()
         self.drain()
 
@@ -478,7 +462,6 @@ class Arena:
         """Unmap and close everything; only when `is_idle`. The statistics stay."""
         self._final = self.statistics()
         _fork.unwatch(self)
-        self._when_idle = None
         self._words = memoryview(bytearray(self._words[:HEADER_WORDS])).cast("Q")
         self.ledger.close()
         self.membership.close()
@@ -503,10 +486,11 @@ class Arena:
         self.drain()
         self.membership.mutex.threads.enter_fork()
         indices, nbytes, n_shared = self.holdings.privatize()
-        count = self.membership.count
-        count(_statistics.N_PRIVATIZED, len(indices))
-        count(_statistics.NBYTES_PRIVATIZED, nbytes)
-        count(_statistics.N_LEFT_SHARED, n_shared)
+        self.membership.count(
+            (_statistics.N_PRIVATIZED, len(indices)),
+            (_statistics.NBYTES_PRIVATIZED, nbytes),
+            (_statistics.N_LEFT_SHARED, n_shared),
+        )
         if indices:
             self.membership.mutex.run_owned(BUSY_S, self.ledger.mark_punched, indices)
 

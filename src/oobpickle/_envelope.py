@@ -179,16 +179,15 @@ def unpack_envelope(data: bytes) -> Any:
             "does not take part in. Receive it in a process that was started inside enabled()."
         )
     try:
-        sizes, views, stream = _claim(arena, parsed)
+        buffers, stream = _claim(arena, parsed)
     finally:
         arena.membership.finish_reading(data[:KEY_NBYTES])
-    buffers = _buffers(sizes, views)
-    arena.membership.count(N_LOADED)
+    arena.membership.count((N_LOADED, 1))
     _faults.reach("envelope.claimed")
     return pickle.loads(stream, buffers=buffers)
 
 
-def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[int], list[memoryview], memoryview]:
+def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:
     rest, n_blocks = parsed.body, parsed.n_blocks
     if parsed.indirect:
         index, generation, index_nbytes = struct.unpack("<3Q", rest)
@@ -202,17 +201,15 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[int], list[memoryview], 
     start = 8 * len(numbers)
     stream = rest[start : start + parsed.n_stream]
     blocks = pairs[1:] if parsed.indirect else pairs
-    needs = plan(sizes).needs
-    if len(needs) != len(blocks):
-        raise EnvelopeError(f"{len(blocks)} blocks for buffers that need {len(needs)}")
-    return sizes, arena.claim(blocks, needs), stream
-
-
-def _buffers(sizes: list[int], views: list[memoryview]) -> list[memoryview]:
-    return [
+    layout = plan(sizes)
+    if len(layout.needs) != len(blocks):
+        raise EnvelopeError(f"{len(blocks)} blocks for buffers that need {len(layout.needs)}")
+    views = arena.claim(blocks, layout.needs)
+    buffers = [
         views[block][at : at + nbytes] if block >= 0 else memoryview(bytearray())
-        for (block, at), nbytes in zip(plan(sizes).places, sizes, strict=True)
+        for (block, at), nbytes in zip(layout.places, sizes, strict=True)
     ]
+    return buffers, stream
 
 
 def introduce(arena: Arena) -> None:
@@ -235,3 +232,6 @@ def key_of(message: bytes) -> bytes | None:
 
 KEY_NBYTES: Final = _HEADER.size + 16
 HEAD_NBYTES: Final = _BODY_AT + KEY_NBYTES
+#: No envelope is smaller or larger than this.
+MIN_NBYTES: Final = _BODY_AT + _HEADER.size + len(_SUFFIX)
+MAX_NBYTES: Final = MIN_NBYTES + 3 * _INLINE_NBYTES

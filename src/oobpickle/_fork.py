@@ -34,9 +34,12 @@ def watch(arena: Arena) -> None:
     _arenas.add(arena)
     if not _registered:
         _registered = True
-        os.register_at_fork(
-            before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
-        )
+        # Twice: a Ctrl-C that is pending at the fork is raised where a hook begins, and dropped by
+        # the interpreter together with that call. The second call finds what is left to do.
+        for _ in range(2):
+            os.register_at_fork(
+                before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
+            )
 
 
 def unwatch(arena: Arena) -> None:
@@ -45,16 +48,19 @@ def unwatch(arena: Arena) -> None:
 
 
 def _before() -> None:
-    _forking[:] = list(_arenas)
-    for arena in _forking:
-        arena.before_fork()
+    for arena in list(_arenas):
+        if arena not in _forking:
+            arena.before_fork()
+            _forking.append(arena)
 
 
 def _after_in_parent() -> None:
     while _forking:
-        _forking.pop().after_fork_in_parent()
+        _forking[-1].after_fork_in_parent()
+        _forking.pop()
 
 
 def _after_in_child() -> None:
     while _forking:
-        _forking.pop().after_fork_in_child()
+        _forking[-1].after_fork_in_child()
+        _forking.pop()

@@ -24,7 +24,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from oobpickle import _faults
@@ -36,14 +36,22 @@ from oobpickle._segment import Segment
 Blocks = list[tuple[int, int]]
 
 
+class _Reference(weakref.ref[Any]):
+    """A weak reference that a foreign function can be called with."""
+
+    __slots__ = ()
+
+    _as_parameter_ = 0
+
+
 class _Watch(weakref.ref[Any]):
     """A weak reference that remembers which blocks go back when its object dies."""
 
-    __slots__ = ("blocks", "epoch", "prompt")
+    __slots__ = ("blocks", "epoch", "frees")
 
     blocks: Blocks
     epoch: int
-    prompt: weakref.ref[Any] | None
+    frees: tuple[weakref.ref[Any], ...]
 
 
 class Holdings:
@@ -78,14 +86,12 @@ class Holdings:
 
     # --- watching
 
-    def watch(self, obj: object, blocks: Blocks, prompt: Callable[[Any], None] | None) -> None:
-        """Give the blocks back when `obj` is collected; then call `prompt`, if given."""
-        # Callbacks run from the newest reference to the oldest, so `prompt` finds it dropped.
-        second = weakref.ref(obj, prompt) if prompt is not None else None
+    def watch(self, obj: object, blocks: Blocks) -> None:
+        """Give the blocks back when `obj` is collected."""
         watch = _Watch(obj, self._dropped.append)
         watch.blocks = blocks
         watch.epoch = self.epoch
-        watch.prompt = second
+        watch.frees = ()
         self._watches[id(watch)] = watch
 
     def unwatch(self, obj: object) -> None:
@@ -94,13 +100,14 @@ class Holdings:
             if isinstance(watch, _Watch):
                 self._watches.pop(id(watch), None)
 
-    def prompt_all(self, prompt: Callable[[Any], None]) -> None:
-        """Call `prompt` at the death of every object watched now: nobody else will come by."""
+    def free_pages_at_death(self) -> None:
+        """Give pages back at the death of every anchor, since nobody may come by to do it."""
         for watch in list(self._watches.values()):
-            obj = watch()
-            if obj is not None and watch.prompt is None:
-                self.watch(obj, watch.blocks, prompt)
-                self._watches.pop(id(watch), None)
+            anchor = watch()
+            if anchor is not None and not watch.frees and not isinstance(anchor, Lease):
+                ((index, _),) = watch.blocks
+                calls = self._data.freeing_calls(self._ledger.offset[index], anchor.nbytes)
+                watch.frees = tuple(_Reference(anchor, call) for call in calls)
 
     def settle_all(self) -> None:
         """Leave every sealed lease to its envelope: nobody will say when that has left."""
@@ -140,9 +147,10 @@ class Holdings:
 
     def collect(self) -> None:
         """Queue the blocks of everything that has died."""
-        # Somebody else (or this thread, below a finalizer) may be doing it right now: fine.
-        with contextlib.suppress(LedgerBusyError):
-            self._collecting.run(0, self._collect)
+        if self._dropped:
+            # Somebody else (or this thread, below a finalizer) may be doing it right now: fine.
+            with contextlib.suppress(LedgerBusyError):
+                self._collecting.run(0, self._collect)
 
     def _collect(self) -> None:
         dropped = self._dropped

@@ -139,10 +139,10 @@ class Membership:
 
     # --- counting and reading
 
-    def count(self, counter: int, amount: int = 1) -> None:
-        """Add to a counter of `_statistics`."""
+    def count(self, *amounts: tuple[int, int]) -> None:
+        """Add to counters of `_statistics`: pairs of counter and amount."""
         if self._own is not None:
-            self._own.count(counter, amount)
+            self._own.count(*amounts)
 
     def begin_reading(self) -> None:
         """A message is about to leave its channel: until it is claimed nothing is reclaimed."""

@@ -155,10 +155,11 @@ class OwnRow:
         self._n_reading = 0
         self.slot = slot
 
-    def count(self, counter: int, amount: int = 1) -> None:
-        """Add to one counter."""
+    def count(self, *amounts: tuple[int, int]) -> None:
+        """Add to counters: pairs of counter and amount."""
         with self._lock:
-            self._words[self._row + P_COUNTERS + counter] += amount
+            for counter, amount in amounts:
+                self._words[self._row + P_COUNTERS + counter] += amount
 
     def begin_reading(self) -> None:
         """Say that a message may have left its channel without its blocks being claimed yet."""

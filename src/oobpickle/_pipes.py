@@ -58,11 +58,11 @@ def is_broken(fd: int, channel: int) -> bool:
     return any(events & gone for _, events in poller.poll(0))
 
 
-def wait_readable(fd: int) -> None:
-    """Block until something can be read from `fd`, or its writers are gone."""
+def is_readable(fd: int, timeout_s: float) -> bool:
+    """Wait up to `timeout_s` until there is something to read, or the writers are gone."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
-    poller.poll()
+    return bool(poller.poll(1000 * timeout_s))
 
 
 def is_unreadable(channel: int, pids: Iterable[int]) -> bool:

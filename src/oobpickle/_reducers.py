@@ -119,13 +119,12 @@ class Sink:
 
     def dispatch_table(self, *tables: dict[type, Reducer]) -> dict[type, Reducer]:
         """Merge the tables, later ones winning, with the reducer for arrays below all of them."""
-        merged: dict[type, Reducer] = {}
         numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            merged[numpy.ndarray] = self.reduce_array
+        merged: dict[type, Reducer] = {} if numpy is None else {numpy.ndarray: self.reduce_array}
         for table in tables:
             merged.update(table)
-        merged.update(_registered)
+        if _registered:
+            merged.update(_registered)
         return merged
 
     def take(self, buffer: PickleBuffer) -> bool:

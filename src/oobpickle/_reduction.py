@@ -4,7 +4,7 @@
 out again.
 
 **How it works.** Six objects of the standard library are replaced: the name ``_ForkingPickler``
-in ``multiprocessing.connection`` and ``.queues``, ``Connection._send_bytes`` and ``._recv_bytes``
+in ``multiprocessing.connection`` and ``.queues``, ``Connection._send_bytes`` and ``._recv``
 (on the class, since pools bind the methods early), ``connection.Pipe`` and ``reduction.dump``.
 Each replacement asks at call time whether the hook is still there, and else does what it
 replaced.
@@ -13,7 +13,7 @@ replaced.
   return an envelope; if that cannot be,
   return an ordinary pickle of the same payload, and count why.
 * _send_bytes: when an envelope has left, its blocks are the receiver's.
-* _recv_bytes: while a message has left its channel and is not claimed, nobody may reclaim its
+* _recv: while a message has left its channel and is not claimed, nobody may reclaim its
   blocks.
 * reduction.dump: a process object that is spawned takes the arena's descriptors along.
 
@@ -33,12 +33,13 @@ import multiprocessing.forkserver as mp_forkserver
 import multiprocessing.process as mp_process
 import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
+import os
 import sys
 import threading
 import warnings
 from collections.abc import Iterator
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Final
 
 from oobpickle import _envelope, _statistics
 from oobpickle._arena import Arena
@@ -47,9 +48,12 @@ from oobpickle._envelope import Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, FallbackWarning
 from oobpickle._options import Options
 from oobpickle._payload import Payload
-from oobpickle._pipes import wait_readable
+from oobpickle._pipes import is_readable
 from oobpickle._serializer import serialize
 from oobpickle._statistics import Statistics, describe_fallbacks
+
+_LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
+_TICK_S: Final = 0.02
 
 _hook: Hook | None = None
 _lingering: list[Arena] = []
@@ -89,7 +93,7 @@ class Hook:
         for module in (mp_connection, mp_queues):
             self._replace(module, "_ForkingPickler", _hooked_pickler(module._ForkingPickler))
         self._replace(connection, "_send_bytes", _hooked_send_bytes(connection._send_bytes))
-        self._replace(connection, "_recv_bytes", _hooked_recv_bytes(connection._recv_bytes))
+        self._replace(connection, "_recv", _hooked_recv(connection._recv))
         self._replace(mp_connection, "Pipe", _hooked_pipe(mp_connection.Pipe))
         self._replace(mp_reduction, "dump", _hooked_dump(mp_reduction.dump))
 
@@ -120,19 +124,19 @@ class Hook:
             else:
                 self._sent(envelope, channel, payload)
                 return envelope
-        for counter, amount in zip(
-            _statistics.fallback_counters(reason), (1, payload.nbytes), strict=True
-        ):
-            arena.membership.count(counter, amount)
+        n_messages, nbytes = _statistics.fallback_counters(reason)
+        arena.membership.count((n_messages, 1), (nbytes, payload.nbytes))
         return payload.to_pickle() if payload.sizes else payload.stream
 
     def _sent(self, envelope: Envelope, channel: int, payload: Payload) -> None:
         lease, arena = envelope.lease, self.arena
         if lease.blocks:
             self.channels.sent(channel, lease.blocks[0], payload.nbytes)
-        arena.membership.count(_statistics.N_MESSAGES)
-        arena.membership.count(_statistics.N_BUFFERS, len(lease.destinations))
-        arena.membership.count(_statistics.NBYTES, payload.nbytes)
+        arena.membership.count(
+            (_statistics.N_MESSAGES, 1),
+            (_statistics.N_BUFFERS, len(lease.destinations)),
+            (_statistics.NBYTES, payload.nbytes),
+        )
         if _hook is not self:
             lease.settle()  # uninstalled meanwhile: nobody will say when it has left
 
@@ -177,26 +181,40 @@ def _hooked_send_bytes(original: Any) -> Any:
     return _send_bytes
 
 
-def _hooked_recv_bytes(original: Any) -> Any:
-    def _recv_bytes(self: Any, maxsize: int | None = None) -> Any:
+def _hooked_recv(original: Any) -> Any:
+    least, most = _envelope.MIN_NBYTES, _envelope.MAX_NBYTES
+
+    def _recv(self: Any, size: int, *args: Any) -> Any:
         hook = _running()
-        if hook is None:
-            return original(self, maxsize)
-        wait_readable(self._handle)  # so that a waiting process does not count as reading
-        arena, key = hook.arena, None
-        arena.membership.begin_reading()
+        if size == _LENGTH_NBYTES and hook is not None:
+            _wait_draining(hook.arena, self._handle)
+        # Comes after the length of the message was read, with the message itself still unread in
+        # the channel; so a process that waits for a message does not count as reading one.
+        if not least <= size <= most or hook is None:
+            return original(self, size, *args)
+        membership, key = hook.arena.membership, None
+        membership.begin_reading()
         try:
-            message = original(self, maxsize)
-            if message is not None:
-                end = message.tell()
-                message.seek(0)
-                key = _envelope.key_of(message.read(_envelope.HEAD_NBYTES))
-                message.seek(end)
+            message = original(self, size, *args)
+            message.seek(0)
+            key = _envelope.key_of(message.read(_envelope.HEAD_NBYTES))
+            message.seek(0, os.SEEK_END)
             return message
         finally:
-            arena.membership.end_reading(key)
+            membership.end_reading(key)
 
-    return _recv_bytes
+    return _recv
+
+
+def _wait_draining(arena: Arena, fd: int) -> None:
+    """Wait for the next message, giving back what dies meanwhile: others may wait for the room.
+
+    It is done here because a finalizer in Python would swallow a Ctrl-C.
+    """
+    while arena.holdings.held:
+        arena.drain()
+        if is_readable(fd, _TICK_S) or arena.closed:
+            return
 
 
 def _hooked_pipe(original: Any) -> Any:
@@ -297,7 +315,7 @@ def _take_out(hook: Hook) -> None:
         elif not hook.arena.closed:
             # It goes on receiving without saying when: so nothing may be reclaimed while it lives.
             hook.arena.membership.begin_reading()
-        hook.arena.detach(_sweep)
+        hook.arena.detach()
         hook.take_out()
         _lingering.append(hook.arena)
         _sweep()

@@ -184,5 +184,5 @@ class Room:
         if self._ledger.words[H_CLOSED]:
             return 0  # processes that saw that no longer say when they read
         n_freed = int(self._membership.run(self._ledger.free_unread, lost))
-        self._membership.count(N_RECLAIMED, n_freed)
+        self._membership.count((N_RECLAIMED, n_freed))
         return n_freed

@@ -30,6 +30,8 @@ import ctypes
 import os
 import resource
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 from oobpickle import _faults, _system
@@ -235,6 +237,18 @@ class Segment:
         nbytes = page_round(nbytes)
         _system.map_memory(self.fd, offset, nbytes, flags=flags, address=self._address + offset)
         self._advise(offset, nbytes)
+
+    def freeing_calls(self, offset: int, nbytes: int) -> list[Callable[..., object]]:
+        """Return calls that give the pages of a range back; weakref callbacks of C alone.
+
+        A callback in Python would be a frame in which a pending Ctrl-C is raised, printed and
+        lost. Of the two the one does nothing unless the range is shared, the other unless private.
+        """
+        address, rounded = self._address + offset, page_round(nbytes)
+        return [
+            partial(_system.advise_ignoring, address, rounded, advice)
+            for advice in (_system.MADV_REMOVE, _system.MADV_DONTNEED)
+        ]
 
     def resident_nbytes(self) -> int:
         """Bytes of the file that have pages (or blocks on disk)."""

@@ -33,6 +33,8 @@ MAP_PRIVATE: Final = 0x02
 MAP_FIXED: Final = 0x10
 MAP_NORESERVE: Final = 0x4000
 
+MADV_DONTNEED: Final = 4
+MADV_REMOVE: Final = 9
 MADV_DONTFORK: Final = 10
 MADV_HUGEPAGE: Final = 14
 MADV_DONTDUMP: Final = 16
@@ -80,6 +82,9 @@ if SUPPORTED:
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     _fallocate = _free.fallocate
     _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+    #: ``madvise(address, nbytes, advice, ...)``, result and any further argument ignored.
+    advise_ignoring = ctypes.CDLL(None).madvise
+    advise_ignoring.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     #: ``fcntl(fd, command, flock)`` with the GIL held: for the one place that may not lose it.
     fcntl_keeping_gil = _held.fcntl
     fcntl_keeping_gil.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
