@@ -19,6 +19,7 @@ caller then sends in-band. `claim` never needs the lock: without it, the bytes a
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -56,7 +57,7 @@ from oobpickle._segment import Segment, largest_file_nbytes
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
 _DATA_NBYTES: Final = 1 << 44
 _MIN_DATA_NBYTES: Final = 64 << 20
@@ -102,6 +103,7 @@ class Arena:
         self._capacity = words[H_CAPACITY]
         self._max_held = _max_map_count() // 4
         self._interrupted = False
+        self._pid = os.getpid()
         self._final: Statistics | None = None
         _fork.watch(self)
 
@@ -263,7 +265,9 @@ class Arena:
 
     # --- receiving
 
-    def claim(self, blocks: Sequence[Block], needs: Sequence[int]) -> list[memoryview]:
+    def claim(
+        self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool = False
+    ) -> list[memoryview]:
         """Take over the blocks of one message.
 
         Parameters
@@ -272,6 +276,8 @@ class Arena:
             ``(index, generation)`` of each block, from the envelope.
         needs : sequence of int
             Bytes used of each.
+        is_index : bool
+            Whether further blocks of the same message are claimed before this one is dropped.
 
         Returns
         -------
@@ -290,29 +296,49 @@ class Arena:
         self.holdings.collect()
         pairs = list(zip(blocks, needs, strict=True))
         try:
-            position = self.membership.run(self._claim, blocks, needs)
+            position, unmapped = self.membership.run(self._claim, blocks, needs)
         except ArenaFullError:
-            return [self._copy_unclaimed(*block, nbytes) for block, nbytes in pairs]
+            return self._copy_unclaimed(pairs, is_index=is_index)
         if position is not None:
             raise _stale(*blocks[position])
-        return self._views(pairs, copying=self._copies_out())
+        return self._views(pairs, unmapped, copying=self._copies_out())
 
-    def _claim(self, blocks: Sequence[Block], needs: Sequence[int]) -> int | None:
-        """Step: give back what died, then take over."""
+    def _claim(
+        self, blocks: Sequence[Block], needs: Sequence[int]
+    ) -> tuple[int | None, frozenset[int]]:
+        """Step: give back what died, then take over.
+
+        Returns the position of a stale block, and the indices whose ranges were private before, so
+        that the mapping does not show the message. Looked up here, where no thread can be forking:
+        a fork later privatizes these blocks *with* their content.
+        """
         slot = self.membership.slot
         self.holdings.release_pending(slot)
         position = self.ledger.claim(blocks, needs, slot)
-        if position is None:
-            for (index, generation), nbytes in zip(blocks, needs, strict=True):
+        if position is not None:
+            return position, frozenset()
+        private = self.holdings.private
+        for index, _ in blocks[:1]:
+            self.holdings.adopted.pop(index, None)
+        unmapped = frozenset(index for index, _ in blocks if index in private)
+        for (index, generation), nbytes in zip(blocks, needs, strict=True):
+            if index not in unmapped:
                 self.holdings.held[index] = (generation, nbytes)
-        return position
+            else:
+                self.holdings.leased[index] = generation  # to be copied and given back at once
+        return None, unmapped
 
-    def _views(self, pairs: Sequence[tuple[Block, int]], *, copying: bool) -> list[memoryview]:
+    def _views(
+        self, pairs: Sequence[tuple[Block, int]], unmapped: frozenset[int], *, copying: bool
+    ) -> list[memoryview]:
         views: list[memoryview] = []
         try:
             for block, nbytes in pairs:
-                aside = copying or block[0] in self.holdings.private
-                views.append((self._copy_claimed if aside else self._anchor)(*block, nbytes))
+                if copying or block[0] in unmapped:
+                    in_file = block[0] in unmapped
+                    views.append(self._copy_claimed(*block, nbytes, in_file=in_file))
+                else:
+                    views.append(self._anchor(*block, nbytes))
         except BaseException:
             # Those with an anchor go back with it; the others are nobody's yet.
             self.give_back([block for block, _ in pairs[len(views) :]])
@@ -334,35 +360,56 @@ class Arena:
             self.holdings.free_pages_at_death()
         return memoryview(anchor)
 
-    def _copy_claimed(self, index: int, generation: int, nbytes: int) -> memoryview:
-        copy = self._copy_of(index, nbytes)
+    def _copy_claimed(
+        self, index: int, generation: int, nbytes: int, *, in_file: bool
+    ) -> memoryview:
+        copy = self._copy_of(index, nbytes, in_file=in_file)
         self.give_back([(index, generation)])
+        if not in_file:
+            self.holdings.share_unanchored(index)
         self.membership.count(
             (_statistics.N_COPIED_OUT, 1), (_statistics.NBYTES_COPIED_OUT, nbytes)
         )
         return copy
 
-    def _copy_unclaimed(self, index: int, generation: int, nbytes: int) -> memoryview:
+    def _copy_unclaimed(
+        self, pairs: Sequence[tuple[Block, int]], *, is_index: bool
+    ) -> list[memoryview]:
         # Without the lock: nobody may change a block in flight, so look, copy, and look again.
-        word = self.ledger.word[index]
-        copy = self._copy_of(index, nbytes)
-        unchanged = self.ledger.word[index] == word and self.ledger.used[index] == nbytes
-        if not unchanged or not self.is_in_flight(index, generation):
-            raise _stale(index, generation)
-        self.holdings.consume(index, word)
-        return copy
+        words = [self.ledger.word[index] for (index, _), _ in pairs]
+        copies = []
+        for ((index, generation), nbytes), word in zip(pairs, words, strict=True):
+            copy = self._copy_of(index, nbytes, in_file=index in self.holdings.private)
+            unchanged = self.ledger.word[index] == word and self.ledger.used[index] == nbytes
+            if not unchanged or not self.is_in_flight(index, generation):
+                raise _stale(index, generation)
+            copies.append(copy)
+        for copy, (block, _), word in zip(copies, pairs, words, strict=True):
+            self.holdings.consume(*block, word, when_dead=copy.obj if is_index else None)
+        return copies
 
-    def _copy_of(self, index: int, nbytes: int) -> memoryview:
+    def _copy_of(self, index: int, nbytes: int, *, in_file: bool) -> memoryview:
         import numpy as np
 
         offset = self.ledger.offset[index]
         copy = np.empty(nbytes, np.uint8)
-        if self.data.mapped and index not in self.holdings.private:
+        if self.data.mapped and not in_file:
             self._room.enter(index, nbytes)
             np.copyto(copy, self.data.array(offset, nbytes))
         else:
             self.data.read_into(offset, memoryview(copy))
         return memoryview(copy)
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[Callable[[int, int], None]]:
+        """Inside, a message leaves its channel; call what is yielded with its first block."""
+        with self.membership.reading():
+            yield self._adopt
+
+    def _adopt(self, index: int, generation: int) -> None:
+        if self.membership.joined:
+            self.holdings.adopted[index] = generation
+            self.ledger.adopt(index, generation, self.membership.slot)
 
     # --- giving back
 
@@ -502,10 +549,13 @@ class Arena:
             _interrupts.repost()
 
     def after_fork_in_child(self) -> None:
-        """Become a participant of its own, who owns nothing yet."""
+        """Become a participant of its own, who owns nothing yet; once."""
+        if self._pid == os.getpid():
+            return
         self.membership.reset_in_child()
         self.holdings.reset_in_child()
         self._room.forget()
+        self._pid = os.getpid()
         if not self.closed:
             self.membership.try_join()
 

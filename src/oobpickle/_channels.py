@@ -36,26 +36,37 @@ class Channels:
 
     def __init__(self, arena: Arena, known: bytes = b"") -> None:
         self._arena = arena
-        self._made: OrderedDict[int, None] = OrderedDict.fromkeys(array("Q", known))
+        numbers = array("Q", known)
+        # From the end that writes to the end that reads.
+        self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
         self._epoch = arena.holdings.epoch
         self._sent: dict[int, deque[Message]] = {}
 
     def to_bytes(self) -> bytes:
         """Return what a spawned child needs to know."""
-        return array("Q", self._made).tobytes()
+        pairs = list(self._made.items())
+        return array("Q", [number for pair in pairs for number in pair]).tobytes()
 
-    def note(self, fd: int) -> None:
-        """Remember a channel that was made while the arena was there."""
-        channel = channel_id(fd)
-        if channel:
-            self._made[channel] = None
-            while len(self._made) > _MOST_CHANNELS:
-                self._made.popitem(last=False)
+    def note(self, one_fd: int, other_fd: int) -> None:
+        """Remember both ends of a pipe that was made while the arena was there."""
+        one, other = channel_id(one_fd), channel_id(other_fd)
+        self._made[one] = other
+        self._made[other] = one
+        while len(self._made) > _MOST_CHANNELS:
+            self._made.popitem(last=False)
+
+    def forget(self, fd: int) -> None:
+        """An end is handed to a process that may not take part: messages stay in-band."""
+        other = self._made.pop(channel_id(fd), None)
+        if other is not None:
+            self._made.pop(other, None)
 
     def known(self, fd: int) -> int:
-        """Return the id of a channel whose readers all take part, else 0."""
-        channel = channel_id(fd)
-        return channel if channel in self._made else 0
+        """Return the channel in which a message written to `fd` is read, if all readers take part.
+
+        Else 0.
+        """
+        return self._made.get(channel_id(fd), 0)
 
     def sent(self, channel: int, block: tuple[int, int], nbytes: int) -> None:
         """Note a message of this process that is on its way."""

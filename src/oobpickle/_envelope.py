@@ -178,10 +178,7 @@ def unpack_envelope(data: bytes) -> Any:
             f"this message lies in arena {parsed.identity.hex()[:8]}, which process {os.getpid()} "
             "does not take part in. Receive it in a process that was started inside enabled()."
         )
-    try:
-        buffers, stream = _claim(arena, parsed)
-    finally:
-        arena.membership.finish_reading(data[:KEY_NBYTES])
+    buffers, stream = _claim(arena, parsed)
     arena.membership.count((N_LOADED, 1))
     _faults.reach("envelope.claimed")
     return pickle.loads(stream, buffers=buffers)
@@ -194,7 +191,7 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
         n_table = 16 * n_blocks + 8 * parsed.n_buffers
         if index_nbytes < n_table + parsed.n_stream or n_blocks < 1:
             raise EnvelopeError(f"an index of {index_nbytes} bytes for {n_blocks} blocks")
-        (rest,) = arena.claim([(index, generation)], [index_nbytes])
+        (rest,) = arena.claim([(index, generation)], [index_nbytes], is_index=True)
     numbers = struct.unpack_from(f"<{2 * n_blocks + parsed.n_buffers}Q", rest)
     pairs = list(zip(numbers[: 2 * n_blocks : 2], numbers[1 : 2 * n_blocks : 2], strict=True))
     sizes = list(numbers[2 * n_blocks :])
@@ -222,16 +219,24 @@ def forget(arena: Arena) -> None:
     _arenas.pop(arena.identity, None)
 
 
-def key_of(message: bytes) -> bytes | None:
-    """Return what tells one envelope from all others, given the first `HEAD_NBYTES` of a message.
+def head_of(message: bytes, identity: bytes) -> tuple[int, int] | None:
+    """Return index and generation of the first block of an envelope of the given arena.
 
-    ``None`` if the message is no envelope.
+    Parameters
+    ----------
+    message : bytes
+        The first `HEAD_NBYTES` of a message; ``None`` is returned if it is no such envelope.
+    identity : bytes
+        The arena's.
     """
-    return message[_BODY_AT:] if message.startswith(_PREFIX) else None
+    if not message.startswith(_PREFIX) or message[_IDENTITY_AT : _IDENTITY_AT + 16] != identity:
+        return None
+    index, generation = struct.unpack_from("<2Q", message, _BODY_AT + _HEADER.size)
+    return index, generation
 
 
-KEY_NBYTES: Final = _HEADER.size + 16
-HEAD_NBYTES: Final = _BODY_AT + KEY_NBYTES
-#: No envelope is smaller or larger than this.
-MIN_NBYTES: Final = _BODY_AT + _HEADER.size + len(_SUFFIX)
+_IDENTITY_AT: Final = _BODY_AT + 8
+HEAD_NBYTES: Final = _BODY_AT + _HEADER.size + 16
+#: No envelope is smaller or larger than this; each names at least one block.
+MIN_NBYTES: Final = HEAD_NBYTES + len(_SUFFIX)
 MAX_NBYTES: Final = MIN_NBYTES + 3 * _INLINE_NBYTES

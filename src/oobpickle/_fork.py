@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from oobpickle._arena import Arena
 
 _arenas: weakref.WeakSet[Arena] = weakref.WeakSet()
-_forking: list[Arena] = []
 _registered = False
 
 
@@ -35,7 +34,8 @@ def watch(arena: Arena) -> None:
     if not _registered:
         _registered = True
         # Twice: a Ctrl-C that is pending at the fork is raised where a hook begins, and dropped by
-        # the interpreter together with that call. The second call finds what is left to do.
+        # the interpreter together with that call. The second call does what is left to do. Threads
+        # may fork at the same time, so nothing is remembered here from one hook to the next.
         for _ in range(2):
             os.register_at_fork(
                 before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
@@ -49,18 +49,14 @@ def unwatch(arena: Arena) -> None:
 
 def _before() -> None:
     for arena in list(_arenas):
-        if arena not in _forking:
-            arena.before_fork()
-            _forking.append(arena)
+        arena.before_fork()
 
 
 def _after_in_parent() -> None:
-    while _forking:
-        _forking[-1].after_fork_in_parent()
-        _forking.pop()
+    for arena in list(_arenas):
+        arena.after_fork_in_parent()
 
 
 def _after_in_child() -> None:
-    while _forking:
-        _forking[-1].after_fork_in_child()
-        _forking.pop()
+    for arena in list(_arenas):
+        arena.after_fork_in_child()

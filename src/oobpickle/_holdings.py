@@ -47,8 +47,11 @@ class _Reference(weakref.ref[Any]):
 class _Watch(weakref.ref[Any]):
     """A weak reference that remembers which blocks go back when its object dies."""
 
-    __slots__ = ("blocks", "epoch", "frees")
+    __slots__ = ("anchored", "blocks", "epoch", "frees", "unclaimed_word")
 
+    unclaimed_word: int | None
+
+    anchored: bool
     blocks: Blocks
     epoch: int
     frees: tuple[weakref.ref[Any], ...]
@@ -65,6 +68,8 @@ class Holdings:
         Index to ``(generation, nbytes)`` of the blocks under received arrays.
     private : dict of int to int
         Index to nbytes of ranges that are private memory here since a fork.
+    adopted : dict of int to int
+        Index to generation of the first blocks of messages that were read, but not yet loaded.
     epoch : int
         Counts the forks between the first participant and this process.
     """
@@ -73,6 +78,7 @@ class Holdings:
         self.leased: dict[int, int] = {}
         self.held: dict[int, tuple[int, int]] = {}
         self.private: dict[int, int] = {}
+        self.adopted: dict[int, int] = {}
         self.epoch = 0
         self._ledger = ledger
         self._data = data
@@ -86,9 +92,11 @@ class Holdings:
 
     # --- watching
 
-    def watch(self, obj: object, blocks: Blocks) -> None:
+    def watch(self, obj: object, blocks: Blocks, unclaimed_word: int | None = None) -> None:
         """Give the blocks back when `obj` is collected."""
         watch = _Watch(obj, self._dropped.append)
+        watch.anchored = unclaimed_word is None and not isinstance(obj, Lease)
+        watch.unclaimed_word = unclaimed_word
         watch.blocks = blocks
         watch.epoch = self.epoch
         watch.frees = ()
@@ -104,7 +112,7 @@ class Holdings:
         """Give pages back at the death of every anchor, since nobody may come by to do it."""
         for watch in list(self._watches.values()):
             anchor = watch()
-            if anchor is not None and not watch.frees and not isinstance(anchor, Lease):
+            if anchor is not None and watch.anchored and not watch.frees:
                 ((index, _),) = watch.blocks
                 calls = self._data.freeing_calls(self._ledger.offset[index], anchor.nbytes)
                 watch.frees = tuple(_Reference(anchor, call) for call in calls)
@@ -138,12 +146,14 @@ class Holdings:
             self._returning.add(index)
             self.leased.pop(index, None)
             self.held.pop(index, None)
-            self._share(index)
             self._pending.append((index, generation))
 
-    def consume(self, index: int, word: int) -> None:
-        """Queue a block in flight that was copied out without being claimed."""
-        self._unlocked.append((index, word))
+    def consume(self, index: int, generation: int, word: int, when_dead: object | None) -> None:
+        """Queue a block in flight that was copied out unclaimed: now, or when an object dies."""
+        if when_dead is None:
+            self._unlocked.append((index, word))
+        else:
+            self.watch(when_dead, [(index, generation)], unclaimed_word=word)
 
     def collect(self) -> None:
         """Queue the blocks of everything that has died."""
@@ -156,15 +166,26 @@ class Holdings:
         dropped = self._dropped
         while dropped:
             watch = dropped[0]
-            if watch.epoch == self.epoch:
+            is_own = watch.epoch == self.epoch
+            for index, _ in watch.blocks if watch.anchored else ():
+                if is_own:
+                    # Before it is mapped shared: a fork in another thread must not undo that.
+                    self._returning.add(index)
+                    self.held.pop(index, None)
+                self._share(index)
+            if is_own and watch.unclaimed_word is not None:
+                self._unlocked.append((watch.blocks[0][0], watch.unclaimed_word))
+            elif is_own:
                 self.give_back(watch.blocks)
-            else:
-                for index, _ in watch.blocks:
-                    self._share(index)
             self._watches.pop(id(watch), None)
             dropped.popleft()
 
+    def share_unanchored(self, index: int) -> None:
+        """Map a range shared again that a fork made private before it got an anchor."""
+        self._share(index)
+
     def _share(self, index: int) -> None:
+        # Only the death of the anchor may do this: while it lives, the private pages are its value.
         nbytes = self.private.get(index)
         if nbytes is not None:
             self._data.share(self._ledger.offset[index], nbytes)
@@ -225,6 +246,7 @@ class Holdings:
         self.epoch += 1
         self.leased.clear()
         self.held.clear()
+        self.adopted.clear()
         self._returning.clear()
         self._pending.clear()
         self._unlocked.clear()

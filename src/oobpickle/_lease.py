@@ -94,8 +94,7 @@ class Lease:
         for index, aside in self._aside:
             os.pwrite(arena.data.fd, aside, arena.ledger.offset[index])
         _faults.reach("lease.written")
-        for index, _ in self.blocks:
-            arena.ledger.seal(index, arena.membership.slot, channel)
+        arena.ledger.seal(self.blocks, arena.membership.slot, channel)
         self.sealed = True
         _faults.reach("lease.sealed")
 

@@ -40,6 +40,7 @@ from oobpickle._layout import (
     C_RESIDENT,
     C_USED,
     C_WORD,
+    FOLLOWS,
     FREE,
     H_CAPACITY,
     H_DATA_NBYTES,
@@ -223,10 +224,21 @@ class Ledger:
 
     # --- passing on
 
-    def seal(self, index: int, slot: int, channel: int) -> None:
+    def seal(self, blocks: Sequence[tuple[int, int]], slot: int, channel: int) -> None:
         """LEASED to IN FLIGHT, without the lock: the envelope is about to leave."""
-        self.channel[index] = channel
-        self.word[index] = commit_word(IN_FLIGHT, slot, self.generation[index])
+        head, head_generation = blocks[0]
+        for index, generation in blocks:
+            self.channel[index] = channel if index == head else FOLLOWS | head
+            self.next[index] = head_generation
+            self.word[index] = commit_word(IN_FLIGHT, slot, generation)
+
+    def adopt(self, index: int, generation: int, slot: int) -> None:
+        """Make a reader the owner of a message that has left its channel, without the lock.
+
+        Only inside `Membership.reading`: nobody frees it meanwhile.
+        """
+        if index < MAX_BLOCKS and self._is(index, generation, IN_FLIGHT):
+            self.word[index] = commit_word(IN_FLIGHT, slot, generation)
 
     def claim(
         self, blocks: Sequence[tuple[int, int]], needs: Sequence[int], slot: int
@@ -401,6 +413,11 @@ class Ledger:
             n_blocks[name] = int(chosen.sum())
             nbytes[name] = int((resident if code == FREE else used)[chosen].sum())
         return Census(n_blocks, nbytes)
+
+    def is_abandoned(self, index: int) -> bool:
+        """Tell whether a following block's message is gone: its first block is in other hands."""
+        head = self.channel[index] & ~FOLLOWS
+        return self.generation[head] != self.next[index] or self.word[head] & STATE_MASK == FREE
 
     def in_flight(self, owners: tuple[int, ...]) -> list[tuple[int, int, int]]:
         """Return ``(index, word, channel)`` of blocks in flight from the given owners."""

@@ -14,8 +14,9 @@ cannot join, and ``busy`` while the lock cannot be had."""
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from oobpickle._errors import ArenaFullError
@@ -47,7 +48,6 @@ class Membership:
         self._participants = Participants(ledger)
         self._mutex: LedgerMutex | None = None
         self._own: OwnRow | None = None
-        self._unloaded: set[bytes] = set()
 
     # --- joining
 
@@ -130,7 +130,7 @@ class Membership:
         return sum(slot != own for slot, _ in self._participants.readers())
 
     def anyone_reads(self) -> bool:
-        """Tell whether any participant is in the middle of loading a message."""
+        """Tell whether any participant is in the middle of reading a message."""
         return any(n_reading for _, n_reading in self._participants.readers())
 
     def counters(self) -> list[int]:
@@ -144,23 +144,26 @@ class Membership:
         if self._own is not None:
             self._own.count(*amounts)
 
-    def begin_reading(self) -> None:
-        """A message is about to leave its channel: until it is claimed nothing is reclaimed."""
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[None]:
+        """Inside, a message may be between its channel and its reader: nothing is reclaimed."""
+        own, token = self._own, object()
+        if own is None:
+            yield
+            return
+        try:
+            own.readings.add(token)
+            own.publish_readings()
+            yield
+        finally:
+            own.readings.discard(token)  # one C call, so no interrupt comes before it
+            own.publish_readings()
+
+    def read_for_ever(self) -> None:
+        """From now on this process reads without saying when: nothing is reclaimed any more."""
         if self._own is not None:
-            self._own.begin_reading()
-
-    def end_reading(self, key: bytes | None) -> None:
-        """The message has left its channel; it is the envelope with this key, or none."""
-        if key is not None:
-            self._unloaded.add(key)  # until `finish_reading`
-        elif self._own is not None:
-            self._own.end_reading()
-
-    def finish_reading(self, key: bytes) -> None:
-        """The blocks of the envelope with this key are claimed."""
-        if key in self._unloaded:
-            self._unloaded.discard(key)
-            self.end_reading(None)
+            self._own.readings.add(self)
+            self._own.publish_readings()
 
     # --- forking and ending
 
@@ -170,7 +173,6 @@ class Membership:
             self._mutex.locks.abandon()
         self._mutex = None
         self._own = None
-        self._unloaded.clear()
 
     def close(self) -> None:
         """Leave for good, and close the handle."""

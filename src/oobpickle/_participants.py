@@ -137,7 +137,7 @@ class Participants:
         return [self.words[row + P_PID] for row in rows if self.words[row + P_STATE] == JOINED]
 
     def readers(self) -> Iterable[tuple[int, int]]:
-        """Yield ``(slot, number of messages it is in the middle of loading)``."""
+        """Yield ``(slot, number of messages it is in the middle of reading)``."""
         for slot in range(self.words[H_N_SLOTS]):
             row = self._row(slot)
             if self.words[row + P_STATE] == JOINED:
@@ -152,7 +152,7 @@ class OwnRow:
         self._row = HEADER_WORDS + slot * PARTICIPANT_WORDS
         # Re-entrant: a signal handler may send a message while this thread counts one.
         self._lock = threading.RLock()
-        self._n_reading = 0
+        self.readings: set[object] = set()
         self.slot = slot
 
     def count(self, *amounts: tuple[int, int]) -> None:
@@ -161,14 +161,7 @@ class OwnRow:
             for counter, amount in amounts:
                 self._words[self._row + P_COUNTERS + counter] += amount
 
-    def begin_reading(self) -> None:
-        """Say that a message may have left its channel without its blocks being claimed yet."""
+    def publish_readings(self) -> None:
+        """Write into the row how many messages may be between their channel and this process."""
         with self._lock:
-            self._n_reading += 1
-            self._words[self._row + P_READING] = self._n_reading
-
-    def end_reading(self) -> None:
-        """Say that the blocks of that message are claimed, or that it had none."""
-        with self._lock:
-            self._n_reading = max(0, self._n_reading - 1)
-            self._words[self._row + P_READING] = self._n_reading
+            self._words[self._row + P_READING] = len(self.readings)

@@ -3,10 +3,10 @@
 **What.** `channel_id` names a channel; `n_unread`, `is_broken` and `is_unreadable` ask the kernel
 about it.
 
-**How it works.** FIONREAD on either end of a pipe (SIOCOUTQ on the sending end of a Unix socket)
-counts the bytes that were written and not read; POLLERR on a write end says that no reader exists
-anywhere. A process that has no descriptor of the channel looks whether any participant still has
-one.
+**How it works.** FIONREAD on either end of a pipe, or on the reading end of a socket pair
+(SIOCOUTQ on the other), counts the bytes that were written and not read; POLLERR on a write end
+says that no reader exists anywhere. A process that has no descriptor of the channel looks whether
+any participant still has one.
 
 **Lifetime.** No state, no descriptor is opened or kept.
 
@@ -29,8 +29,11 @@ _SOCKET: Final = 1 << 63
 
 
 def channel_id(fd: int) -> int:
-    """Return a number that names the pipe or socket behind `fd` on this machine; 0 for anything
-    else."""
+    """Return a number that names the pipe or socket behind `fd` on this machine; else 0.
+
+    A message is known by the channel of the end that *reads* it: both ends of a pipe are one,
+    those of a socket pair two.
+    """
     status = os.fstat(fd)
     if stat.S_ISFIFO(status.st_mode):
         return status.st_ino
@@ -40,17 +43,18 @@ def channel_id(fd: int) -> int:
 
 
 def n_unread(fd: int, channel: int) -> int:
-    """Return how many bytes written through `fd` are still unread."""
-    request = _system.SIOCOUTQ if channel & _SOCKET else _system.FIONREAD
-    answer = fcntl.ioctl(fd, request, b"\0\0\0\0")
-    return int(struct.unpack("i", answer)[0])
+    """Return how many bytes that were written *through* `fd` are still unread."""
+    return _ask(fd, _system.SIOCOUTQ if channel & _SOCKET else _system.FIONREAD)
+
+
+def _ask(fd: int, request: int) -> int:
+    return int(struct.unpack("i", fcntl.ioctl(fd, request, b"\0\0\0\0"))[0])
 
 
 def is_broken(fd: int, channel: int) -> bool:
-    """Tell whether no reader of the channel exists any more.
+    """Tell, from an end that writes, whether no reader of the channel exists any more.
 
-    Only a write end can tell: the read end of a pipe reports POLLHUP, with bytes still in it, when
-    the writers are gone.
+    The read end of a pipe reports POLLHUP, with bytes still in it, when the writers are gone.
     """
     poller = select.poll()
     poller.register(fd, 0)
@@ -79,7 +83,9 @@ def is_unreadable(channel: int, pids: Iterable[int]) -> bool:
         return False
     for fd in _descriptors_of("self", channel):
         try:
-            return n_unread(int(fd), channel) == 0 or is_broken(int(fd), channel)
+            if _ask(int(fd), _system.FIONREAD) == 0:
+                return True
+            return not channel & _SOCKET and is_broken(int(fd), channel)
         except OSError:
             continue  # closed by another thread a moment ago
     me = os.getpid()

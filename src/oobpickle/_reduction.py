@@ -3,11 +3,11 @@
 **What.** `install`, `uninstall` and `enabled` put oobpickle into ``multiprocessing`` and take it
 out again.
 
-**How it works.** Six objects of the standard library are replaced: the name ``_ForkingPickler``
-in ``multiprocessing.connection`` and ``.queues``, ``Connection._send_bytes`` and ``._recv``
-(on the class, since pools bind the methods early), ``connection.Pipe`` and ``reduction.dump``.
-Each replacement asks at call time whether the hook is still there, and else does what it
-replaced.
+**How it works.** Seven objects of the standard library are replaced: the name ``_ForkingPickler``
+in ``multiprocessing.connection`` and ``.queues``, ``Connection._send_bytes`` and ``._recv`` (on
+the class, since pools bind the methods early), ``connection.Pipe``, ``reduction.dump`` and
+``reduction.DupFd``. Each replacement asks at call time whether the hook is still there, and else
+does what it replaced.
 
 * dumps: serialize; below the threshold that is the message. Else pack it into the arena and
   return an envelope; if that cannot be,
@@ -15,6 +15,7 @@ replaced.
 * _send_bytes: when an envelope has left, its blocks are the receiver's.
 * _recv: while a message has left its channel and is not claimed, nobody may reclaim its
   blocks.
+* Pipe, DupFd: who has an end of a channel, as far as that can be known.
 * reduction.dump: a process object that is spawned takes the arena's descriptors along.
 
 **Lifetime.** The process that installs owns the arena and closes it with the last exit. Children
@@ -88,7 +89,7 @@ class Hook:
         return self._is_owner and self.arena.holdings.epoch == self._epoch
 
     def put_in(self) -> None:
-        """Replace the six objects."""
+        """Replace the seven objects."""
         connection: Any = mp_connection.Connection
         for module in (mp_connection, mp_queues):
             self._replace(module, "_ForkingPickler", _hooked_pickler(module._ForkingPickler))
@@ -96,6 +97,7 @@ class Hook:
         self._replace(connection, "_recv", _hooked_recv(connection._recv))
         self._replace(mp_connection, "Pipe", _hooked_pipe(mp_connection.Pipe))
         self._replace(mp_reduction, "dump", _hooked_dump(mp_reduction.dump))
+        self._replace(mp_reduction, "DupFd", _hooked_dup_fd(mp_reduction.DupFd))
 
     def _replace(self, owner: Any, name: str, ours: Any) -> None:
         self._replaced.append((owner, name, ours, getattr(owner, name)))
@@ -153,6 +155,8 @@ def _hooked_pickler(original: Any) -> Any:
             hook = _running()
             if hook is None or protocol is not None:
                 return original.dumps(obj, protocol)
+            if hook.arena.holdings.has_returns:
+                hook.arena.drain()  # the answer to this message can then use the room
             threshold = hook.arena.options.threshold or 0
             payload = serialize(obj, original._extra_reducers, threshold)
             if not payload.sizes and len(payload.stream) < threshold:
@@ -192,16 +196,14 @@ def _hooked_recv(original: Any) -> Any:
         # the channel; so a process that waits for a message does not count as reading one.
         if not least <= size <= most or hook is None:
             return original(self, size, *args)
-        membership, key = hook.arena.membership, None
-        membership.begin_reading()
-        try:
+        with hook.arena.reading() as adopt:
             message = original(self, size, *args)
             message.seek(0)
-            key = _envelope.key_of(message.read(_envelope.HEAD_NBYTES))
+            head = _envelope.head_of(message.read(_envelope.HEAD_NBYTES), hook.arena.identity)
             message.seek(0, os.SEEK_END)
+            if head is not None:
+                adopt(*head)
             return message
-        finally:
-            membership.end_reading(key)
 
     return _recv
 
@@ -222,8 +224,7 @@ def _hooked_pipe(original: Any) -> Any:
         ends: tuple[Any, Any] = original(duplex)
         hook = _running()
         if hook is not None:
-            for end in ends:
-                hook.channels.note(end.fileno())
+            hook.channels.note(ends[0].fileno(), ends[1].fileno())
         return ends
 
     return Pipe
@@ -238,6 +239,16 @@ def _hooked_dump(original: Any) -> Any:
         original(obj, file, protocol)
 
     return dump
+
+
+def _hooked_dup_fd(original: Any) -> Any:
+    def DupFd(fd: int) -> Any:
+        hook = _running()
+        if hook is not None and mp_context.get_spawning_popen() is None:
+            hook.channels.forget(fd)  # to a process that runs already, and may be older
+        return original(fd)
+
+    return DupFd
 
 
 def _descriptor_in(frame: FrameType | None) -> int | None:
@@ -314,7 +325,7 @@ def _take_out(hook: Hook) -> None:
             hook.arena.close()
         elif not hook.arena.closed:
             # It goes on receiving without saying when: so nothing may be reclaimed while it lives.
-            hook.arena.membership.begin_reading()
+            hook.arena.membership.read_for_ever()
         hook.arena.detach()
         hook.take_out()
         _lingering.append(hook.arena)

@@ -23,7 +23,7 @@ from typing import Final
 from oobpickle import _faults, _headroom
 from oobpickle._errors import ArenaFullError
 from oobpickle._holdings import Holdings
-from oobpickle._layout import H_CLOSED, ORPHAN
+from oobpickle._layout import FOLLOWS, H_CLOSED, ORPHAN
 from oobpickle._ledger import Ledger, Shortage
 from oobpickle._membership import Membership
 from oobpickle._pipes import is_unreadable
@@ -166,23 +166,37 @@ class Room:
         """Free blocks in flight that nobody can ever load; return how many.
 
         That is when their sender is dead or done, nothing is unread in their channel, and no
-        participant is in the middle of loading what it read from there before.
+        participant is in the middle of reading from there. Who has read a message owns it.
         """
-        owners = (ORPHAN, self._membership.slot)
-        sent = [
+        sent = self._sent()
+        channels = {channel for _, _, channel in sent if not channel & FOLLOWS}
+        pids = self._membership.pids() if channels else []
+        unreadable = {channel for channel in channels if is_unreadable(channel, pids)}
+        n_freed = self._free([(i, word) for i, word, channel in sent if channel in unreadable])
+        n_freed += self._free(
+            [
+                (i, word)
+                for i, word, channel in self._sent()
+                if channel & FOLLOWS and self._ledger.is_abandoned(i)
+            ]
+        )
+        if n_freed:
+            self._membership.count((N_RECLAIMED, n_freed))
+        return n_freed
+
+    def _sent(self) -> list[tuple[int, int, int]]:
+        """Return index, word and channel of blocks in flight whose owner is dead, or is done."""
+        owners, holdings = (ORPHAN, self._membership.slot), self._holdings
+        return [
             (index, word, channel)
             for index, word, channel in self._ledger.in_flight(owners)
-            if index not in self._holdings.leased
+            if index not in holdings.leased
+            and holdings.adopted.get(index) != self._ledger.generation[index]
         ]
-        if not sent:
-            return 0
-        pids = self._membership.pids()
-        unreadable = {c for c in {c for _, _, c in sent} if is_unreadable(c, pids)}
-        lost = [(index, word) for index, word, channel in sent if channel in unreadable]
-        if not lost or self._membership.anyone_reads():
+
+    def _free(self, blocks: list[tuple[int, int]]) -> int:
+        if not blocks or self._membership.anyone_reads():
             return 0
         if self._ledger.words[H_CLOSED]:
             return 0  # processes that saw that no longer say when they read
-        n_freed = int(self._membership.run(self._ledger.free_unread, lost))
-        self._membership.count((N_RECLAIMED, n_freed))
-        return n_freed
+        return int(self._membership.run(self._ledger.free_unread, blocks))

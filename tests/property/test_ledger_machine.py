@@ -119,12 +119,19 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         message = process.leases.pop()
         if keep:
-            for index, _, _ in message:
-                self.ledger.seal(index, process.slot, 7)
+            self.ledger.seal([block[:2] for block in message], process.slot, 7)
             self.in_flight.append(message)
         else:
             with self.dying_at(process, reach):
                 self.step(self.ledger.release, [b[:2] for b in message], process.slot)
+
+    @rule(process=processes)
+    def read(self, process):
+        """The message has left its channel: its reader answers for it."""
+        if self.alive(process) and self.in_flight:
+            index, generation, _ = self.in_flight[-1][0]
+            self.ledger.adopt(index, generation, process.slot)
+            assert process.slot == owner_of(self.ledger, index)
 
     @rule(process=processes, reach=st.integers(0, 6), twice=st.booleans())
     def receive(self, process, reach, twice):
