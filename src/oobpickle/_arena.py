@@ -119,18 +119,12 @@ class Arena:
         if not _system.SUPPORTED:
             raise ArenaError("this needs 64-bit Linux with /proc")
         options = options.resolve()
-        data_nbytes = largest_file_nbytes(_DATA_NBYTES)
-        if data_nbytes < _MIN_DATA_NBYTES:
-            raise ArenaError(
-                f"the limits of this process leave {format_nbytes(data_nbytes)} of address space "
-                f"or file size, need {format_nbytes(_MIN_DATA_NBYTES)}. See ulimit -v and -f."
-            )
         segments: list[Segment] = []
         try:
-            segments.append(Segment.create(data_nbytes, "data"))
+            segments.append(_create_data(largest_file_nbytes(_DATA_NBYTES)))
             segments.append(Segment.create(LEDGER_NBYTES, "ledger"))
             segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
-            _write_header(segments[1].words(), options, data_nbytes)
+            _write_header(segments[1].words(), options, segments[0].nbytes)
             arena = cls(segments[0], segments[1], segments[2].fd)
             arena.membership.join()
         except (OSError, ArenaFullError) as error:
@@ -496,7 +490,10 @@ class Arena:
     @property
     def is_idle(self) -> bool:
         """Whether it is closed, this process the last in it, and no array or message is left."""
-        if self._final is not None or not self.closed or not self.holdings.is_empty:
+        if self._final is not None or not self.closed:
+            return False
+        self.drain()
+        if not self.holdings.is_empty:
             return False
         try:
             self.membership.reap()
@@ -573,6 +570,22 @@ def _max_map_count() -> int:
             return int(file.read())
     except (OSError, ValueError):
         return 65530
+
+
+def _create_data(nbytes: int) -> Segment:
+    """Create the data file, as large as the address space allows: 128 TiB hold seven of 16."""
+    if nbytes < _MIN_DATA_NBYTES:
+        raise ArenaError(
+            f"the limits of this process leave {format_nbytes(nbytes)} of address space or file "
+            f"size, need {format_nbytes(_MIN_DATA_NBYTES)}. See ulimit -v and ulimit -f."
+        )
+    while True:
+        try:
+            return Segment.create(nbytes, "data")
+        except ArenaError:
+            if nbytes // 4 < _MIN_DATA_NBYTES:
+                raise
+            nbytes //= 4
 
 
 def _write_header(words: memoryview, options: Options, data_nbytes: int) -> None:

@@ -90,7 +90,7 @@ def pack(
         From `acquire`; nothing stays leased, here or after any other exception.
     """
     sizes, stream = payload.sizes, payload.stream
-    indirect = len(stream) + 8 * len(sizes) > _INLINE_NBYTES
+    indirect = len(stream) + 8 * len(sizes) > _INLINE_NBYTES or not any(sizes)
     if indirect:
         index_nbytes = _index_nbytes(sizes, len(stream))
         lease = acquire([index_nbytes, *sizes])

@@ -1,0 +1,499 @@
+"""The arena in one process: senders, receivers, room, ends."""
+
+import gc
+import os
+import threading
+
+import numpy as np
+import pytest
+
+from ledger_tools import assert_in_order
+from oobpickle import ArenaError, ArenaFullError, StaleEnvelopeError, _headroom
+from oobpickle._arena import Arena
+from oobpickle._layout import H_HELD
+from oobpickle._options import Options
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def make_arena():
+    arenas = []
+
+    def make(**options):
+        options.setdefault("capacity", 64 * MIB)
+        arenas.append(Arena.create(Options(**options)))
+        return arenas[-1]
+
+    yield make
+    gc.collect()
+    for arena in arenas:
+        arena.drain()
+        arena.membership.run(assert_in_order, arena.ledger)
+        arena.close()
+        arena.detach()
+        arena.holdings.adopted.clear()
+        assert arena.holdings.is_empty, "a test left a lease or an array"
+        arena.destroy()
+
+
+@pytest.fixture
+def arena(make_arena):
+    return make_arena()
+
+
+def send(arena, *contents):
+    """Send buffers; return what an envelope would say of them."""
+    lease = arena.acquire([len(content) for content in contents])
+    for destination, content in zip(lease.destinations, contents, strict=True):
+        destination[:] = content
+    lease.seal(0)
+    lease.settle()
+    return lease.blocks, list(lease._plan.needs)
+
+
+def address(view):
+    return np.frombuffer(view, np.uint8).ctypes.data
+
+
+def test_what_was_written_is_what_arrives(arena):
+    contents = [os.urandom(n) for n in (1, 100, 70_000, 0, 3 * MIB)]
+    lease = arena.acquire([len(content) for content in contents])
+    for destination, content in zip(lease.destinations, contents, strict=True):
+        destination[:] = content
+    lease.seal(0)
+    lease.settle()
+    views = arena.claim(lease.blocks, lease._plan.needs)
+
+    places = lease._plan.places
+    found = [
+        bytes(views[b][at : at + len(c)]) if b >= 0 else b""
+        for (b, at), c in zip(places, contents, strict=True)
+    ]
+    assert contents == found
+
+
+def test_destinations_are_aligned_and_writable(arena):
+    lease = arena.acquire([1, 7, 65, 70_000, 3 * MIB])
+
+    assert {0} == {address(view) % 64 for view in lease.destinations}
+    assert not any(view.readonly for view in lease.destinations)
+    lease.release()
+
+
+def test_the_receiver_gets_the_very_memory_that_the_sender_wrote(arena):
+    lease = arena.acquire([100_000])
+    written = address(lease.destinations[0])
+    lease.seal(0)
+    lease.settle()
+
+    (view,) = arena.claim(lease.blocks, [100_000])
+
+    assert written == address(view)
+
+
+def test_a_block_comes_back_when_the_last_view_of_it_is_gone(arena):
+    (view,) = arena.claim(*send(arena, b"x" * MIB))
+    array = np.frombuffer(view, np.uint8)[5:].reshape(-1, 1)
+    kept = array.view("u1").T[0, 3:]
+    del view, array
+    gc.collect()
+
+    assert MIB == arena.statistics().nbytes["held"]
+    del kept
+    assert 0 == arena.statistics().nbytes["held"]
+
+
+def test_a_released_block_is_used_again(arena):
+    blocks, needs = send(arena, b"x" * MIB)
+    (view,) = arena.claim(blocks, needs)
+    del view
+
+    again, _ = send(arena, b"y" * MIB)
+
+    assert (blocks[0][0], blocks[0][1] + 1) == again[0]
+    arena.claim(again, needs)
+
+
+def test_a_message_is_loaded_once(arena):
+    blocks, needs = send(arena, b"x" * MIB)
+    views = arena.claim(blocks, needs)
+
+    with pytest.raises(StaleEnvelopeError, match="loaded already"):
+        arena.claim(blocks, needs)
+    del views
+    with pytest.raises(StaleEnvelopeError):
+        arena.claim(blocks, needs)
+
+
+@pytest.mark.parametrize("block", [(0, 99), (5, 1), (1 << 19, 1), (1 << 40, 1), (0, 0)])
+def test_placements_that_mean_nothing_are_refused(arena, block):
+    sent = send(arena, b"x" * MIB)
+
+    with pytest.raises(StaleEnvelopeError):
+        arena.claim([block], [MIB])
+    arena.claim(*sent)
+
+
+def test_a_dropped_lease_gives_its_blocks_back(arena):
+    lease = arena.acquire([MIB, 100])
+    lease.seal(0)
+    del lease
+
+    assert {"free": 2, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
+
+
+def test_a_settled_lease_does_not(arena):
+    sent = send(arena, b"x")
+    gc.collect()
+
+    assert 1 == arena.statistics().n_blocks["in_flight"]
+    arena.claim(*sent)
+
+
+def test_the_message_of_a_full_arena_has_the_numbers_and_the_option(make_arena):
+    arena = make_arena(capacity=4 * MIB)
+    lease = arena.acquire([3 * MIB])
+
+    with pytest.raises(
+        ArenaFullError, match=r"need 2\.0 MiB .* 1\.0 MiB left of 4\.0 MiB"
+    ) as error:
+        arena.acquire([2 * MIB], wait_s=0)
+
+    assert "full" == error.value.reason
+    assert "capacity=" in str(error.value)
+    lease.release()
+
+
+def test_a_message_that_finds_no_room_leaves_nothing_leased(make_arena):
+    arena = make_arena(capacity=4 * MIB)
+
+    with pytest.raises(ArenaFullError):
+        arena.acquire([MIB, MIB, MIB, 2 * MIB], wait_s=0)
+
+    assert 0 == arena.statistics().n_blocks["leased"]
+    arena.acquire([3 * MIB], wait_s=0).release()
+
+
+def test_idle_pages_of_other_sizes_make_room(make_arena):
+    arena = make_arena(capacity=8 * MIB)
+    for size in (64 << 10, MIB, 7 * MIB, 2 * MIB, 8 * MIB, 5000):
+        arena.acquire([size], wait_s=0).release()
+
+    assert arena.statistics().nbytes_resident <= 8 * MIB
+
+
+def test_a_sender_waits_for_room_that_is_given_back(make_arena):
+    arena = make_arena(capacity=4 * MIB)
+    held = arena.acquire([4 * MIB])
+    waiting = threading.Event()
+    original = arena._room.make
+
+    def make(shortage):
+        waiting.set()
+        return original(shortage)
+
+    arena._room.make = make
+    thread = threading.Thread(target=lambda: waiting.wait(20) and held.release())
+    thread.start()
+    lease = arena.acquire([4 * MIB], wait_s=20)
+    thread.join()
+
+    lease.release()
+
+
+def test_too_little_memory_on_the_machine_is_found_before_it_is_taken(arena, monkeypatch):
+    monkeypatch.setattr(_headroom, "available_nbytes", lambda: 300 * MIB)
+    monkeypatch.setattr(_headroom, "limit_nbytes", lambda: 16 << 30)
+    before = arena.data.resident_nbytes()
+
+    with pytest.raises(ArenaFullError, match="too little memory: need 50 MiB") as error:
+        arena.acquire([50 * MIB], wait_s=0)
+
+    assert "memory" == error.value.reason
+    assert before == arena.data.resident_nbytes()
+    assert 0 == arena.statistics().n_blocks["leased"]
+    assert 0 == arena.membership.run(lambda: arena.ledger.words[19])
+
+
+def test_pages_that_the_system_refuses_are_a_reason_too(arena, monkeypatch):
+    def refuse(offset, nbytes):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(type(arena.data), "reserve", lambda self, *range: refuse(*range))
+
+    with pytest.raises(ArenaFullError, match="No space left") as error:
+        arena.acquire([MIB], wait_s=0)
+
+    assert "space" == error.value.reason
+
+
+def test_copy_out_gives_the_block_back_at_once(make_arena):
+    arena = make_arena(copy_out=True)
+    blocks, needs = send(arena, b"x" * MIB, b"y" * 100)
+
+    views = arena.claim(blocks, needs)
+
+    assert [b"x" * MIB, b"y" * 100] == [bytes(view) for view in views]
+    assert 0 == arena.statistics().nbytes["held"]
+    assert (2, MIB + 100) == (
+        arena.statistics().n_copied_out,
+        arena.statistics().nbytes_copied_out,
+    )
+    views[0][:1] = b"z"  # private and writable
+
+
+def test_receivers_copy_out_when_half_of_the_capacity_is_held(make_arena):
+    arena = make_arena(capacity=8 * MIB)
+    views = [arena.claim(*send(arena, bytes([i]) * MIB)) for i in range(6)]
+
+    assert arena.ledger.words[H_HELD] <= 5 * MIB
+    assert [bytes([i]) * MIB for i in range(6)] == [bytes(view) for (view,) in views]
+    assert arena.statistics().n_copied_out >= 1
+
+
+def test_copy_out_false_never_copies(make_arena):
+    arena = make_arena(capacity=8 * MIB, copy_out=False)
+    views = [arena.claim(*send(arena, b"x" * MIB)) for i in range(6)]
+
+    assert 6 * MIB == arena.statistics().nbytes["held"]
+    assert 0 == arena.statistics().n_copied_out
+    del views
+
+
+def test_beyond_the_limit_of_mappings_receivers_copy_out(arena):
+    arena._max_held = 3
+    views = [arena.claim(*send(arena, b"x" * 100)) for i in range(8)]
+
+    assert 3 == len(arena.holdings.held)
+    assert {b"x" * 100} == {bytes(view) for (view,) in views}
+
+
+def test_a_busy_ledger_loses_no_message(arena, monkeypatch):
+    """Without the lock the bytes are copied out, and the block comes back later."""
+    sent = send(arena, b"x" * MIB, b"y" * 100)
+
+    views = arena.membership.mutex.threads.run(1.0, arena.claim, *sent)  # as below a finalizer
+
+    assert [b"x" * MIB, b"y" * 100] == [bytes(view) for view in views]
+    assert {"free": 2, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
+    with pytest.raises(StaleEnvelopeError):
+        arena.claim(*sent)
+
+
+def test_a_busy_ledger_keeps_the_index_until_its_copy_is_gone(arena):
+    sent = send(arena, b"x" * MIB)
+
+    views = arena.membership.mutex.threads.run(1.0, lambda: arena.claim(*sent, is_index=True))
+
+    assert 1 == arena.statistics().n_blocks["in_flight"]
+    del views
+    assert 1 == arena.statistics().n_blocks["free"]
+
+
+def test_a_sender_with_a_busy_ledger_is_told(arena, monkeypatch):
+    with pytest.raises(ArenaFullError) as error:
+        arena.membership.mutex.threads.run(1.0, arena.acquire, [100])
+
+    assert "busy" == error.value.reason
+
+
+def test_a_private_copy_is_read_from_the_file_if_the_mapping_is_private(arena):
+    """As in a forked child whose parent held the block at the fork."""
+    (array,) = arena.claim(*send(arena, b"a" * MIB))
+    ((index, _),) = arena.holdings.held.items()
+    arena.holdings.privatize()
+    arena.membership.run(arena.ledger.mark_punched, [index])
+    arena.ledger.release([(index, arena.ledger.generation[index])], arena.membership.slot)
+    arena.holdings.held.clear()
+    sent = send(arena, b"b" * MIB)  # written aside, then to the file
+    assert index == sent[0][0][0]
+
+    (arrived,) = arena.claim(*sent)
+
+    assert (b"a" * MIB, b"b" * MIB) == (bytes(array), bytes(arrived))
+    del array, arrived
+    arena.holdings.collect()
+    assert {} == arena.holdings.private
+
+
+def test_a_closed_arena_gives_no_leases_but_loads_what_is_on_its_way(make_arena):
+    arena = make_arena()
+    sent = send(arena, b"x" * MIB)
+    arena.close()
+    arena.detach()
+
+    with pytest.raises(ArenaFullError, match="closed"):
+        arena.acquire([1])
+    (view,) = arena.claim(*sent)
+    assert b"x" * MIB == bytes(view)
+    assert not arena.is_idle
+    del view
+    arena.drain()
+    assert arena.is_idle
+
+
+def test_closing_gives_free_pages_back_before_it_returns(make_arena):
+    arena = make_arena()
+    arena.acquire([5 * MIB, 100]).release()
+    assert arena.data.resident_nbytes() >= 5 * MIB
+
+    arena.close()
+
+    assert 0 == arena.data.resident_nbytes()
+
+
+def test_pages_of_arrays_that_outlive_the_arena_go_back_when_they_die(make_arena):
+    arena = make_arena()
+    (first,) = arena.claim(*send(arena, b"x" * MIB))
+    (second,) = arena.claim(*send(arena, b"y" * MIB))
+    arena.close()
+    arena.detach()
+
+    assert 2 * MIB == arena.data.resident_nbytes()
+    del first
+    assert MIB == arena.data.resident_nbytes()
+    assert b"y" * MIB == bytes(second)
+    del second
+    assert 0 == arena.data.resident_nbytes()
+
+
+def test_statistics_outlive_the_memory():
+    arena = Arena.create(Options(capacity=64 * MIB))
+    arena.acquire([100]).release()
+    arena.close()
+    arena.detach()
+    assert arena.is_idle
+    arena.destroy()
+
+    assert 1 == arena.statistics().n_blocks["free"]
+    assert arena.closed
+    assert not arena.is_idle
+    with pytest.raises(ArenaFullError):
+        arena.acquire([1])
+
+
+def test_a_ledger_of_another_version_is_refused(arena):
+    data, table, locks = arena.descriptors
+    copies = [os.dup(fd) for fd in (data, table, locks)]
+    arena.ledger.words[1] += 1
+    try:
+        with pytest.raises(ArenaError, match=r"version 2, expected .* and 1"):
+            Arena.attach(*copies)
+    finally:
+        arena.ledger.words[1] -= 1
+        for fd in copies:
+            os.close(fd)
+
+
+def test_attached_twice_is_two_participants(arena):
+    """One process stands for two: each has its own slot and its own view of the blocks."""
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    sent = send(arena, b"x" * MIB)
+    (view,) = other.claim(*sent)
+
+    assert b"x" * MIB == bytes(view)
+    assert arena.options == other.options
+    assert 2 == arena.statistics().n_participants
+    assert MIB == arena.statistics().nbytes["held"]
+    del view
+    other.drain()
+    other._words[9] = 1
+    other.destroy()
+    arena.ledger.words[9] = 0
+    assert 1 == arena.membership.reap()
+    assert 1 == arena.statistics().n_participants
+
+
+def test_what_a_dead_participant_had_is_room_for_the_next(make_arena):
+    arena = make_arena(capacity=8 * MIB)
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    lease = other.acquire([4 * MIB])
+    views = other.claim(*send(arena, b"x" * 3 * MIB))
+    other.membership.mutex.locks.close()  # the kernel does this when a process dies
+
+    arena.acquire([6 * MIB], wait_s=0).release()
+
+    assert 1 == arena.statistics().n_participants
+    del views, lease
+    other.holdings.reset_in_child()
+    other._words[9] = 1
+    other.membership._own = None
+    other.destroy()
+    arena.ledger.words[9] = 0
+
+
+def test_a_message_that_nobody_can_read_is_reclaimed(arena):
+    read_fd, write_fd = os.pipe()
+    lease = arena.acquire([100, MIB])
+    lease.seal(os.fstat(write_fd).st_ino)
+    lease.settle()
+    os.write(write_fd, b"envelope")
+
+    assert 0 == arena._room.reclaim()
+    os.close(read_fd)
+    assert 2 == arena._room.reclaim()
+    assert 2 == arena.statistics().n_reclaimed
+    os.close(write_fd)
+
+
+def test_a_message_that_was_read_is_its_readers_to_keep(arena):
+    read_fd, write_fd = os.pipe()
+    lease = arena.acquire([100, MIB])
+    lease.seal(os.fstat(write_fd).st_ino)
+    lease.settle()
+    os.write(write_fd, b"envelope")
+
+    with arena.reading() as adopt:
+        os.read(read_fd, 100)
+        assert 0 == arena._room.reclaim()
+        adopt(*lease.blocks[0])
+    assert 0 == arena._room.reclaim()
+    views = arena.claim(lease.blocks, lease._plan.needs)
+    assert 0 == arena._room.reclaim()
+    del views
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_a_message_with_an_unknown_channel_is_kept(arena):
+    sent = send(arena, b"x" * MIB)
+
+    assert 0 == arena._room.reclaim()
+    arena.claim(*sent)
+
+
+def test_many_threads_send_and_receive(arena):
+    errors = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        for _ in range(60):
+            contents = [rng.bytes(int(n)) for n in rng.integers(1, 200_000, 3)]
+            (views, places) = receive(*send_with_places(arena, contents))
+            found = [
+                bytes(views[b][at : at + len(c)])
+                for (b, at), c in zip(places, contents, strict=True)
+            ]
+            if found != contents:
+                errors.append(seed)
+
+    def send_with_places(arena, contents):
+        lease = arena.acquire([len(c) for c in contents], wait_s=20)
+        for destination, content in zip(lease.destinations, contents, strict=True):
+            destination[:] = content
+        lease.seal(0)
+        lease.settle()
+        return lease.blocks, lease._plan
+
+    def receive(blocks, plan):
+        return arena.claim(blocks, plan.needs), plan.places
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert [] == errors
+    assert 0 == arena.statistics().n_blocks["in_flight"]

@@ -1,0 +1,149 @@
+"""Channels: who is known, and how much of one's own is unread."""
+
+import multiprocessing
+import os
+import threading
+
+import pytest
+
+from oobpickle import _channels
+from oobpickle._arena import Arena
+from oobpickle._channels import Channels
+from oobpickle._options import Options
+from oobpickle._pipes import channel_id
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def arena():
+    arena = Arena.create(Options(capacity=64 * MIB))
+    yield arena
+    arena.close()
+    arena.detach()
+    assert arena.is_idle
+    arena.destroy()
+
+
+@pytest.fixture
+def channels(arena):
+    return Channels(arena)
+
+
+@pytest.fixture(params=[False, True], ids=["pipe", "socket pair"])
+def ends(request):
+    reader, writer = multiprocessing.Pipe(request.param)
+    with reader, writer:
+        yield reader, writer
+
+
+def test_a_channel_is_unknown_until_it_is_noted(channels, ends):
+    reader, writer = ends
+
+    assert 0 == channels.known(writer.fileno())
+    channels.note(reader.fileno(), writer.fileno())
+    assert channel_id(reader.fileno()) == channels.known(writer.fileno())
+
+
+def test_an_end_that_was_handed_out_is_forgotten_on_both_sides(channels, ends):
+    reader, writer = ends
+    channels.note(reader.fileno(), writer.fileno())
+
+    channels.forget(reader.fileno())
+
+    assert [0, 0] == [channels.known(end.fileno()) for end in ends]
+
+
+def test_a_spawned_child_knows_what_its_parent_knows(arena, channels, ends):
+    channels.note(*(end.fileno() for end in ends))
+
+    child = Channels(arena, channels.to_bytes())
+
+    assert [channels.known(e.fileno()) for e in ends] == [child.known(e.fileno()) for e in ends]
+
+
+def test_the_oldest_channels_are_forgotten(channels, ends, monkeypatch):
+    monkeypatch.setattr(_channels, "_MOST_CHANNELS", 2)
+    channels.note(*(end.fileno() for end in ends))
+    reader, writer = multiprocessing.Pipe(True)
+    with reader, writer:
+        channels.note(reader.fileno(), writer.fileno())
+
+        assert 0 == channels.known(ends[1].fileno())
+        assert 0 != channels.known(writer.fileno())
+
+
+def send(arena, channels, writer, nbytes):
+    channel = channels.known(writer.fileno())
+    lease = arena.acquire([nbytes])
+    lease.seal(channel)
+    lease.settle()
+    channels.sent(channel, lease.blocks[0], nbytes)
+    os.write(writer.fileno(), b"envelope")
+    return lease
+
+
+def wait(channels, writer, nbytes):
+    fd = writer.fileno()
+    thread = threading.Thread(
+        target=channels.wait_for_budget, args=(fd, channels.known(fd), nbytes)
+    )
+    thread.start()
+    return thread
+
+
+def claim(arena, lease):
+    arena.claim(lease.blocks, lease._plan.needs)
+
+
+def test_within_the_budget_nobody_waits(arena, channels, ends):
+    reader, writer = ends
+    channels.note(reader.fileno(), writer.fileno())
+    first = send(arena, channels, writer, 4 * MIB)
+
+    wait(channels, writer, 4 * MIB).join(20)
+
+    claim(arena, first)
+
+
+def test_over_the_budget_a_sender_waits_until_its_own_is_loaded(arena, channels, ends):
+    reader, writer = ends
+    channels.note(reader.fileno(), writer.fileno())
+    first, second = (send(arena, channels, writer, 5 * MIB) for _ in range(2))
+
+    thread = wait(channels, writer, 5 * MIB)
+    thread.join(0.1)
+    assert thread.is_alive()
+    claim(arena, first)
+    thread.join(20)
+
+    assert not thread.is_alive()
+    claim(arena, second)
+
+
+def test_a_sender_does_not_wait_for_what_was_read(arena, channels, ends):
+    reader, writer = ends
+    channels.note(reader.fileno(), writer.fileno())
+    leases = [send(arena, channels, writer, 5 * MIB) for _ in range(2)]
+
+    thread = wait(channels, writer, 5 * MIB)
+    os.read(reader.fileno(), 100)
+    thread.join(20)
+
+    assert not thread.is_alive()
+    for lease in leases:
+        claim(arena, lease)
+
+
+def test_a_sender_does_not_wait_for_readers_that_are_gone(arena, channels, ends):
+    reader, writer = ends
+    channels.note(reader.fileno(), writer.fileno())
+    leases = [send(arena, channels, writer, 5 * MIB) for _ in range(2)]
+
+    thread = wait(channels, writer, 5 * MIB)
+    reader.close()
+    thread.join(20)
+
+    assert not thread.is_alive()
+    for lease in leases:
+        claim(arena, lease)

@@ -1,0 +1,225 @@
+"""The envelope: pickle meets memory, here without any shared memory."""
+
+import pickle
+import struct
+
+import numpy as np
+import pytest
+
+import oobpickle
+from oobpickle import EnvelopeError, StaleEnvelopeError, _envelope
+from oobpickle._arena import Arena
+from oobpickle._options import Options
+
+IDENTITY = bytes(range(16))
+
+
+class FakeLease:
+    """Destinations in ordinary memory."""
+
+    def __init__(self, sizes):
+        self.destinations = [memoryview(bytearray(nbytes)) for nbytes in sizes]
+        self.blocks = [(index, 7) for index in range(len(_envelope.plan(list(sizes)).needs))]
+        self.sealed_for = None
+
+    def seal(self, channel):
+        self.sealed_for = channel
+
+
+@pytest.fixture
+def arena():
+    arena = Arena.create(Options(capacity=64 << 20))
+    _envelope.introduce(arena)
+    yield arena
+    _envelope.forget(arena)
+    arena.close()
+    arena.detach()
+    assert arena.is_idle
+    arena.destroy()
+
+
+def pack(arena, obj):
+    envelope = _envelope.pack(oobpickle.dumps(obj), arena.acquire, arena.identity)
+    envelope.lease.settle()
+    return bytes(envelope)
+
+
+def test_packing_needs_nothing_but_destinations():
+    leases = []
+
+    def acquire(sizes):
+        leases.append(FakeLease(sizes))
+        return leases[-1]
+
+    array = np.arange(1000.0)
+    envelope = _envelope.pack(oobpickle.dumps(array), acquire, IDENTITY, channel=5)
+
+    assert 5 == leases[0].sealed_for
+    assert array.tobytes() == bytes(leases[0].destinations[0])
+    assert array.tobytes() not in envelope
+    assert envelope.lease is leases[0]
+
+
+@pytest.mark.parametrize("n_arrays", [0, 1, 3, 2000])
+def test_an_envelope_is_an_ordinary_pickle_that_loads_once(arena, n_arrays):
+    obj = {"arrays": [np.full(100 + i, i) for i in range(n_arrays)], "text": "t" * 100_000}
+    envelope = pack(arena, obj)
+
+    loaded = pickle.loads(envelope)
+
+    assert "t" * 100_000 == loaded["text"]
+    assert n_arrays == len(loaded["arrays"])
+    for expected, array in zip(obj["arrays"], loaded["arrays"], strict=True):
+        assert array.flags.writeable
+        np.testing.assert_array_equal(expected, array)
+    with pytest.raises(StaleEnvelopeError):
+        pickle.loads(envelope)
+    assert len(envelope) < 20_000
+
+
+def test_many_small_arrays_share_few_blocks(arena):
+    pack_of = [np.ones(1000) for _ in range(1000)]
+
+    loaded = pickle.loads(pack(arena, pack_of))
+
+    assert arena.statistics().n_blocks["held"] == 8
+    del loaded[8:]
+    assert arena.statistics().n_blocks["held"] == 1
+
+
+def test_the_array_is_the_block(arena):
+    array = pickle.loads(pack(arena, np.ones(100_000)))
+
+    start = arena.data._address
+    assert start <= array.ctypes.data < start + arena.data.nbytes
+    assert 0 == array.ctypes.data % 64
+
+
+def test_the_same_array_twice_is_one_array(arena):
+    array = np.ones(100_000)
+
+    first, second = pickle.loads(pack(arena, [array, array]))
+
+    assert first is second
+
+
+def test_empty_buffers_take_no_room(arena):
+    buffers = [pickle.PickleBuffer(b""), pickle.PickleBuffer(bytearray(1000))]
+
+    empty, full = pickle.loads(pack(arena, buffers))
+
+    assert (b"", bytes(1000)) == (bytes(empty), bytes(full))
+
+
+class Unloadable:
+    """Raises where it is loaded, with an array that has arrived."""
+
+    def __init__(self):
+        self.array = np.ones(100_000)
+
+    def __setstate__(self, state):
+        raise RuntimeError("as it does today")
+
+
+def test_an_object_that_cannot_be_loaded_fails_as_it_does_today_and_holds_nothing(arena):
+    envelope = pack(arena, Unloadable())
+
+    with pytest.raises(RuntimeError, match="as it does today"):
+        pickle.loads(envelope)
+
+    assert 0 == arena.statistics().n_blocks["held"]
+
+
+class Unpicklable:
+    def __reduce__(self):
+        raise TypeError("not me")
+
+
+def test_an_object_that_cannot_be_pickled_leases_nothing(arena):
+    with pytest.raises(TypeError, match="not me"):
+        pack(arena, [np.ones(100_000), Unpicklable()])
+
+    assert {} == {k: v for k, v in arena.statistics().n_blocks.items() if v}
+
+
+def test_a_copy_that_fails_leaves_nothing_leased(arena):
+    payload = oobpickle.dumps([np.ones(100_000), np.ones(100_000)])
+    payload._sources[1] = object()
+
+    with pytest.raises((TypeError, AttributeError)):
+        _envelope.pack(payload, arena.acquire, arena.identity)
+
+    assert 0 == arena.statistics().n_blocks["leased"]
+
+
+def framed_in(envelope):
+    at = len(_envelope._PREFIX) + 8
+    return bytearray(envelope[at : -len(_envelope._SUFFIX)])
+
+
+@pytest.mark.parametrize("obj", [np.ones(1000), "s" * 50_000], ids=["direct", "indirect"])
+def test_an_altered_or_truncated_envelope_is_refused_and_the_message_not_lost(arena, obj):
+    envelope = pack(arena, obj)
+    good = framed_in(envelope)
+
+    for position in range(len(good)):
+        bad = bytearray(good)
+        bad[position] ^= 0x41
+        with pytest.raises(EnvelopeError):
+            _envelope.unpack_envelope(bytes(bad))
+    for length in range(len(good)):
+        with pytest.raises(EnvelopeError):
+            _envelope.unpack_envelope(bytes(good[:length]))
+    with pytest.raises(EnvelopeError):
+        _envelope.unpack_envelope(bytes(good) + b"x")
+
+    loaded = pickle.loads(envelope)
+    assert np.array_equal(obj, loaded)
+
+
+def test_an_envelope_of_an_unknown_arena_names_it_and_says_what_to_do(arena):
+    envelope = pack(arena, np.ones(1000))
+    _envelope.forget(arena)
+
+    with pytest.raises(
+        EnvelopeError, match=f"arena {arena.identity.hex()[:8]}.*does not take part"
+    ):
+        pickle.loads(envelope)
+
+    _envelope.introduce(arena)
+    pickle.loads(envelope)
+
+
+def reframe(arena, counts, body):
+    return bytes(_envelope._framed(arena.identity, counts, body))
+
+
+@pytest.mark.parametrize(
+    ("counts", "body"),
+    [
+        ((1, 1, 0, 0), struct.pack("<3Q", 0, 1, 10**15)),
+        ((2, 1, 0, 0), struct.pack("<5Q", 0, 1, 1, 1, 100)),
+        ((1, 1, 0, 5), struct.pack("<3Q", 1 << 50, 1, 100) + b"abcde"),
+        ((1, 0, 1, 0), struct.pack("<3Q", 3, 1, 65536)),
+        ((10**6, 0, 1, 0), struct.pack("<3Q", 0, 1, 65536)),
+        ((0, 0, 1, 0), struct.pack("<3Q", 0, 1, 65536)),
+    ],
+)
+def test_a_forged_envelope_with_a_right_checksum_is_refused(arena, counts, body):
+    envelope = pack(arena, np.ones(1000))
+
+    with pytest.raises(EnvelopeError):
+        _envelope.unpack_envelope(reframe(arena, counts, body))
+
+    pickle.loads(envelope)
+
+
+def test_the_head_of_an_envelope_names_its_first_block(arena):
+    envelope = pack(arena, np.ones(1000))
+    head = envelope[: _envelope.HEAD_NBYTES]
+
+    assert (0, 1) == _envelope.head_of(head, arena.identity)
+    assert _envelope.head_of(head, IDENTITY) is None
+    assert _envelope.head_of(b"x" * _envelope.HEAD_NBYTES, arena.identity) is None
+    assert _envelope.MIN_NBYTES <= len(envelope) <= _envelope.MAX_NBYTES
+    pickle.loads(envelope)

@@ -1,0 +1,248 @@
+"""The table of blocks, step by step."""
+
+import pytest
+
+from ledger_tools import assert_in_order, make_ledger, owner_of, state_of
+from oobpickle import _layout as layout
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def ledger():
+    ledger = make_ledger(64 * MIB)
+    yield ledger
+    assert_in_order(ledger)
+
+
+def lease(ledger, *needs, slot=1):
+    taken = []
+    shortage = ledger.lease(needs, slot, taken)
+    assert shortage is None
+    return [(index, ledger.generation[index]) for index, _ in taken]
+
+
+def send(ledger, *needs, slot=1, channel=9):
+    blocks = lease(ledger, *needs, slot=slot)
+    ledger.seal(blocks, slot, channel)
+    return blocks
+
+
+def test_a_leased_block_holds_what_was_asked_for(ledger):
+    ((index, generation),) = lease(ledger, 70_000)
+
+    assert (layout.LEASED, 1) == (state_of(ledger, index), owner_of(ledger, index))
+    assert (1, 70_000) == (generation, ledger.used[index])
+    assert ledger.resident[index] == ledger.words[layout.H_RESIDENT] == 73_728
+
+
+def test_a_released_block_is_leased_again_warm_with_the_next_generation(ledger):
+    (block,) = lease(ledger, 70_000)
+    ledger.release([block], 1)
+    taken = []
+
+    ledger.lease([69_000], 1, taken)
+
+    assert [(block[0], 73_728)] == taken
+    assert block[1] + 1 == ledger.generation[block[0]]
+
+
+def test_the_block_that_a_process_wrote_last_comes_back_to_it(ledger):
+    (mine,), (theirs,) = lease(ledger, MIB, slot=1), lease(ledger, MIB, slot=2)
+    ledger.release([mine], 1)
+    ledger.release([theirs], 2)
+
+    assert mine[0] == lease(ledger, MIB, slot=1)[0][0]
+    assert theirs[0] == lease(ledger, MIB, slot=1)[0][0]
+
+
+def test_a_warm_block_of_a_larger_class_is_better_than_fresh_pages(ledger):
+    (block,) = lease(ledger, 5 * MIB)
+    ledger.release([block], 1)
+
+    assert block[0] == lease(ledger, 4 * MIB)[0][0]
+
+
+def test_a_much_larger_block_is_left_for_larger_messages(ledger):
+    (block,) = lease(ledger, 32 * MIB)
+    ledger.release([block], 1)
+
+    assert block[0] != lease(ledger, 4096)[0][0]
+
+
+def test_capacity_is_the_limit_of_pages_not_of_blocks(ledger):
+    (block,) = lease(ledger, 60 * MIB)
+    taken = []
+
+    shortage = ledger.lease([MIB, 8 * MIB], 1, taken)
+
+    assert ("full", 8 * MIB, 3 * MIB) == tuple(shortage)
+    assert 1 == len(taken)
+    ledger.release([block], 1)
+    assert block[0] == lease(ledger, 60 * MIB)[0][0]
+
+
+def test_the_table_of_blocks_can_be_full(ledger):
+    words = ledger.words
+    words[layout.H_DATA_NBYTES] = 10 * layout.PAGE_NBYTES
+    taken = []
+
+    shortage = ledger.lease([layout.PAGE_NBYTES] * 6, 1, taken)
+
+    assert "table" == shortage.reason
+    assert 5 == len(taken)
+
+
+def test_claim_takes_all_blocks_of_a_message_or_none(ledger):
+    blocks = send(ledger, 100, MIB)
+    wrong = [blocks[0], (blocks[1][0], blocks[1][1] + 1)]
+
+    assert 1 == ledger.claim(wrong, [100, MIB], 2)
+    assert {layout.IN_FLIGHT} == {state_of(ledger, index) for index, _ in blocks}
+    assert ledger.claim(blocks, [100, MIB], 2) is None
+    assert {(layout.HELD, 2)} == {(state_of(ledger, i), owner_of(ledger, i)) for i, _ in blocks}
+    assert 100 + MIB == ledger.words[layout.H_HELD]
+
+
+def test_a_message_is_claimed_once(ledger):
+    blocks = send(ledger, 100)
+    ledger.claim(blocks, [100], 2)
+
+    assert 0 == ledger.claim(blocks, [100], 3)
+    ledger.release(blocks, 2)
+    assert 0 == ledger.claim(blocks, [100], 3)
+
+
+def test_a_claim_of_other_sizes_than_were_written_is_refused(ledger):
+    blocks = send(ledger, 100)
+
+    assert 0 == ledger.claim(blocks, [101], 2)
+
+
+@pytest.mark.parametrize("index", [1, layout.MAX_BLOCKS - 1])
+def test_a_claim_of_a_row_that_was_never_made_is_refused(ledger, index):
+    send(ledger, 100)
+
+    assert 0 == ledger.claim([(index, 0)], [0], 2)
+
+
+def test_only_the_owner_releases_and_only_its_generation(ledger):
+    (block,) = send(ledger, 100, slot=1)
+    ledger.claim([block], [100], 2)
+
+    ledger.release([block], 1)
+    ledger.release([(block[0], block[1] - 1)], 2)
+    assert layout.HELD == state_of(ledger, block[0])
+    ledger.release([block], 2)
+    ledger.release([block], 2)
+    assert layout.FREE == state_of(ledger, block[0])
+
+
+def test_recovery_frees_what_the_dead_had_and_keeps_what_it_sent(ledger):
+    leased, sent, held = lease(ledger, 100, slot=1), send(ledger, 200, slot=1), send(ledger, 300)
+    others = lease(ledger, 400, slot=2)
+    ledger.claim(held, [300], 1)
+
+    ledger.recover(1)
+
+    states = [state_of(ledger, block[0][0]) for block in (leased, sent, held, others)]
+    assert [layout.FREE, layout.IN_FLIGHT, layout.FREE, layout.LEASED] == states
+    assert layout.ORPHAN == owner_of(ledger, sent[0][0])
+    assert ledger.claim(sent, [200], 2) is None
+
+
+def test_forgetting_frees_only_what_the_process_does_not_know(ledger):
+    known, unknown = lease(ledger, 100), lease(ledger, 100)
+    other = lease(ledger, 100, slot=2)
+    sent = send(ledger, 100)
+
+    ledger.forget_unknown(1, {known[0][0]})
+
+    states = [state_of(ledger, block[0][0]) for block in (known, unknown, other, sent)]
+    assert [layout.LEASED, layout.FREE, layout.LEASED, layout.IN_FLIGHT] == states
+
+
+def test_idle_blocks_are_taken_largest_first_until_it_is_enough(ledger):
+    blocks = lease(ledger, MIB, 8 * MIB, 2 * MIB)
+    ledger.release(blocks, 1)
+    taken = []
+
+    ledger.take_idle(9 * MIB, 1, taken)
+
+    assert [blocks[1][0], blocks[2][0]] == taken
+    ledger.mark_punched(taken)
+    assert MIB == ledger.words[layout.H_RESIDENT]
+    ledger.release([(index, ledger.generation[index]) for index in taken], 1)
+
+
+def test_a_punched_block_says_so_to_those_who_had_it_mapped(ledger):
+    (block,) = lease(ledger, MIB)
+    before = ledger.punches[block[0]]
+
+    ledger.mark_punched([block[0]])
+
+    assert before + 1 == ledger.punches[block[0]]
+
+
+def test_a_message_in_flight_is_freed_only_while_it_is_what_was_seen(ledger):
+    ((index, generation),) = send(ledger, 100)
+    seen = ledger.word[index]
+    ledger.adopt(index, generation, 2)
+
+    assert 0 == ledger.free_unread([(index, seen)])
+    assert 1 == ledger.free_unread([(index, ledger.word[index])])
+
+
+def test_only_a_message_in_flight_of_that_generation_is_adopted(ledger):
+    ((index, generation),) = send(ledger, 100, slot=1)
+
+    ledger.adopt(index, generation + 1, 2)
+    ledger.adopt(layout.MAX_BLOCKS + 5, 1, 2)
+    assert 1 == owner_of(ledger, index)
+    ledger.adopt(index, generation, 2)
+    assert 2 == owner_of(ledger, index)
+
+
+def test_following_blocks_are_abandoned_when_the_first_is_gone(ledger):
+    (head, follower) = send(ledger, MIB, 2 * MIB)
+
+    assert not ledger.is_abandoned(follower[0])
+    ledger.claim([head], [MIB], 2)
+    assert not ledger.is_abandoned(follower[0])
+    ledger.release([head], 2)
+    assert ledger.is_abandoned(follower[0])
+    lease(ledger, MIB)
+    assert ledger.is_abandoned(follower[0])
+
+
+def test_rebuilding_restores_lists_and_sums(ledger):
+    blocks = lease(ledger, 100, MIB, 5 * MIB, MIB)
+    ledger.release(blocks[1:3], 1)
+    for word in range(layout.H_WARM, layout.H_EMPTY + layout.N_CLASSES):
+        ledger.words[word] = 12345
+    ledger.words[layout.H_HELD] = ledger.words[layout.H_RESIDENT] = 99
+    ledger.words[layout.H_N_BLOCKS] -= 1
+
+    ledger.rebuild()
+
+    assert 4 == ledger.words[layout.H_N_BLOCKS]
+    assert_in_order(ledger)
+
+
+def test_census_counts_bytes_in_use_and_kept(ledger):
+    lease(ledger, 100)
+    send(ledger, 200)
+    ledger.release(lease(ledger, 5000), 1)
+
+    census = ledger.census()
+
+    assert {"free": 1, "leased": 1, "in_flight": 1, "held": 0} == census.n_blocks
+    assert {"free": 8192, "leased": 100, "in_flight": 200, "held": 0} == census.nbytes
+
+
+def test_a_closed_ledger_refuses_instead_of_touching_memory():
+    ledger = make_ledger()
+    ledger.close()
+
+    with pytest.raises(ValueError, match="released"):
+        ledger.lease([1], 1, [])

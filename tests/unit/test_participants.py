@@ -1,0 +1,105 @@
+"""The table of participants: slots, deaths, counters."""
+
+import pytest
+
+from ledger_tools import FakeLocks, make_ledger, state_of
+from oobpickle import _faults
+from oobpickle._layout import FREE, H_BANK, H_N_SLOTS, MAX_PARTICIPANTS
+from oobpickle._participants import OwnRow, Participants
+
+
+@pytest.fixture
+def ledger():
+    return make_ledger()
+
+
+@pytest.fixture
+def locks():
+    return FakeLocks()
+
+
+@pytest.fixture
+def participants(ledger):
+    return Participants(ledger)
+
+
+def test_each_participant_gets_a_slot_of_its_own(participants, locks):
+    assert [0, 1, 2] == [participants.join(locks) for _ in range(3)]
+    assert {0, 1, 2} == locks.alive
+
+
+def test_the_slot_of_the_dead_is_used_again_after_its_blocks_are_free(participants, locks, ledger):
+    participants.join(locks)
+    dead = participants.join(locks)
+    taken = []
+    ledger.lease([100], dead, taken)
+    locks.alive.discard(dead)
+
+    assert 1 == participants.reap(locks, 0)
+    assert FREE == state_of(ledger, taken[0][0])
+    assert dead == participants.join(locks)
+
+
+def test_many_short_lives_do_not_use_up_the_slots(participants, locks):
+    survivor = participants.join(locks)
+    for _ in range(200):
+        slot = participants.join(locks)
+        locks.alive.discard(slot)
+
+    assert participants.words[H_N_SLOTS] <= 17
+    assert survivor in locks.alive
+
+
+def test_no_slot_is_left(participants, locks):
+    participants.words[H_N_SLOTS] = MAX_PARTICIPANTS
+    for slot in range(MAX_PARTICIPANTS):
+        participants.words[participants._row(slot)] = 1
+        locks.alive.add(slot)
+
+    assert participants.join(locks) is None
+
+
+def test_counters_are_summed_over_the_living_and_the_dead(participants, locks):
+    for amount in (1, 10, 100):
+        OwnRow(participants.words, participants.join(locks)).count((3, amount), (4, 1))
+    locks.alive -= {1, 2}
+
+    assert (111, 3) == tuple(participants.counters()[3:5])
+    participants.reap(locks, 0)
+    assert (111, 3) == tuple(participants.counters()[3:5])
+    OwnRow(participants.words, participants.join(locks)).count((3, 1000))
+    assert 1111 == participants.counters()[3]
+
+
+@pytest.mark.parametrize("point", ["participants.summed", "participants.absorbed"])
+def test_a_death_while_counting_the_dead_counts_nobody_twice(
+    participants, locks, monkeypatch, point
+):
+    OwnRow(participants.words, participants.join(locks)).count((0, 1))
+    OwnRow(participants.words, participants.join(locks)).count((0, 10))
+    locks.alive.discard(1)
+
+    def die(name):
+        if name == point:
+            raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_faults, "reach", die)
+        with pytest.raises(SystemExit):
+            participants.reap(locks, 0)
+
+    assert 11 == participants.counters()[0]
+    assert 1 == participants.reap(locks, 0)
+    assert 11 == participants.counters()[0]
+    assert participants.words[H_BANK] in (0, 1)
+
+
+def test_readings_are_published_and_taken_back(participants, locks):
+    row = OwnRow(participants.words, participants.join(locks))
+
+    row.readings.add("one")
+    row.publish_readings()
+    assert [(0, 1)] == list(participants.readers())
+    row.readings.discard("one")
+    row.publish_readings()
+    assert [(0, 0)] == list(participants.readers())
