@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import struct
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -53,7 +54,7 @@ from oobpickle._ledger import Census, Ledger, Shortage
 from oobpickle._membership import BUSY_S, Membership
 from oobpickle._options import Options
 from oobpickle._room import Room
-from oobpickle._segment import Segment, largest_file_nbytes
+from oobpickle._segment import Segment, largest_file_nbytes, page_round
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
@@ -66,8 +67,12 @@ _FIRST_PAUSE_S: Final = 0.2e-3
 _LAST_PAUSE_S: Final = 5e-3
 _STEP_BLOCKS: Final = 64  # blocks per step, so that nobody waits long for the lock
 _EVERYTHING: Final = 1 << 62
+_ADDRESS: Final = struct.Struct("<4I")
 
 Block = tuple[int, int]  # index and generation
+
+#: Tokens of the threads that are inside an operation on some arena: none may be unmapped.
+users: Final[set[object]] = set()
 
 
 class Arena:
@@ -142,6 +147,12 @@ class Arena:
         ArenaError
             If the ledger cannot be mapped or is of another version.
         """
+        table_nbytes, data_nbytes = os.fstat(ledger_fd).st_size, os.fstat(data_fd).st_size
+        if table_nbytes != LEDGER_NBYTES or data_nbytes < _MIN_DATA_NBYTES:
+            raise ArenaError(
+                f"these are no files of an arena: {table_nbytes} and {data_nbytes} bytes, expected "
+                f"{LEDGER_NBYTES} and at least {_MIN_DATA_NBYTES}"
+            )
         table = Segment.attach(ledger_fd)
         if not table.mapped:
             raise ArenaError("no address space for the ledger of the arena. See ulimit -v.")
@@ -149,6 +160,33 @@ class Arena:
         arena = cls(Segment.attach(data_fd), table, locks_fd)
         arena.membership.try_join()
         return arena
+
+    @classmethod
+    def find(cls, name: bytes) -> Arena:
+        """Take part in the arena with the given `name`, through the process that sent it.
+
+        Raises
+        ------
+        OSError, ArenaError
+            If that process is gone, is another user's, or has not got this arena.
+        """
+        pid, *numbers = _ADDRESS.unpack(name[16:])
+        fds: list[int] = []
+        try:
+            for number in numbers:
+                fds.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
+            if os.pread(fds[1], 16, 8 * H_IDENTITY) != name[:16]:
+                raise ArenaError(f"process {pid} has not got it any more")
+            return cls.attach(fds[0], fds[1], fds[2])
+        except (OSError, ArenaError):
+            for fd in fds:
+                os.close(fd)
+            raise
+
+    @property
+    def name(self) -> bytes:
+        """32 bytes: the identity, and where this process has the files."""
+        return self.identity + _ADDRESS.pack(os.getpid(), *self.descriptors)
 
     @property
     def descriptors(self) -> tuple[int, int, int]:
@@ -189,6 +227,9 @@ class Arena:
             raise ArenaFullError("no address space to map the arena; see ulimit -v", "detached")
         sizes = list(sizes)
         layout = plan(sizes)
+        least = sum(page_round(nbytes) for nbytes in layout.needs)
+        if least > self._capacity:
+            raise self._full(Shortage("full", least, self._capacity))
         taken: list[tuple[int, int]] = []
         try:
             self._take(layout, taken, self._deadline(layout, wait_s))
@@ -239,7 +280,7 @@ class Arena:
         census = self.ledger.census()
         uses = ", ".join(f"{format_nbytes(n)} {state}" for state, n in census.nbytes.items() if n)
         return ArenaFullError(
-            f"arena full: need {format_nbytes(shortage.need_nbytes)} in one block, "
+            f"arena full: need {format_nbytes(shortage.need_nbytes)}, "
             f"{format_nbytes(shortage.room_nbytes)} left of {format_nbytes(self._capacity)} "
             f"({uses or 'nothing in use'}). Pass enabled(capacity=...) or drop results earlier.",
             shortage.reason,
@@ -295,7 +336,7 @@ class Arena:
             return self._copy_unclaimed(pairs, is_index=is_index)
         if position is not None:
             raise _stale(*blocks[position])
-        return self._views(pairs, unmapped, copying=self._copies_out())
+        return self._views(pairs, unmapped, copying=self._copies_out(), is_index=is_index)
 
     def _claim(
         self, blocks: Sequence[Block], needs: Sequence[int]
@@ -323,14 +364,19 @@ class Arena:
         return None, unmapped
 
     def _views(
-        self, pairs: Sequence[tuple[Block, int]], unmapped: frozenset[int], *, copying: bool
+        self,
+        pairs: Sequence[tuple[Block, int]],
+        unmapped: frozenset[int],
+        *,
+        copying: bool,
+        is_index: bool,
     ) -> list[memoryview]:
         views: list[memoryview] = []
         try:
             for block, nbytes in pairs:
                 if copying or block[0] in unmapped:
                     in_file = block[0] in unmapped
-                    views.append(self._copy_claimed(*block, nbytes, in_file=in_file))
+                    views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
                 else:
                     views.append(self._anchor(*block, nbytes))
         except BaseException:
@@ -349,16 +395,18 @@ class Arena:
     def _anchor(self, index: int, generation: int, nbytes: int) -> memoryview:
         self._room.enter(index, nbytes)
         anchor = self.data.array(self.ledger.offset[index], nbytes)
-        self.holdings.watch(anchor, [(index, generation)])
+        self.holdings.watch(anchor, [(index, generation)], anchored=True)
         if self.closed:
             self.holdings.free_pages_at_death()
         return memoryview(anchor)
 
-    def _copy_claimed(
-        self, index: int, generation: int, nbytes: int, *, in_file: bool
-    ) -> memoryview:
+    def _copy_claimed(self, block: Block, nbytes: int, in_file: bool, *, keep: bool) -> memoryview:
+        index = block[0]
         copy = self._copy_of(index, nbytes, in_file=in_file)
-        self.give_back([(index, generation)])
+        if keep:
+            self.holdings.watch(copy.obj, [block])
+            return copy
+        self.give_back([block])
         if not in_file:
             self.holdings.share_unanchored(index)
         self.membership.count(
@@ -470,7 +518,7 @@ class Arena:
         """End the arena: nothing new is sent; free memory is back with the system on return.
 
         Received arrays stay valid, and messages on their way can still be loaded. `detach` comes
-        next, then `destroy` when `is_idle`.
+        next, then `try_destroy`.
         """
         try:
             self.drain()
@@ -484,33 +532,43 @@ class Arena:
     def detach(self) -> None:
         """Stop sending from this process. Pages of what it holds go back as soon as that dies."""
         self.holdings.free_pages_at_death()
-        self.holdings.settle_all()
+        self.holdings.settle_all_at_death()
         self.drain()
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether it is closed, this process the last in it, and no array or message is left."""
+    def try_destroy(self) -> bool:
+        """Unmap and close everything if nobody needs it any more; the statistics stay.
+
+        That is when it is closed, this process is the last in it, no array, lease or message is
+        left, and no thread is inside an operation (`users`).
+        """
         if self._final is not None or not self.closed:
             return False
         self.drain()
-        if not self.holdings.is_empty:
-            return False
         try:
             self.membership.reap()
+            self._room.reclaim()
+            final = self.statistics()
+            if not self.membership.run(self._retire):
+                return False
         except (ArenaFullError, OSError):
             return False
-        counts = self.ledger.census().n_blocks
-        return not (self.membership.n_others() or counts["in_flight"] or counts["leased"])
-
-    def destroy(self) -> None:
-        """Unmap and close everything; only when `is_idle`. The statistics stay."""
-        self._final = self.statistics()
+        self._final = final
         _fork.unwatch(self)
         self._words = memoryview(bytearray(self._words[:HEADER_WORDS])).cast("Q")
-        self.ledger.close()
         self.membership.close()
+        self.ledger.close()
         self.data.close()
         self._table.close()
+        return True
+
+    def _retire(self) -> bool:
+        """Step: the last one, if nobody needs the arena."""
+        in_use = {state: n for state, n in self.ledger.census().n_blocks.items() if n}
+        in_use.pop("free", None)
+        if users or in_use or self.membership.n_others() or not self.holdings.is_empty:
+            return False
+        self.membership.retired = True
+        return True
 
     # --- forking
 
@@ -528,6 +586,7 @@ class Arena:
         if not self.membership.joined:
             return
         self.drain()
+        self.holdings.enter_fork()
         self.membership.mutex.threads.enter_fork()
         indices, nbytes, n_shared = self.holdings.privatize()
         self.membership.count(
@@ -542,6 +601,7 @@ class Arena:
         """Let the other threads of this process go on."""
         if self.membership.joined:
             self.membership.mutex.threads.leave_fork()
+            self.holdings.leave_fork()
         if self._interrupted:
             _interrupts.repost()
 

@@ -5,8 +5,8 @@ loading it calls `unpack_envelope`.
 
 **How it works.** An envelope is an ordinary pickle with one global and one ``bytes`` argument::
 
-    magic 4 | crc32 u32 | identity 16 | n_blocks u32 | n_buffers u32 | flags u32 | stream nbytes u64
-    index u64, generation u64 of each block | nbytes u64 of each buffer | stream
+    magic 4 | crc32 u32 | name of the arena 32 | n_blocks u32 | n_buffers u32 | flags u32 | stream
+    nbytes u64 index u64, generation u64 of each block | nbytes u64 of each buffer | stream
 
 A large stream, or a long table, lies in the arena too: then the envelope names the first block
 only, and that block holds the rest (flag 1). Sender and receiver compute the layout of the
@@ -29,14 +29,14 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from oobpickle import _faults
-from oobpickle._arena import Arena
-from oobpickle._errors import EnvelopeError
+from oobpickle._arena import Arena, users
+from oobpickle._errors import ArenaError, EnvelopeError
 from oobpickle._layout import OWN_BLOCK_NBYTES, plan
 from oobpickle._payload import Payload
 from oobpickle._statistics import N_LOADED
 
 _MAGIC: Final = b"OOBE"
-_HEADER: Final = struct.Struct("<4sI16sIIIQ")
+_HEADER: Final = struct.Struct("<4sI32sIIIQ")
 _CRC_FROM: Final = 8
 _INDIRECT: Final = 1
 _INLINE_NBYTES: Final = 8 << 10
@@ -68,7 +68,7 @@ class Envelope(bytes):
 def pack(
     payload: Payload,
     acquire: Callable[[Sequence[int]], Destinations],
-    identity: bytes,
+    name: bytes,
     channel: int = 0,
 ) -> Envelope:
     """Write a payload into acquired memory and return its envelope.
@@ -79,8 +79,8 @@ def pack(
         Its buffers are copied exactly once.
     acquire : callable
         ``acquire(sizes)`` returns an object with ``destinations``, ``blocks`` and ``seal``.
-    identity : bytes
-        The 16 bytes that name the arena.
+    name : bytes
+        `Arena.name`.
     channel : int
         Where the envelope will go, for `Lease.seal`.
 
@@ -105,7 +105,7 @@ def pack(
     _faults.reach("envelope.copied")
     lease.seal(channel)
     counts = (len(lease.blocks), len(sizes), _INDIRECT if indirect else 0, len(stream))
-    framed = _framed(identity, counts, body)
+    framed = _framed(name, counts, body)
     envelope = Envelope(_PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
     envelope.lease = lease
     return envelope
@@ -130,14 +130,14 @@ def _write_index(
     index[len(table) : len(table) + len(stream)] = stream
 
 
-def _framed(identity: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:
-    head = _HEADER.pack(_MAGIC, 0, identity, *counts)
+def _framed(name: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:
+    head = _HEADER.pack(_MAGIC, 0, name, *counts)
     crc = zlib.crc32(body, zlib.crc32(head[_CRC_FROM:]))
     return head[:4] + struct.pack("<I", crc) + head[_CRC_FROM:] + body
 
 
 class _Parsed(NamedTuple):
-    identity: bytes
+    name: bytes
     n_blocks: int
     n_buffers: int
     indirect: bool
@@ -148,7 +148,7 @@ class _Parsed(NamedTuple):
 def _parse(data: bytes) -> _Parsed:
     if len(data) < _HEADER.size:
         raise EnvelopeError(f"envelope truncated: {len(data)} bytes, need {_HEADER.size} or more")
-    magic, crc, identity, n_blocks, n_buffers, flags, n_stream = _HEADER.unpack_from(data)
+    magic, crc, name, n_blocks, n_buffers, flags, n_stream = _HEADER.unpack_from(data)
     if magic != _MAGIC or flags > _INDIRECT:
         raise EnvelopeError(f"not an envelope: magic {magic!r}, flags {flags}, expected {_MAGIC!r}")
     body = memoryview(data)[_HEADER.size :]
@@ -158,7 +158,7 @@ def _parse(data: bytes) -> _Parsed:
     wanted = 24 if flags else 16 * n_blocks + 8 * n_buffers + n_stream
     if body.nbytes != wanted:
         raise EnvelopeError(f"envelope of {body.nbytes} bytes after its head, expected {wanted}")
-    return _Parsed(identity, n_blocks, n_buffers, bool(flags), n_stream, body)
+    return _Parsed(name, n_blocks, n_buffers, bool(flags), n_stream, body)
 
 
 def unpack_envelope(data: bytes) -> Any:
@@ -172,16 +172,33 @@ def unpack_envelope(data: bytes) -> Any:
         If the message was loaded already, or taken back.
     """
     parsed = _parse(data)
-    arena = _arenas.get(parsed.identity)
+    token = object()
+    try:
+        users.add(token)
+        arena = _arena_named(parsed.name)
+        buffers, stream = _claim(arena, parsed)
+        arena.membership.count((N_LOADED, 1))
+        _faults.reach("envelope.claimed")
+        return pickle.loads(stream, buffers=buffers)
+    finally:
+        users.discard(token)
+
+
+def _arena_named(name: bytes) -> Arena:
+    arena = _arenas.get(name[:16])
     if arena is None:
-        raise EnvelopeError(
-            f"this message lies in arena {parsed.identity.hex()[:8]}, which process {os.getpid()} "
-            "does not take part in. Receive it in a process that was started inside enabled()."
-        )
-    buffers, stream = _claim(arena, parsed)
-    arena.membership.count((N_LOADED, 1))
-    _faults.reach("envelope.claimed")
-    return pickle.loads(stream, buffers=buffers)
+        # The sender knows its readers; this is for those that it cannot know, such as a program
+        # that inherited a connection through subprocess.
+        try:
+            arena = Arena.find(name)
+        except (ArenaError, OSError) as error:
+            raise EnvelopeError(
+                f"this message lies in arena {name.hex()[:8]}, which process {os.getpid()} does "
+                f"not take part in and cannot reach: {error}. Receive it in a process that was "
+                "started inside enabled()."
+            ) from error
+        introduce(arena)
+    return arena
 
 
 def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:

@@ -31,7 +31,7 @@ from oobpickle import _faults
 from oobpickle._lease import Lease
 from oobpickle._ledger import Ledger
 from oobpickle._mutex import LedgerBusyError, ThreadLock
-from oobpickle._segment import Segment
+from oobpickle._segment import Segment, page_round
 
 Blocks = list[tuple[int, int]]
 
@@ -47,8 +47,9 @@ class _Reference(weakref.ref[Any]):
 class _Watch(weakref.ref[Any]):
     """A weak reference that remembers which blocks go back when its object dies."""
 
-    __slots__ = ("anchored", "blocks", "epoch", "frees", "unclaimed_word")
+    __slots__ = ("anchored", "blocks", "epoch", "frees", "settles", "unclaimed_word")
 
+    settles: bool
     unclaimed_word: int | None
 
     anchored: bool
@@ -92,10 +93,33 @@ class Holdings:
 
     # --- watching
 
-    def watch(self, obj: object, blocks: Blocks, unclaimed_word: int | None = None) -> None:
-        """Give the blocks back when `obj` is collected."""
+    def watch(
+        self,
+        obj: object,
+        blocks: Blocks,
+        *,
+        anchored: bool = False,
+        settles: bool = False,
+        unclaimed_word: int | None = None,
+    ) -> None:
+        """Give the blocks back when `obj` is collected.
+
+        Parameters
+        ----------
+        obj : object
+            An anchor, a lease, or the copy of a block that is still needed.
+        blocks : list of (int, int)
+            Index and generation of each.
+        anchored : bool
+            Whether `obj` is the memory of the (one) block.
+        settles : bool
+            The blocks do not go back: from then on they belong to a message in flight.
+        unclaimed_word : int, optional
+            The block is in flight, with this commit word, and was never claimed.
+        """
         watch = _Watch(obj, self._dropped.append)
-        watch.anchored = unclaimed_word is None and not isinstance(obj, Lease)
+        watch.anchored = anchored
+        watch.settles = settles
         watch.unclaimed_word = unclaimed_word
         watch.blocks = blocks
         watch.epoch = self.epoch
@@ -117,24 +141,35 @@ class Holdings:
                 calls = self._data.freeing_calls(self._ledger.offset[index], anchor.nbytes)
                 watch.frees = tuple(_Reference(anchor, call) for call in calls)
 
-    def settle_all(self) -> None:
-        """Leave every sealed lease to its envelope: nobody will say when that has left."""
+    def settle_at_death(self, lease: Lease) -> None:
+        """Leave a sealed lease to its envelope, since nobody will say when that has left."""
+        self.unwatch(lease)
+        self.watch(lease, lease.blocks, settles=True)
+
+    def settle_all_at_death(self) -> None:
+        """Do so with every sealed lease."""
         for watch in list(self._watches.values()):
             lease = watch()
             if isinstance(lease, Lease) and lease.sealed:
-                lease.settle()
+                self.settle_at_death(lease)
 
     # --- giving back
 
     @property
     def has_returns(self) -> bool:
-        """Whether something waits to be released."""
-        return bool(self._dropped or self._pending or self._unlocked)
+        """Whether `release_pending` has something to do."""
+        return bool(self._pending or self._unlocked)
+
+    @property
+    def has_dropped(self) -> bool:
+        """Whether something has died that was not collected yet."""
+        return bool(self._dropped)
 
     @property
     def is_empty(self) -> bool:
         """Whether no object of this process depends on the mapping."""
-        return not (self._watches or self.leased or self.held or self._returning)
+        busy = (self._watches, self._dropped, self.leased, self.held, self._returning)
+        return not any(busy)
 
     def known(self) -> set[int]:
         """Return the indices of all blocks that this process knows to be its own."""
@@ -173,9 +208,14 @@ class Holdings:
                     self._returning.add(index)
                     self.held.pop(index, None)
                 self._share(index)
-            if is_own and watch.unclaimed_word is not None:
+            if not is_own:
+                pass
+            elif watch.settles:
+                for index, _ in watch.blocks:
+                    self.leased.pop(index, None)
+            elif watch.unclaimed_word is not None:
                 self._unlocked.append((watch.blocks[0][0], watch.unclaimed_word))
-            elif is_own:
+            else:
                 self.give_back(watch.blocks)
             self._watches.pop(id(watch), None)
             dropped.popleft()
@@ -224,14 +264,17 @@ class Holdings:
         """
         done, total, n_failed = [], 0, 0
         for index, (_, nbytes) in list(self.held.items()):
-            if index in self._complete:
+            if index in self._complete or index not in self.held:
                 continue
             # In the book first: an interrupt after the mapping must not lose that it is private.
             resume = index in self.private
             self.private[index] = nbytes
             try:
-                self._data.privatize(self._ledger.offset[index], nbytes, resume=resume)
+                offset, resident = self._ledger.offset[index], self._ledger.resident[index]
+                self._data.privatize(offset, nbytes, resume=resume)
                 self._complete.add(index)
+                if resident > page_round(nbytes):  # of a larger message before
+                    self._data.punch(offset + page_round(nbytes), resident - page_round(nbytes))
             except OSError:
                 self.private.pop(index, None)
                 n_failed += 1
@@ -240,6 +283,14 @@ class Holdings:
             done.append(index)
             total += nbytes
         return done, total, n_failed
+
+    def enter_fork(self) -> None:
+        """Keep other threads from collecting until `leave_fork`: they would map ranges shared."""
+        self._collecting.enter_fork()
+
+    def leave_fork(self) -> None:
+        """Let them collect again."""
+        self._collecting.leave_fork()
 
     def reset_in_child(self) -> None:
         """Start anew in a forked child: what was inherited is the parent's."""

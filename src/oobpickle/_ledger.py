@@ -294,7 +294,7 @@ class Ledger:
         """Free blocks in flight whose commit word is still what the caller saw; return how many."""
         n_freed = 0
         for index, seen in words:
-            if self.word[index] == seen:
+            if self.word[index] == seen and seen & STATE_MASK == IN_FLIGHT:
                 self._free(index, self.generation[index])
                 n_freed += 1
         return n_freed
@@ -423,9 +423,10 @@ class Ledger:
         """Return ``(index, word, channel)`` of blocks in flight from the given owners."""
         import numpy as np
 
-        word = self._array(self.word)
+        # One look at all rows: others change them meanwhile.
+        word = self._array(self.word).copy()
         chosen = np.zeros(len(word), bool)
         low = np.uint64(OWNER_MASK << OWNER_SHIFT | STATE_MASK)
         for owner in owners:
             chosen |= (word & low) == np.uint64(owner << OWNER_SHIFT | IN_FLIGHT)
-        return [(i, self.word[i], self.channel[i]) for i in np.flatnonzero(chosen).tolist()]
+        return [(i, int(word[i]), self.channel[i]) for i in np.flatnonzero(chosen).tolist()]

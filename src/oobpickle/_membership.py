@@ -48,6 +48,7 @@ class Membership:
         self._participants = Participants(ledger)
         self._mutex: LedgerMutex | None = None
         self._own: OwnRow | None = None
+        self.retired = False
 
     # --- joining
 
@@ -96,7 +97,7 @@ class Membership:
         ArenaFullError
             With the reason ``busy`` or ``detached``.
         """
-        if self._own is None and not self.try_join():
+        if self.retired or (self._own is None and not self.try_join()):
             raise ArenaFullError(
                 f"process {os.getpid()} could not attach to the arena: no descriptor or slot is "
                 "left, or the ledger is busy. See ulimit -n.",

@@ -15,12 +15,13 @@ readable: memory is then kept, and never freed wrongly."""
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import select
 import stat
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from oobpickle import _system
@@ -77,7 +78,7 @@ def is_unreadable(channel: int, pids: Iterable[int]) -> bool:
     channel : int
         From `channel_id`; 0 is never unreadable.
     pids : iterable of int
-        The processes that may have it open.
+        Processes that may have it open besides those of this user.
     """
     if channel == 0:
         return False
@@ -88,11 +89,24 @@ def is_unreadable(channel: int, pids: Iterable[int]) -> bool:
             return not channel & _SOCKET and is_broken(int(fd), channel)
         except OSError:
             continue  # closed by another thread a moment ago
-    me = os.getpid()
+    return not any(_may_have(pid, channel) for pid in {*pids, *_own_pids()} - {os.getpid()})
+
+
+def _own_pids() -> Iterator[int]:
+    """Yield the processes of this user: one that has not joined yet may be about to read."""
+    me = os.geteuid()
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            with contextlib.suppress(OSError):
+                if os.stat(f"/proc/{name}").st_uid == me:
+                    yield int(name)
+
+
+def _may_have(pid: int, channel: int) -> bool:
     try:
-        return not any(_descriptors_of(str(pid), channel) for pid in pids if pid != me)
+        return bool(_descriptors_of(str(pid), channel))
     except PermissionError:
-        return False
+        return True
 
 
 def _descriptors_of(pid: str, channel: int) -> list[str]:
@@ -104,8 +118,8 @@ def _descriptors_of(pid: str, channel: int) -> list[str]:
             try:
                 if os.readlink(f"/proc/{pid}/fd/{fd}") == target:
                     found.append(fd)
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):
                 continue
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):
         pass  # the process is gone
     return found

@@ -28,6 +28,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import multiprocessing.connection as mp_connection
 import multiprocessing.context as mp_context
 import multiprocessing.forkserver as mp_forkserver
@@ -43,7 +44,7 @@ from types import FrameType
 from typing import IO, Any, Final
 
 from oobpickle import _envelope, _statistics
-from oobpickle._arena import Arena
+from oobpickle._arena import Arena, users
 from oobpickle._channels import Channels
 from oobpickle._envelope import Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, FallbackWarning
@@ -79,6 +80,7 @@ class Hook:
         self.channels = channels
         self.n_users = 0  # enabled() blocks that are open
         self.installed = False  # install() was called
+        self.leaving = False
         self._is_owner = is_owner
         self._epoch = arena.holdings.epoch
         self._replaced: list[tuple[Any, str, Any, Any]] = []
@@ -118,7 +120,7 @@ class Hook:
         if fd is not None and channel:
             self.channels.wait_for_budget(fd, channel, payload.nbytes)
             try:
-                envelope = _envelope.pack(payload, arena.acquire, arena.identity, channel)
+                envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
             except ArenaFullError as error:
                 reason = error.reason
             except ArenaError:
@@ -140,7 +142,7 @@ class Hook:
             (_statistics.NBYTES, payload.nbytes),
         )
         if _hook is not self:
-            lease.settle()  # uninstalled meanwhile: nobody will say when it has left
+            arena.holdings.settle_at_death(lease)  # uninstalled meanwhile
 
 
 # --- the replacements
@@ -152,16 +154,22 @@ def _hooked_pickler(original: Any) -> Any:
 
         @classmethod
         def dumps(cls, obj: object, protocol: int | None = None) -> Any:
-            hook = _running()
-            if hook is None or protocol is not None:
-                return original.dumps(obj, protocol)
-            if hook.arena.holdings.has_returns:
-                hook.arena.drain()  # the answer to this message can then use the room
-            threshold = hook.arena.options.threshold or 0
-            payload = serialize(obj, original._extra_reducers, threshold)
-            if not payload.sizes and len(payload.stream) < threshold:
-                return payload.stream
-            return hook.send(payload, sys._getframe(1))
+            token = object()
+            try:
+                users.add(token)
+                hook = _running()
+                if hook is None or protocol is not None:
+                    return original.dumps(obj, protocol)
+                holdings = hook.arena.holdings
+                if holdings.has_dropped or holdings.has_returns:
+                    hook.arena.drain()  # the answer to this message can then use the room
+                threshold = hook.arena.options.threshold or 0
+                payload = serialize(obj, original._extra_reducers, threshold)
+                if not payload.sizes and len(payload.stream) < threshold:
+                    return payload.stream
+                return hook.send(payload, sys._getframe(1))
+            finally:
+                users.discard(token)
 
     return HookedPickler
 
@@ -172,7 +180,9 @@ def _hooked_send_bytes(original: Any) -> Any:
         if type(envelope) is not Envelope:
             original(self, buf)
             return
+        token = object()
         try:
+            users.add(token)
             original(self, buf)
         except OSError as error:
             if error.errno == errno.EPIPE:
@@ -181,6 +191,7 @@ def _hooked_send_bytes(original: Any) -> Any:
         finally:
             # After any other error a reader may have it: its blocks are reclaimed, not released.
             envelope.lease.settle()
+            users.discard(token)
 
     return _send_bytes
 
@@ -189,33 +200,51 @@ def _hooked_recv(original: Any) -> Any:
     least, most = _envelope.MIN_NBYTES, _envelope.MAX_NBYTES
 
     def _recv(self: Any, size: int, *args: Any) -> Any:
-        hook = _running()
-        if size == _LENGTH_NBYTES and hook is not None:
-            _wait_draining(hook.arena, self._handle)
         # Comes after the length of the message was read, with the message itself still unread in
         # the channel; so a process that waits for a message does not count as reading one.
-        if not least <= size <= most or hook is None:
+        if not least <= size <= most:
+            if size == _LENGTH_NBYTES and _hook is not None:
+                _wait_draining(self._handle)
             return original(self, size, *args)
-        with hook.arena.reading() as adopt:
-            message = original(self, size, *args)
-            message.seek(0)
-            head = _envelope.head_of(message.read(_envelope.HEAD_NBYTES), hook.arena.identity)
-            message.seek(0, os.SEEK_END)
-            if head is not None:
-                adopt(*head)
-            return message
+        token = object()
+        try:
+            users.add(token)
+            hook = _running()
+            if hook is None:
+                return original(self, size, *args)
+            return _read_message(hook.arena, original, self, size, *args)
+        finally:
+            users.discard(token)
 
     return _recv
 
 
-def _wait_draining(arena: Arena, fd: int) -> None:
+def _read_message(arena: Arena, original: Any, *args: Any) -> Any:
+    """Read a message that may be an envelope; if it is one, its blocks are this process's."""
+    with arena.reading() as adopt:
+        message = original(*args)
+        message.seek(0)
+        head = _envelope.head_of(message.read(_envelope.HEAD_NBYTES), arena.identity)
+        message.seek(0, os.SEEK_END)
+        if head is not None:
+            adopt(*head)
+        return message
+
+
+def _wait_draining(fd: int) -> None:
     """Wait for the next message, giving back what dies meanwhile: others may wait for the room.
 
     It is done here because a finalizer in Python would swallow a Ctrl-C.
     """
-    while arena.holdings.held:
-        arena.drain()
-        if is_readable(fd, _TICK_S) or arena.closed:
+    while (hook := _hook) is not None and hook.arena.holdings.held:
+        token = object()
+        try:
+            users.add(token)
+            if _running() is hook:
+                hook.arena.drain()
+        finally:
+            users.discard(token)
+        if is_readable(fd, _TICK_S):
             return
 
 
@@ -312,20 +341,25 @@ def _running() -> Hook | None:
     hook = _hook
     if hook is None or not hook.arena.closed:
         return hook
-    with _guard:
-        _take_out(hook)
+    if _guard.acquire(blocking=False):  # else somebody is putting it in or taking it out
+        try:
+            _take_out(hook)
+        finally:
+            _guard.release()
     return None
 
 
 def _take_out(hook: Hook) -> None:
     global _hook
-    if _hook is hook:
-        _hook = None
+    if _hook is hook and not hook.leaving:
+        hook.leaving = True
+        # While it is closed the hook still says which messages this process is about to read.
         if hook.is_owner:
             hook.arena.close()
         elif not hook.arena.closed:
             # It goes on receiving without saying when: so nothing may be reclaimed while it lives.
             hook.arena.membership.read_for_ever()
+        _hook = None
         hook.arena.detach()
         hook.take_out()
         _lingering.append(hook.arena)
@@ -334,10 +368,10 @@ def _take_out(hook: Hook) -> None:
 
 def _sweep() -> None:
     """Unmap the arenas of earlier blocks that nobody needs any more."""
-    for arena in [arena for arena in _lingering if arena.is_idle]:
-        _lingering.remove(arena)
-        _envelope.forget(arena)
-        arena.destroy()
+    for arena in list(_lingering):
+        if arena.try_destroy():
+            _lingering.remove(arena)
+            _envelope.forget(arena)
 
 
 def _is_being_started() -> bool:
@@ -357,6 +391,11 @@ def _is_being_started() -> bool:
     return False
 
 
+@functools.cache
+def _reset_guard_in_children() -> None:
+    os.register_at_fork(after_in_child=_guard._at_fork_reinit)  # type: ignore[attr-defined]
+
+
 def _start(options: Options) -> Hook | None:
     """Return the running hook, or put one in; ``None`` if this process has to do without."""
     global _hook
@@ -366,6 +405,7 @@ def _start(options: Options) -> Hook | None:
         return hook
     if _is_being_started():
         return None
+    _reset_guard_in_children()
     _sweep()
     arena = Arena.create(options)
     _envelope.introduce(arena)

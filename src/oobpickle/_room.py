@@ -168,23 +168,19 @@ class Room:
         That is when their sender is dead or done, nothing is unread in their channel, and no
         participant is in the middle of reading from there. Who has read a message owns it.
         """
-        sent = self._sent()
+        sent = self._in_flight()
         channels = {channel for _, _, channel in sent if not channel & FOLLOWS}
         pids = self._membership.pids() if channels else []
         unreadable = {channel for channel in channels if is_unreadable(channel, pids)}
-        n_freed = self._free([(i, word) for i, word, channel in sent if channel in unreadable])
-        n_freed += self._free(
-            [
-                (i, word)
-                for i, word, channel in self._sent()
-                if channel & FOLLOWS and self._ledger.is_abandoned(i)
-            ]
-        )
+        heads = [(index, word) for index, word, channel in sent if channel in unreadable]
+        if not heads and not any(channel & FOLLOWS for _, _, channel in sent):
+            return 0
+        n_freed = int(self._membership.run(self._free_lost, heads))
         if n_freed:
             self._membership.count((N_RECLAIMED, n_freed))
         return n_freed
 
-    def _sent(self) -> list[tuple[int, int, int]]:
+    def _in_flight(self) -> list[tuple[int, int, int]]:
         """Return index, word and channel of blocks in flight whose owner is dead, or is done."""
         owners, holdings = (ORPHAN, self._membership.slot), self._holdings
         return [
@@ -194,9 +190,14 @@ class Room:
             and holdings.adopted.get(index) != self._ledger.generation[index]
         ]
 
-    def _free(self, blocks: list[tuple[int, int]]) -> int:
-        if not blocks or self._membership.anyone_reads():
+    def _free_lost(self, heads: list[tuple[int, int]]) -> int:
+        """Step: free first blocks that are still what was seen, and what follows those gone."""
+        if self._membership.anyone_reads():
             return 0
-        if self._ledger.words[H_CLOSED]:
+        if self._ledger.words[H_CLOSED] and self._membership.n_others():
             return 0  # processes that saw that no longer say when they read
-        return int(self._membership.run(self._ledger.free_unread, blocks))
+        own = {index for index, _, _ in self._in_flight()}
+        n_freed = self._ledger.free_unread([head for head in heads if head[0] in own])
+        following = [(i, word) for i, word, channel in self._in_flight() if channel & FOLLOWS]
+        abandoned = [block for block in following if self._ledger.is_abandoned(block[0])]
+        return n_freed + self._ledger.free_unread(abandoned)

@@ -2,6 +2,9 @@
 
 import pickle
 import struct
+import subprocess
+import sys
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +14,7 @@ from oobpickle import EnvelopeError, StaleEnvelopeError, _envelope
 from oobpickle._arena import Arena
 from oobpickle._options import Options
 
-IDENTITY = bytes(range(16))
+NAME = bytes(range(32))
 
 
 class FakeLease:
@@ -34,12 +37,11 @@ def arena():
     _envelope.forget(arena)
     arena.close()
     arena.detach()
-    assert arena.is_idle
-    arena.destroy()
+    assert arena.try_destroy()
 
 
 def pack(arena, obj):
-    envelope = _envelope.pack(oobpickle.dumps(obj), arena.acquire, arena.identity)
+    envelope = _envelope.pack(oobpickle.dumps(obj), arena.acquire, arena.name)
     envelope.lease.settle()
     return bytes(envelope)
 
@@ -52,7 +54,7 @@ def test_packing_needs_nothing_but_destinations():
         return leases[-1]
 
     array = np.arange(1000.0)
-    envelope = _envelope.pack(oobpickle.dumps(array), acquire, IDENTITY, channel=5)
+    envelope = _envelope.pack(oobpickle.dumps(array), acquire, NAME, channel=5)
 
     assert 5 == leases[0].sealed_for
     assert array.tobytes() == bytes(leases[0].destinations[0])
@@ -147,7 +149,7 @@ def test_a_copy_that_fails_leaves_nothing_leased(arena):
     payload._sources[1] = object()
 
     with pytest.raises((TypeError, AttributeError)):
-        _envelope.pack(payload, arena.acquire, arena.identity)
+        _envelope.pack(payload, arena.acquire, arena.name)
 
     assert 0 == arena.statistics().n_blocks["leased"]
 
@@ -177,21 +179,44 @@ def test_an_altered_or_truncated_envelope_is_refused_and_the_message_not_lost(ar
     assert np.array_equal(obj, loaded)
 
 
-def test_an_envelope_of_an_unknown_arena_names_it_and_says_what_to_do(arena):
+def rechecked(envelope):
+    at = len(_envelope._PREFIX) + 8
+    framed = envelope[at : -len(_envelope._SUFFIX)]
+    return envelope[: at + 4] + struct.pack("<I", zlib.crc32(framed[8:])) + envelope[at + 8 :]
+
+
+def test_an_envelope_of_an_arena_out_of_reach_names_it_and_says_what_to_do(arena):
     envelope = pack(arena, np.ones(1000))
     _envelope.forget(arena)
+    elsewhere = envelope.replace(arena.name[16:20], (2**31 - 1).to_bytes(4, "little"))
 
-    with pytest.raises(
-        EnvelopeError, match=f"arena {arena.identity.hex()[:8]}.*does not take part"
-    ):
-        pickle.loads(envelope)
+    with pytest.raises(EnvelopeError, match=f"arena {arena.identity.hex()[:8]}.*cannot reach"):
+        pickle.loads(rechecked(elsewhere))
 
     _envelope.introduce(arena)
     pickle.loads(envelope)
 
 
+def test_a_process_that_does_not_take_part_finds_the_arena_through_the_sender(arena):
+    """As a program that inherited a connection through subprocess."""
+    envelope = pack(arena, np.arange(100_000))
+    code = (
+        "import pickle, sys; array = pickle.loads(sys.stdin.buffer.read());"
+        "array += 1; print(array.sum(), len(array))"
+    )
+
+    result = subprocess.run(
+        [sys.executable, "-c", code], input=envelope, capture_output=True, timeout=60, check=False
+    )
+
+    assert (b"", 0) == (result.stderr, result.returncode)
+    assert f"{np.arange(100_000).sum() + 100_000} 100000" == result.stdout.decode().strip()
+    with pytest.raises(StaleEnvelopeError):
+        pickle.loads(envelope)
+
+
 def reframe(arena, counts, body):
-    return bytes(_envelope._framed(arena.identity, counts, body))
+    return bytes(_envelope._framed(arena.name, counts, body))
 
 
 @pytest.mark.parametrize(
@@ -219,7 +244,7 @@ def test_the_head_of_an_envelope_names_its_first_block(arena):
     head = envelope[: _envelope.HEAD_NBYTES]
 
     assert (0, 1) == _envelope.head_of(head, arena.identity)
-    assert _envelope.head_of(head, IDENTITY) is None
+    assert _envelope.head_of(head, NAME[:16]) is None
     assert _envelope.head_of(b"x" * _envelope.HEAD_NBYTES, arena.identity) is None
     assert _envelope.MIN_NBYTES <= len(envelope) <= _envelope.MAX_NBYTES
     pickle.loads(envelope)
