@@ -51,7 +51,7 @@ from oobpickle._layout import (
 )
 from oobpickle._lease import Lease
 from oobpickle._ledger import Census, Ledger, Shortage
-from oobpickle._membership import BUSY_S, Membership
+from oobpickle._membership import HURRIED_S, Membership
 from oobpickle._options import Options
 from oobpickle._room import Room
 from oobpickle._segment import Segment, largest_file_nbytes, page_round
@@ -232,7 +232,11 @@ class Arena:
             raise self._full(Shortage("full", least, self._capacity))
         taken: list[tuple[int, int]] = []
         try:
-            self._take(layout, taken, self._deadline(layout, wait_s))
+            deadline = self._deadline(layout, wait_s)
+            self._take(layout, taken, deadline)
+            if self._needs_fresh(taken, layout) and self._room.look_for_lost():
+                self._return(taken)
+                self._take(layout, taken, deadline)
             for (index, present), nbytes in zip(taken, layout.needs, strict=True):
                 if index not in self.holdings.private:
                     self._room.furnish(index, nbytes, present)
@@ -240,12 +244,21 @@ class Arena:
             lease = Lease(self, blocks, layout, sizes)
             self.holdings.watch(lease, blocks)
         except BaseException as error:
-            indices = [index for index, _ in taken]
-            if isinstance(error, ArenaFullError):
-                self._room.punch_unreserved(indices)
-            self.give_back([(index, self.ledger.generation[index]) for index in indices])
+            self._return(taken, punch=isinstance(error, ArenaFullError))
             raise
         return lease
+
+    def _needs_fresh(self, taken: list[tuple[int, int]], layout: Plan) -> bool:
+        pairs = zip(taken, layout.needs, strict=True)
+        return any(present < nbytes for (_, present), nbytes in pairs)
+
+    def _return(self, taken: list[tuple[int, int]], *, punch: bool = True) -> None:
+        """Give back blocks that were not written; `punch` those whose pages were not reserved."""
+        indices = [index for index, _ in taken]
+        if punch:
+            self._room.punch_unreserved(indices)
+        self.give_back([(index, self.ledger.generation[index]) for index in indices])
+        taken.clear()
 
     def _deadline(self, layout: Plan, wait_s: float | None) -> float:
         if wait_s is None:
@@ -332,7 +345,7 @@ class Arena:
         pairs = list(zip(blocks, needs, strict=True))
         try:
             position, unmapped = self.membership.run(self._claim, blocks, needs)
-        except ArenaFullError:
+        except (ArenaFullError, OSError):  # no lock, or somebody closed its descriptor
             return self._copy_unclaimed(pairs, is_index=is_index)
         if position is not None:
             raise _stale(*blocks[position])
@@ -452,6 +465,14 @@ class Arena:
         if self.membership.joined:
             self.holdings.adopted[index] = generation
             self.ledger.adopt(index, generation, self.membership.slot)
+
+    def readdress(self, index: int, generation: int, channel: int) -> None:
+        """A message that this process has read is sent on, unloaded, into another channel."""
+        if index < MAX_BLOCKS and self.is_in_flight(index, generation):
+            self.ledger.channel[index] = channel
+            if self.membership.joined:
+                self.ledger.adopt(index, generation, self.membership.slot)
+            self.holdings.adopted.pop(index, None)
 
     # --- giving back
 
@@ -588,14 +609,15 @@ class Arena:
         self.drain()
         self.holdings.enter_fork()
         self.membership.mutex.threads.enter_fork()
-        indices, nbytes, n_shared = self.holdings.privatize()
+        n_blocks, nbytes, n_shared = self.holdings.privatize()
         self.membership.count(
-            (_statistics.N_PRIVATIZED, len(indices)),
+            (_statistics.N_PRIVATIZED, n_blocks),
             (_statistics.NBYTES_PRIVATIZED, nbytes),
             (_statistics.N_LEFT_SHARED, n_shared),
         )
-        if indices:
-            self.membership.mutex.run_owned(BUSY_S, self.ledger.mark_punched, indices)
+        if self.holdings.has_returns:
+            with contextlib.suppress(ArenaFullError, OSError):  # then the next step accounts
+                self.membership.mutex.run_owned(HURRIED_S, self._release)
 
     def after_fork_in_parent(self) -> None:
         """Let the other threads of this process go on."""

@@ -16,6 +16,7 @@ its own is unread, where a plain pipe would have made it wait for the same.
 
 from __future__ import annotations
 
+import contextlib
 import time
 from array import array
 from collections import OrderedDict, deque
@@ -95,8 +96,8 @@ class Channels:
         messages = self._sent.get(channel)
         if messages is None:
             return 0
-        while messages and not self._arena.is_in_flight(*messages[0][:2]):
-            messages.popleft()
-        if not messages:
-            self._sent.pop(channel, None)
-        return sum(nbytes for _, _, nbytes in messages)
+        # Other threads may send through the same channel and do this at the same time.
+        with contextlib.suppress(IndexError):
+            while not self._arena.is_in_flight(*messages[0][:2]):
+                messages.popleft()
+        return sum(nbytes for _, _, nbytes in tuple(messages))

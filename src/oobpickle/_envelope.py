@@ -40,9 +40,10 @@ _HEADER: Final = struct.Struct("<4sI32sIIIQ")
 _CRC_FROM: Final = 8
 _INDIRECT: Final = 1
 _INLINE_NBYTES: Final = 8 << 10
-_PREFIX: Final = b"\x80\x04coobpickle._envelope\nunpack_envelope\n\x8e"
+PREFIX: Final = b"\x80\x04coobpickle._envelope\nunpack_envelope\n\x8e"
 _SUFFIX: Final = b"\x85R."
-_BODY_AT: Final = len(_PREFIX) + 8
+PREFIX_NBYTES: Final = len(PREFIX)
+_BODY_AT: Final = PREFIX_NBYTES + 8
 
 _arenas: dict[bytes, Arena] = {}
 
@@ -106,7 +107,7 @@ def pack(
     lease.seal(channel)
     counts = (len(lease.blocks), len(sizes), _INDIRECT if indirect else 0, len(stream))
     framed = _framed(name, counts, body)
-    envelope = Envelope(_PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
+    envelope = Envelope(PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
     envelope.lease = lease
     return envelope
 
@@ -246,7 +247,7 @@ def head_of(message: bytes, identity: bytes) -> tuple[int, int] | None:
     identity : bytes
         The arena's.
     """
-    if not message.startswith(_PREFIX) or message[_IDENTITY_AT : _IDENTITY_AT + 16] != identity:
+    if not message.startswith(PREFIX) or message[_IDENTITY_AT : _IDENTITY_AT + 16] != identity:
         return None
     index, generation = struct.unpack_from("<2Q", message, _BODY_AT + _HEADER.size)
     return index, generation

@@ -89,6 +89,7 @@ class Holdings:
         self._dropped: deque[_Watch] = deque()
         self._pending: deque[tuple[int, int]] = deque()
         self._unlocked: deque[tuple[int, int]] = deque()
+        self._punched: deque[int] = deque()
         self._collecting = ThreadLock()
 
     # --- watching
@@ -158,7 +159,7 @@ class Holdings:
     @property
     def has_returns(self) -> bool:
         """Whether `release_pending` has something to do."""
-        return bool(self._pending or self._unlocked)
+        return bool(self._pending or self._unlocked or self._punched)
 
     @property
     def has_dropped(self) -> bool:
@@ -228,7 +229,10 @@ class Holdings:
         # Only the death of the anchor may do this: while it lives, the private pages are its value.
         nbytes = self.private.get(index)
         if nbytes is not None:
-            self._data.share(self._ledger.offset[index], nbytes)
+            try:
+                self._data.share(self._ledger.offset[index], nbytes)
+            except OSError:
+                return  # stays private here; what is sent in this block is copied from the file
             self._complete.discard(index)
             self.private.pop(index, None)
 
@@ -236,6 +240,9 @@ class Holdings:
         """Step: free what is queued; return the indices."""
         freed = []
         pending = self._pending
+        while self._punched:
+            self._ledger.mark_punched((self._punched[0],))
+            self._punched.popleft()
         while pending:
             block = pending[0]
             _faults.reach("holdings.releasing")
@@ -250,19 +257,19 @@ class Holdings:
 
     # --- forking
 
-    def privatize(self) -> tuple[list[int], int, int]:
+    def privatize(self) -> tuple[int, int, int]:
         """Turn every held block into ordinary memory; call again after an interrupt.
 
         Returns
         -------
-        indices : list of int
-            The blocks, whose file pages are gone.
+        n_blocks : int
+            How many; that their file pages are gone is accounted by the next `release_pending`.
         nbytes : int
             Their size.
         n_failed : int
             Blocks that had to stay shared: the system allows no further mapping.
         """
-        done, total, n_failed = [], 0, 0
+        n_done, total, n_failed = 0, 0, 0
         for index, (_, nbytes) in list(self.held.items()):
             if index in self._complete or index not in self.held:
                 continue
@@ -280,9 +287,10 @@ class Holdings:
                 n_failed += 1
                 continue
             _faults.reach("fork.privatized")
-            done.append(index)
+            self._punched.append(index)
+            n_done += 1
             total += nbytes
-        return done, total, n_failed
+        return n_done, total, n_failed
 
     def enter_fork(self) -> None:
         """Keep other threads from collecting until `leave_fork`: they would map ranges shared."""
@@ -301,4 +309,5 @@ class Holdings:
         self._returning.clear()
         self._pending.clear()
         self._unlocked.clear()
+        self._punched.clear()
         self._collecting.reset_in_child()

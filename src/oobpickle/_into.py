@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from oobpickle._errors import StructureError
 from oobpickle._payload import Payload, fresh_destinations
-from oobpickle._reducers import in_memory_order
+from oobpickle._reducers import byte_bounds, in_memory_order
 
 if TYPE_CHECKING:
     import numpy as np
@@ -186,11 +186,8 @@ class _Walk:
                 f"$: buffer {missing[0]} of {len(sizes)} belongs to an object whose memory cannot "
                 "be reached from outside. Use loads(payload) without into=."
             )
-        import numpy as np
-        from numpy.lib.array_utils import byte_bounds
-
         targets = [t for _, t in (*self._landings.values(), *self._copies) if t.nbytes]
-        bounds = sorted(byte_bounds(np.asarray(t)) for t in targets)
+        bounds = sorted(byte_bounds(t) for t in targets)
         for (_, end), (start, _) in pairwise(bounds):
             if start < end:
                 raise StructureError("$: two arrays of the target overlap in memory")

@@ -16,16 +16,19 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from oobpickle._errors import ArenaFullError
 from oobpickle._ledger import Ledger
 from oobpickle._locks import LockFile
-from oobpickle._mutex import LedgerMutex
+from oobpickle._mutex import LedgerBusyError, LedgerMutex
 from oobpickle._participants import OwnRow, Participants
 
 BUSY_S: Final = 2.0  # how long a step waits for the lock before its caller does without
+HURRIED_S: Final = 0.02  # the same for a while after it was waited for in vain
+_HURRY_S: Final = 5.0
 
 
 class Membership:
@@ -48,6 +51,7 @@ class Membership:
         self._participants = Participants(ledger)
         self._mutex: LedgerMutex | None = None
         self._own: OwnRow | None = None
+        self._patient_at = 0.0
         self.retired = False
 
     # --- joining
@@ -103,7 +107,14 @@ class Membership:
                 "left, or the ledger is busy. See ulimit -n.",
                 "detached",
             )
-        return self.mutex.run(BUSY_S, step, *args)
+        now = time.monotonic()
+        try:
+            # A stopped holder of the lock is waited for once, not by every message.
+            return self.mutex.run(BUSY_S if now >= self._patient_at else HURRIED_S, step, *args)
+        except LedgerBusyError as error:
+            if not error.is_own:
+                self._patient_at = now + _HURRY_S
+            raise
 
     @property
     def mutex(self) -> LedgerMutex:
@@ -148,6 +159,8 @@ class Membership:
     @contextlib.contextmanager
     def reading(self) -> Iterator[None]:
         """Inside, a message may be between its channel and its reader: nothing is reclaimed."""
+        if self._own is None:
+            self.try_join()
         own, token = self._own, object()
         if own is None:
             yield

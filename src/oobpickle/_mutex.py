@@ -36,10 +36,11 @@ _LAST_PAUSE_S: Final = 2e-3
 
 
 class LedgerBusyError(ArenaFullError):
-    """A lock could not be had in time."""
+    """A lock could not be had in time; `is_own`: this very thread has it."""
 
-    def __init__(self, message: str, reason: str = "busy") -> None:
+    def __init__(self, message: str, reason: str = "busy", *, is_own: bool = False) -> None:
         super().__init__(message, reason)
+        self.is_own = is_own
 
 
 class ThreadLock:
@@ -59,7 +60,7 @@ class ThreadLock:
         """
         lock = self._lock
         if lock._is_owned():  # type: ignore[attr-defined]
-            raise LedgerBusyError("in use by this very thread: a finalizer or a signal handler")
+            raise LedgerBusyError("in use by this very thread, below a finalizer", is_own=True)
         release = lock.release
         try:
             if not lock.acquire(timeout=timeout_s):

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
@@ -99,6 +100,8 @@ class Sink:
     ----------
     threshold : int
         Buffers stay in-band while their sum is below this, bytes.
+    copying : bool
+        Take each buffer's content at once, not when the payload is written.
 
     Attributes
     ----------
@@ -108,9 +111,10 @@ class Sink:
         Their nbytes.
     """
 
-    __slots__ = ("_in_band_nbytes", "_stand_ins", "_threshold", "sizes", "sources")
+    __slots__ = ("_copying", "_in_band_nbytes", "_stand_ins", "_threshold", "sizes", "sources")
 
-    def __init__(self, threshold: int) -> None:
+    def __init__(self, threshold: int, *, copying: bool = False) -> None:
+        self._copying = copying
         self.sources: list[Source] = []
         self.sizes: list[int] = []
         self._threshold = threshold
@@ -131,15 +135,28 @@ class Sink:
         """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
         array = self._stand_ins.pop(id(buffer), None)
         if array is not None:
-            self.sources.append(array)
+            self.sources.append(array.copy("K") if self._copying else array)
             self.sizes.append(array.nbytes)
             return False
         nbytes = memoryview(buffer).nbytes
         if self._stays(nbytes):
             return True
-        self.sources.append(buffer)
+        self.sources.append(PickleBuffer(bytearray(buffer.raw())) if self._copying else buffer)
         self.sizes.append(nbytes)
         return False
+
+    def has_overlap(self) -> bool:
+        """Tell whether two buffers lie in the same memory.
+
+        Plain pickle takes the content when an object is reduced, we when all are. So a reducer that
+        fills one scratch memory for each of its objects would have all arrive as the last one.
+        """
+        if len(self.sources) < 2:
+            return False
+        groups: dict[int, list[Source]] = {}
+        for source in self.sources:
+            groups.setdefault(id(_owner_of(source)), []).append(source)
+        return any(_overlap(group) for group in groups.values() if len(group) > 1)
 
     def _stays(self, nbytes: int) -> bool:
         total = self._in_band_nbytes + nbytes
@@ -157,15 +174,34 @@ class Sink:
         kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
         flags = array.flags
         strides = None if flags.c_contiguous else _kept_strides(array)
-        buffer: bytearray | PickleBuffer
         if nbytes < MIN_BUFFER_NBYTES or self._stays(nbytes):
-            buffer = _bytes_of(array, strides)
-        else:
-            buffer = PickleBuffer(_NOTHING)
-            self._stand_ins[id(buffer)] = array
-        if strides is None:
-            return type(array), (array.shape, kind, buffer)
-        return type(array), (array.shape, kind, buffer, 0, strides)
+            ordered = array if strides is None else in_memory_order(array)
+            view = _View(type(array), array.shape, kind, ordered.tobytes(), strides)
+            # A copy, because a small array that arrives owns its memory, as it does without us.
+            return sys.modules["numpy"].array, (view,)
+        stand_in = PickleBuffer(_NOTHING)
+        self._stand_ins[id(stand_in)] = array
+        return _View(type(array), array.shape, kind, stand_in, strides).__reduce__()
+
+
+class _View:
+    """Pickled as an ndarray over a buffer."""
+
+    __slots__ = ("_reduced",)
+
+    def __init__(
+        self,
+        kind: type,
+        shape: tuple[int, ...],
+        dtype: Any,
+        buffer: bytes | PickleBuffer,
+        strides: tuple[int, ...] | None,
+    ) -> None:
+        arguments = (shape, dtype, buffer)
+        self._reduced = kind, arguments if strides is None else (*arguments, 0, strides)
+
+    def __reduce__(self) -> Any:
+        return self._reduced
 
 
 def _kept_strides(array: Array) -> tuple[int, ...] | None:
@@ -188,8 +224,31 @@ def in_memory_order(array: Array) -> Array:
     return array.transpose(_axes_by_stride(array))
 
 
-def _bytes_of(array: Array, strides: tuple[int, ...] | None) -> bytearray:
-    ordered = array if strides is None else in_memory_order(array)
-    if array.dtype.kind in "mM":  # no buffer protocol
-        return bytearray(ordered.tobytes())
-    return bytearray(ordered)
+def _owner_of(source: Any) -> object:
+    """Return the object whose memory it is, as far as that can be seen."""
+    if isinstance(source, PickleBuffer):
+        source = source.raw()
+    while True:
+        owner = source.obj if isinstance(source, memoryview) else getattr(source, "base", None)
+        if owner is None or owner is source:
+            return source
+        source = owner
+
+
+def _overlap(sources: list[Source]) -> bool:
+    bounds = sorted(byte_bounds(source) for source in sources)
+    return any(start < end for (_, end), (start, _) in pairwise(bounds))
+
+
+def byte_bounds(source: Any) -> tuple[int, int]:
+    """Return the addresses of the first byte of an array or PickleBuffer, and after its last."""
+    if isinstance(source, PickleBuffer):
+        import numpy as np
+
+        source = np.frombuffer(source.raw(), np.uint8)
+    start: int = source.__array_interface__["data"][0]
+    if source.nbytes == 0:
+        return start, start
+    steps = [(n - 1) * stride for n, stride in zip(source.shape, source.strides, strict=True)]
+    low = start + sum(step for step in steps if step < 0)
+    return low, start + sum(step for step in steps if step > 0) + source.itemsize

@@ -46,7 +46,7 @@ from typing import IO, Any, Final
 from oobpickle import _envelope, _statistics
 from oobpickle._arena import Arena, users
 from oobpickle._channels import Channels
-from oobpickle._envelope import Envelope
+from oobpickle._envelope import PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, FallbackWarning
 from oobpickle._options import Options
 from oobpickle._payload import Payload
@@ -175,12 +175,16 @@ def _hooked_pickler(original: Any) -> Any:
 
 
 def _hooked_send_bytes(original: Any) -> Any:
+    least, most = _envelope.MIN_NBYTES, _envelope.MAX_NBYTES
+
     def _send_bytes(self: Any, buf: Any) -> None:
         envelope = buf if type(buf) is Envelope else getattr(buf, "obj", None)
+        token = object()
         if type(envelope) is not Envelope:
+            if least <= len(buf) <= most and bytes(buf[:PREFIX_NBYTES]) == PREFIX:
+                _readdress(buf, self._handle)
             original(self, buf)
             return
-        token = object()
         try:
             users.add(token)
             original(self, buf)
@@ -194,6 +198,21 @@ def _hooked_send_bytes(original: Any) -> Any:
             users.discard(token)
 
     return _send_bytes
+
+
+def _readdress(message: Any, fd: int) -> None:
+    """The bytes of an envelope are sent on as they are: it waits in another channel from now on."""
+    token = object()
+    try:
+        users.add(token)
+        hook = _running()
+        if hook is not None:
+            head = bytes(message[: _envelope.HEAD_NBYTES])
+            block = _envelope.head_of(head, hook.arena.identity)
+            if block is not None:
+                hook.arena.readdress(*block, hook.channels.known(fd))
+    finally:
+        users.discard(token)
 
 
 def _hooked_recv(original: Any) -> Any:
@@ -244,7 +263,7 @@ def _wait_draining(fd: int) -> None:
                 hook.arena.drain()
         finally:
             users.discard(token)
-        if is_readable(fd, _TICK_S):
+        if not os.get_blocking(fd) or is_readable(fd, _TICK_S):
             return
 
 

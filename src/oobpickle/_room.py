@@ -17,6 +17,7 @@ by the system)."""
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Sequence
 from typing import Final
 
@@ -32,6 +33,7 @@ from oobpickle._statistics import N_RECLAIMED, format_nbytes
 
 _MARGIN_NBYTES: Final = 256 << 20
 _FAULTS_SUFFICE_NBYTES: Final = 16 << 10
+_LOOK_EVERY_S: Final = 0.1
 
 
 class Room:
@@ -46,6 +48,7 @@ class Room:
         self._membership = membership
         self._touched: dict[int, tuple[int, int]] = {}
         self._allowance = 0
+        self._look_again_at = 0.0
 
     def furnish(self, index: int, nbytes: int, present_nbytes: int) -> None:
         """Make the first `nbytes` bytes of a leased block fast to write.
@@ -128,6 +131,16 @@ class Room:
         if self._holdings.has_returns or self._membership.reap() or self.reclaim():
             return True
         return shortage.reason == "full" and self.punch_idle(shortage.need_nbytes)
+
+    def look_for_lost(self) -> int:
+        """Free what the dead have left, at most every 0.1 s; return how many there were.
+
+        Asked before fresh pages are taken, so that what was left unread does not pile up.
+        """
+        if time.monotonic() < self._look_again_at:
+            return 0
+        self._look_again_at = time.monotonic() + _LOOK_EVERY_S
+        return self._membership.reap() + self.reclaim()
 
     def punch_idle(self, nbytes: int) -> bool:
         """Give pages of free blocks back to the system, `nbytes` of them or all; tell whether

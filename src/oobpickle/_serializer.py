@@ -66,12 +66,21 @@ def dumps(obj: object) -> Payload:
 
 def serialize(obj: object, reducers: dict[type, Reducer], threshold: int) -> Payload:
     """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes."""
-    file = io.BytesIO()
     sink = Sink(threshold)
+    stream = _dump(obj, reducers, sink)
+    if sink.has_overlap():
+        # Perhaps scratch memory that a reducer has used again: the one case of reducing twice.
+        sink = Sink(threshold, copying=True)
+        stream = _dump(obj, reducers, sink)
+    return Payload(stream, sink.sources, sink.sizes)
+
+
+def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes:
+    file = io.BytesIO()
     pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
     pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
     pickler.dump(obj)
-    return Payload(file.getvalue(), sink.sources, sink.sizes)
+    return file.getvalue()
 
 
 @overload

@@ -155,7 +155,7 @@ def test_a_copy_that_fails_leaves_nothing_leased(arena):
 
 
 def framed_in(envelope):
-    at = len(_envelope._PREFIX) + 8
+    at = len(_envelope.PREFIX) + 8
     return bytearray(envelope[at : -len(_envelope._SUFFIX)])
 
 
@@ -180,7 +180,7 @@ def test_an_altered_or_truncated_envelope_is_refused_and_the_message_not_lost(ar
 
 
 def rechecked(envelope):
-    at = len(_envelope._PREFIX) + 8
+    at = len(_envelope.PREFIX) + 8
     framed = envelope[at : -len(_envelope._SUFFIX)]
     return envelope[: at + 4] + struct.pack("<I", zlib.crc32(framed[8:])) + envelope[at + 8 :]
 
