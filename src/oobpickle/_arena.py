@@ -26,9 +26,9 @@ import struct
 import time
 from typing import TYPE_CHECKING, Final
 
-from oobpickle import _fork, _interrupts, _statistics, _system
+from oobpickle import _fork, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError, StaleEnvelopeError
-from oobpickle._holdings import Holdings
+from oobpickle._holdings import Holdings, Keeper
 from oobpickle._layout import (
     GENERATION_MASK,
     GENERATION_SHIFT,
@@ -107,7 +107,6 @@ class Arena:
         self.options = Options.read(words)
         self._capacity = words[H_CAPACITY]
         self._max_held = _max_map_count() // 4
-        self._interrupted = False
         self._pid = os.getpid()
         self._final: Statistics | None = None
         _fork.watch(self)
@@ -231,18 +230,21 @@ class Arena:
         if least > self._capacity:
             raise self._full(Shortage("full", least, self._capacity))
         taken: list[tuple[int, int]] = []
+        keeper = self.holdings.keeper()
         try:
             deadline = self._deadline(layout, wait_s)
-            self._take(layout, taken, deadline)
+            self._take(layout, taken, keeper, deadline)
             if self._needs_fresh(taken, layout) and self._room.look_for_lost():
                 self._return(taken)
-                self._take(layout, taken, deadline)
+                keeper.blocks.clear()
+                self._take(layout, taken, keeper, deadline)
             for (index, present), nbytes in zip(taken, layout.needs, strict=True):
                 if index not in self.holdings.private:
                     self._room.furnish(index, nbytes, present)
             blocks = [(index, self.ledger.generation[index]) for index, _ in taken]
             lease = Lease(self, blocks, layout, sizes)
             self.holdings.watch(lease, blocks)
+            self.holdings.unwatch(keeper)
         except BaseException as error:
             self._return(taken, punch=isinstance(error, ArenaFullError))
             raise
@@ -267,12 +269,14 @@ class Arena:
             wait_s = sum(layout.needs) / _PLAIN_NBYTES_PER_S
         return time.monotonic() + wait_s
 
-    def _take(self, layout: Plan, taken: list[tuple[int, int]], deadline: float) -> None:
+    def _take(
+        self, layout: Plan, taken: list[tuple[int, int]], keeper: Keeper, deadline: float
+    ) -> None:
         needs, pause_s = layout.needs, _FIRST_PAUSE_S
         while len(taken) < len(needs):
             step = needs[len(taken) : len(taken) + _STEP_BLOCKS]
             self.holdings.collect()
-            shortage = self.membership.run(self._exchange, step, taken)
+            shortage = self.membership.run(self._exchange, step, taken, keeper)
             if shortage is None or self._room.make(shortage):
                 continue
             if time.monotonic() >= deadline:
@@ -280,13 +284,17 @@ class Arena:
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
-    def _exchange(self, needs: list[int], taken: list[tuple[int, int]]) -> Shortage | None:
+    def _exchange(
+        self, needs: list[int], taken: list[tuple[int, int]], keeper: Keeper
+    ) -> Shortage | None:
         """Step: give back what died, then lease."""
         start, slot = len(taken), self.membership.slot
         self.holdings.release_pending(slot)
         shortage = self.ledger.lease(needs, slot, taken)
         for index, _ in taken[start:]:
-            self.holdings.leased[index] = self.ledger.generation[index]
+            generation = self.ledger.generation[index]
+            self.holdings.leased[index] = generation
+            keeper.blocks.append((index, generation))
         return shortage
 
     def _full(self, shortage: Shortage) -> ArenaFullError:
@@ -343,16 +351,19 @@ class Arena:
                 raise _stale(*block)
         self.holdings.collect()
         pairs = list(zip(blocks, needs, strict=True))
+        keeper = self.holdings.keeper()
         try:
-            position, unmapped = self.membership.run(self._claim, blocks, needs)
+            position, unmapped = self.membership.run(self._claim, blocks, needs, keeper)
         except (ArenaFullError, OSError):  # no lock, or somebody closed its descriptor
             return self._copy_unclaimed(pairs, is_index=is_index)
         if position is not None:
             raise _stale(*blocks[position])
-        return self._views(pairs, unmapped, copying=self._copies_out(), is_index=is_index)
+        views = self._views(pairs, unmapped, copying=self._copies_out(), is_index=is_index)
+        self.holdings.unwatch(keeper)
+        return views
 
     def _claim(
-        self, blocks: Sequence[Block], needs: Sequence[int]
+        self, blocks: Sequence[Block], needs: Sequence[int], keeper: Keeper
     ) -> tuple[int | None, frozenset[int]]:
         """Step: give back what died, then take over.
 
@@ -374,6 +385,7 @@ class Arena:
                 self.holdings.held[index] = (generation, nbytes)
             else:
                 self.holdings.leased[index] = generation  # to be copied and given back at once
+            keeper.blocks.append((index, generation))
         return None, unmapped
 
     def _views(
@@ -385,17 +397,12 @@ class Arena:
         is_index: bool,
     ) -> list[memoryview]:
         views: list[memoryview] = []
-        try:
-            for block, nbytes in pairs:
-                if copying or block[0] in unmapped:
-                    in_file = block[0] in unmapped
-                    views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
-                else:
-                    views.append(self._anchor(*block, nbytes))
-        except BaseException:
-            # Those with an anchor go back with it; the others are nobody's yet.
-            self.give_back([block for block, _ in pairs[len(views) :]])
-            raise
+        for block, nbytes in pairs:
+            if copying or block[0] in unmapped:
+                in_file = block[0] in unmapped
+                views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
+            else:
+                views.append(self._anchor(*block, nbytes))
         return views
 
     def _copies_out(self) -> bool:
@@ -568,6 +575,7 @@ class Arena:
         try:
             self.membership.reap()
             self._room.reclaim()
+            self._room.punch_idle(_EVERYTHING)
             final = self.statistics()
             if not self.membership.run(self._retire):
                 return False
@@ -594,16 +602,10 @@ class Arena:
     # --- forking
 
     def before_fork(self) -> None:
-        """Turn what this process holds into ordinary memory, and keep its other threads out."""
-        self._interrupted = False
-        while True:
-            try:
-                self._prepare_fork()
-                return
-            except KeyboardInterrupt:
-                self._interrupted = True  # a hook cannot stop the fork: finish, deliver it after
+        """Turn what this process holds into ordinary memory, and keep its other threads out.
 
-    def _prepare_fork(self) -> None:
+        May be called again after an interrupt.
+        """
         if not self.membership.joined:
             return
         self.drain()
@@ -624,8 +626,6 @@ class Arena:
         if self.membership.joined:
             self.membership.mutex.threads.leave_fork()
             self.holdings.leave_fork()
-        if self._interrupted:
-            _interrupts.repost()
 
     def after_fork_in_child(self) -> None:
         """Become a participant of its own, who owns nothing yet; once."""

@@ -48,8 +48,8 @@ class ArenaFullError(OobPickleError, MemoryError):
         super().__init__(message)
         self.reason = reason
 
-    def __reduce__(self) -> tuple[type[ArenaFullError], tuple[str, str]]:
-        return (type(self), (str(self), self.reason))
+    def __reduce__(self) -> tuple[type[ArenaFullError], tuple[str, str], dict[str, object]]:
+        return type(self), (str(self), self.reason), self.__dict__
 
 
 class FallbackWarning(UserWarning):

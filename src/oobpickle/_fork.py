@@ -18,7 +18,11 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Callable
+from threading import get_ident
 from typing import TYPE_CHECKING
+
+from oobpickle import _interrupts
 
 if TYPE_CHECKING:
     from oobpickle._arena import Arena
@@ -33,13 +37,13 @@ def watch(arena: Arena) -> None:
     _arenas.add(arena)
     if not _registered:
         _registered = True
-        # Twice: a Ctrl-C that is pending at the fork is raised where a hook begins, and dropped by
-        # the interpreter together with that call. The second call does what is left to do. Threads
-        # may fork at the same time, so nothing is remembered here from one hook to the next.
-        for _ in range(2):
-            os.register_at_fork(
-                before=_before, after_in_parent=_after_in_parent, after_in_child=_after_in_child
-            )
+        # Twice: a Ctrl-C that is pending at the fork is raised where a hook begins; the interpreter
+        # prints and drops it, and that call with it. The second call does what is left to do, and
+        # has the Ctrl-C delivered again. *before* hooks run in reverse order.
+        os.register_at_fork(before=_before_again, after_in_parent=_after, after_in_child=_in_child)
+        os.register_at_fork(
+            before=_before, after_in_parent=_after_again, after_in_child=_in_child_again
+        )
 
 
 def unwatch(arena: Arena) -> None:
@@ -47,16 +51,67 @@ def unwatch(arena: Arena) -> None:
     _arenas.discard(arena)
 
 
+# By thread, since several may fork at the same time: whether its hooks were interrupted.
+_interrupted: dict[int, bool] = {}
+_finished: set[int] = set()
+
+
+def _each(call: Callable[[Arena], None]) -> bool:
+    """Do it to all arenas whatever comes; tell whether it was interrupted."""
+    interrupted = False
+    while True:
+        try:
+            for arena in list(_arenas):
+                call(arena)
+            return interrupted
+        except KeyboardInterrupt:
+            interrupted = True  # a hook cannot stop the fork: do it all, deliver it afterwards
+
+
 def _before() -> None:
-    for arena in list(_arenas):
-        arena.before_fork()
+    _interrupted[get_ident()] = _each(_prepare)
 
 
-def _after_in_parent() -> None:
-    for arena in list(_arenas):
-        arena.after_fork_in_parent()
+def _before_again() -> None:
+    me = get_ident()
+    missed = me not in _interrupted
+    _interrupted[me] = _each(_prepare) or missed or _interrupted.get(me, False)
 
 
-def _after_in_child() -> None:
-    for arena in list(_arenas):
-        arena.after_fork_in_child()
+def _after() -> None:
+    me = get_ident()
+    _interrupted[me] = _each(_finish) or _interrupted.get(me, False)
+    _finished.add(me)
+
+
+def _after_again() -> None:
+    me = get_ident()
+    missed = me not in _finished
+    _finished.discard(me)
+    if _each(_finish) or _interrupted.pop(me, False) or missed:
+        _interrupted.pop(me, None)
+        _interrupts.repost()
+
+
+def _in_child() -> None:
+    _each(_begin)
+
+
+def _in_child_again() -> None:
+    _each(_begin)
+    if _interrupted.get(get_ident(), False):
+        _interrupts.repost()
+    _interrupted.clear()
+    _finished.clear()
+
+
+def _prepare(arena: Arena) -> None:
+    arena.before_fork()
+
+
+def _finish(arena: Arena) -> None:
+    arena.after_fork_in_parent()
+
+
+def _begin(arena: Arena) -> None:
+    arena.after_fork_in_child()

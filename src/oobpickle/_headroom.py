@@ -40,15 +40,16 @@ _V2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 def available_nbytes() -> int:
     """Return the bytes that can be taken now without meeting a limit."""
-    return max(0, min([_meminfo("MemAvailable"), *_cgroup_rooms()]))
+    pages = "SC_AVPHYS_PAGES"  # what can be known without a descriptor
+    return max(0, min([_meminfo("MemAvailable", pages), *_cgroup_rooms()]))
 
 
 def limit_nbytes() -> int:
     """Return the memory of the machine, or the lowest cgroup limit if that is smaller."""
-    return min([_meminfo("MemTotal"), *(limit for _, _, limit in _cgroups())])
+    return min([_meminfo("MemTotal", "SC_PHYS_PAGES"), *(limit for _, _, limit in _cgroups())])
 
 
-def _meminfo(key: str) -> int:
+def _meminfo(key: str, otherwise: str) -> int:
     try:
         with open("/proc/meminfo") as file:
             for line in file:
@@ -56,7 +57,7 @@ def _meminfo(key: str) -> int:
                     return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return _UNLIMITED
+    return os.sysconf(otherwise) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _cgroup_rooms() -> Iterator[int]:

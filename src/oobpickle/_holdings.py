@@ -58,6 +58,15 @@ class _Watch(weakref.ref[Any]):
     frees: tuple[weakref.ref[Any], ...]
 
 
+class Keeper:
+    """Watched on behalf of blocks that have no anchor or lease yet, so that none can be lost."""
+
+    __slots__ = ("__weakref__", "blocks")
+
+    def __init__(self) -> None:
+        self.blocks: Blocks = []
+
+
 class Holdings:
     """This process's part of an arena.
 
@@ -127,6 +136,12 @@ class Holdings:
         watch.frees = ()
         self._watches[id(watch)] = watch
 
+    def keeper(self) -> Keeper:
+        """Return a watched `Keeper`: what is in its list goes back when it is collected."""
+        keeper = Keeper()
+        self.watch(keeper, keeper.blocks)
+        return keeper
+
     def unwatch(self, obj: object) -> None:
         """Forget an object whose blocks went another way."""
         for watch in list(weakref.getweakrefs(obj)):
@@ -144,8 +159,11 @@ class Holdings:
 
     def settle_at_death(self, lease: Lease) -> None:
         """Leave a sealed lease to its envelope, since nobody will say when that has left."""
-        self.unwatch(lease)
+        # The new watch first: an interrupt in between must not free what has left.
+        others = [watch for watch in weakref.getweakrefs(lease) if isinstance(watch, _Watch)]
         self.watch(lease, lease.blocks, settles=True)
+        for watch in others:
+            self._watches.pop(id(watch), None)
 
     def settle_all_at_death(self) -> None:
         """Do so with every sealed lease."""

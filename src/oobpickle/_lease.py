@@ -98,6 +98,14 @@ class Lease:
         self.sealed = True
         _faults.reach("lease.sealed")
 
+    def depart(self) -> None:
+        """The envelope is about to be written: from now on nothing but `release` frees the blocks.
+
+        Before the write, since an interrupt can come right after it.
+        """
+        if self._epoch == self._arena.holdings.epoch:
+            self._arena.holdings.settle_at_death(self)
+
     def settle(self) -> None:
         """The envelope has left, or may have: the blocks are no longer this process's to free."""
         if self._epoch == self._arena.holdings.epoch:

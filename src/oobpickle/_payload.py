@@ -227,7 +227,7 @@ def _writable(destination: Buffer) -> memoryview:
         if view.readonly:
             raise PayloadError(f"a destination is read-only: {type(destination).__name__}")
         return view.cast("B") if view.nbytes else memoryview(bytearray())
-    except (TypeError, BufferError) as error:
+    except (TypeError, ValueError, BufferError) as error:
         raise PayloadError(f"a destination is no contiguous writable buffer: {error}") from error
 
 
@@ -242,6 +242,9 @@ def _copy(view: memoryview, source: Any) -> None:
     import numpy as np
 
     flat = in_memory_order(source)
+    if flat.dtype.names is not None:
+        # Bytes between the fields too, or the receiver would see what was there before.
+        flat = flat.view(np.dtype((np.void, flat.itemsize)))
     if flat.flags.c_contiguous and flat.nbytes <= _SMALL_NBYTES and source.dtype.kind in "biufc":
         view[:] = memoryview(flat).cast("B")
     else:

@@ -51,7 +51,7 @@ def register(type: type, reducer: Reducer) -> None:
     reducer : callable
         ``reducer(obj)`` returns what ``__reduce_ex__(5)`` would, and may wrap memory in
         ``pickle.PickleBuffer``, which then travels out of band. The rebuilding function receives
-        a writable, bytes-like object in its place.
+        a bytes-like object in its place, writable if the wrapped memory is (PEP 574).
 
     Raises
     ------
@@ -168,8 +168,10 @@ class Sink:
     def reduce_array(self, array: Array) -> Any:
         """Reduce an exact ndarray: ``ndarray(shape, dtype, buffer[, 0, strides])``."""
         dtype, nbytes = array.dtype, array.nbytes
-        if nbytes == 0 or dtype.kind not in _KINDS or dtype.hasobject:
+        if dtype.kind not in _KINDS or dtype.hasobject:
             return array.__reduce_ex__(5)
+        if nbytes == 0:
+            return type(array), (array.shape, dtype)
         # The name of a builtin dtype is much cheaper to send and to load than the object.
         kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
         flags = array.flags

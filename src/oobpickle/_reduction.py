@@ -187,6 +187,7 @@ def _hooked_send_bytes(original: Any) -> Any:
             return
         try:
             users.add(token)
+            envelope.lease.depart()
             original(self, buf)
         except OSError as error:
             if error.errno == errno.EPIPE:
