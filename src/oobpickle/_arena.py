@@ -126,6 +126,7 @@ class Arena:
         segments: list[Segment] = []
         try:
             segments.append(_create_data(largest_file_nbytes(_DATA_NBYTES)))
+            options = options.within(segments[0].nbytes)
             segments.append(Segment.create(LEDGER_NBYTES, "ledger"))
             segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
             _write_header(segments[1].words(), options, segments[0].nbytes)
@@ -675,7 +676,6 @@ def _write_header(words: memoryview, options: Options, data_nbytes: int) -> None
     words[H_IDENTITY] = int.from_bytes(identity[:8], "little")
     words[H_IDENTITY + 1] = int.from_bytes(identity[8:], "little")
     options.write(words)
-    words[H_CAPACITY] = min(words[H_CAPACITY], data_nbytes // 2)
     words[H_DATA_NBYTES] = data_nbytes
     words[H_VERSION] = VERSION
     words[H_MAGIC] = MAGIC

@@ -13,7 +13,7 @@ with the value and the range."""
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from oobpickle import _headroom
@@ -72,11 +72,15 @@ class Options:
         threshold = DEFAULT_THRESHOLD if self.threshold is None else self.threshold
         return Options(capacity, threshold, self.wait_s, self.copy_out)
 
+    def within(self, data_nbytes: int) -> Options:
+        """Return resolved options with a capacity that a data file of that size can serve."""
+        return replace(self, capacity=min(self.capacity or 0, data_nbytes // 2))
+
     def write(self, words: memoryview) -> None:
         """Store resolved options in a ledger's header."""
         words[H_CAPACITY] = self.capacity or 0
         words[H_THRESHOLD] = self.threshold or 0
-        words[H_WAIT_US] = _NOT_SAID if self.wait_s is None else int(self.wait_s * 1e6)
+        words[H_WAIT_US] = _NOT_SAID if self.wait_s is None else round(self.wait_s * 1e6)
         words[H_COPY_OUT] = _COPY_OUT_CODES[self.copy_out]
 
     @classmethod

@@ -21,7 +21,7 @@ import os
 import select
 import stat
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from oobpickle import _system
@@ -70,14 +70,14 @@ def is_readable(fd: int, timeout_s: float) -> bool:
     return bool(poller.poll(1000 * timeout_s))
 
 
-def is_unreadable(channel: int, pids: Iterable[int]) -> bool:
+def is_unreadable(channel: int, pids: Collection[int]) -> bool:
     """Tell whether nothing that was written to the channel can be read any more.
 
     Parameters
     ----------
     channel : int
         From `channel_id`; 0 is never unreadable.
-    pids : iterable of int
+    pids : collection of int
         Processes that may have it open besides those of this user.
     """
     if channel == 0:
@@ -89,7 +89,8 @@ def is_unreadable(channel: int, pids: Iterable[int]) -> bool:
             return not channel & _SOCKET and is_broken(int(fd), channel)
         except OSError:
             continue  # closed by another thread a moment ago
-    return not any(_may_have(pid, channel) for pid in {*pids, *_own_pids()} - {os.getpid()})
+    others = {*pids, *_own_pids()} - {os.getpid()}
+    return not any(_may_have(pid, channel, pids) for pid in others)
 
 
 def _own_pids() -> Iterator[int]:
@@ -102,11 +103,23 @@ def _own_pids() -> Iterator[int]:
                     yield int(name)
 
 
-def _may_have(pid: int, channel: int) -> bool:
+def _may_have(pid: int, channel: int, participants: Collection[int]) -> bool:
     try:
         return bool(_descriptors_of(str(pid), channel))
     except PermissionError:
-        return True
+        # A process that hides its descriptors: it can have one of ours if it descends from us.
+        return any(ancestor in participants for ancestor in _lineage(pid))
+
+
+def _lineage(pid: int) -> Iterator[int]:
+    """Yield a process and its ancestors, without init."""
+    while pid > 1:
+        yield pid
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            return
 
 
 def _descriptors_of(pid: str, channel: int) -> list[str]:

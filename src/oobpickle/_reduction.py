@@ -71,12 +71,15 @@ class Hook:
         What messages go through.
     channels : Channels
         Where they may go.
+    said : Options
+        What later uses are compared with: what was said here, with the defaults filled in.
     is_owner : bool
         Whether this process made the arena and closes it.
     """
 
-    def __init__(self, arena: Arena, channels: Channels, *, is_owner: bool) -> None:
+    def __init__(self, arena: Arena, channels: Channels, said: Options, *, is_owner: bool) -> None:
         self.arena = arena
+        self.said = said
         self.channels = channels
         self.n_users = 0  # enabled() blocks that are open
         self.installed = False  # install() was called
@@ -347,7 +350,7 @@ def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
     with contextlib.suppress(ArenaError, OSError):
         arena = Arena.attach(*descriptors)
         _envelope.introduce(arena)
-        hook = Hook(arena, Channels(arena, channels), is_owner=False)
+        hook = Hook(arena, Channels(arena, channels), arena.options, is_owner=False)
         hook.installed = True
         hook.put_in()
         _hook = hook
@@ -421,7 +424,7 @@ def _start(options: Options) -> Hook | None:
     global _hook
     hook = _running()
     if hook is not None:
-        options.check_compatible(hook.arena.options)
+        options.check_compatible(hook.said)
         return hook
     if _is_being_started():
         return None
@@ -429,7 +432,7 @@ def _start(options: Options) -> Hook | None:
     _sweep()
     arena = Arena.create(options)
     _envelope.introduce(arena)
-    hook = Hook(arena, Channels(arena), is_owner=True)
+    hook = Hook(arena, Channels(arena), options.resolve(), is_owner=True)
     hook.put_in()
     _hook = hook
     return hook
@@ -547,7 +550,8 @@ def enabled(
             hook = _start(options)
         except ArenaError as error:
             warnings.warn(
-                f"oobpickle is not in use: {error} Messages travel as without it.",
+                f"oobpickle is not in use: {str(error).rstrip('.')}. "
+                "Messages travel as without it.",
                 FallbackWarning,
                 stacklevel=3,
             )

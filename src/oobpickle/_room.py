@@ -111,7 +111,7 @@ class Room:
         if nbytes <= self._allowance:
             self._allowance -= nbytes
             return
-        margin = min(_MARGIN_NBYTES, _headroom.limit_nbytes() // 16)
+        margin = min(_MARGIN_NBYTES, _headroom.limit_nbytes() // 4)
         room = _headroom.available_nbytes() - margin
         if nbytes > room:
             raise ArenaFullError(

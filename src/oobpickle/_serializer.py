@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 def dumps(obj: object) -> Payload:
-    """Pickle `obj` with every buffer of 512 bytes or more out of band; nothing is copied yet.
+    """Pickle `obj` with every PickleBuffer, and arrays from 512 bytes on, out of band.
 
     Parameters
     ----------

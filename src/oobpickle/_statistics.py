@@ -87,7 +87,7 @@ class Statistics:
         Blocks that a fork left shared between parent and child, because the system allowed no
         further mapping (``vm.max_map_count``). Anything but 0 is a reason to worry.
     n_participants : int
-        Processes attached now.
+        Processes that take part; a dead one counts until somebody has needed what it left.
     fallbacks : mapping of str to Fallback
         Messages at or above the threshold that travelled in-band, by reason.
     n_blocks, nbytes : mapping of str to int
