@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 import struct
 import time
 from typing import TYPE_CHECKING, Final
@@ -174,7 +175,10 @@ class Arena:
         fds: list[int] = []
         try:
             for number in numbers:
-                fds.append(os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR | os.O_CLOEXEC))
+                path = f"/proc/{pid}/fd/{number}"
+                if not stat.S_ISREG(os.stat(path).st_mode):
+                    raise ArenaError(f"process {pid} has something else open now")
+                fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
             if os.pread(fds[1], 16, 8 * H_IDENTITY) != name[:16]:
                 raise ArenaError(f"process {pid} has not got it any more")
             return cls.attach(fds[0], fds[1], fds[2])
@@ -278,7 +282,7 @@ class Arena:
             step = needs[len(taken) : len(taken) + _STEP_BLOCKS]
             self.holdings.collect()
             shortage = self.membership.run(self._exchange, step, taken, keeper)
-            if shortage is None or self._room.make(shortage):
+            if shortage is None or self._room.make(shortage, again=pause_s > _FIRST_PAUSE_S):
                 continue
             if time.monotonic() >= deadline:
                 raise self._full(shortage)
@@ -311,8 +315,8 @@ class Arena:
     def settle(self, lease: Lease) -> None:
         """Forget a lease: its blocks belong to the envelope now, or go back another way."""
         self.holdings.unwatch(lease)
-        for index, _ in lease.blocks:
-            self.holdings.leased.pop(index, None)
+        for block in lease.blocks:
+            self.holdings.forget(*block)
 
     def is_in_flight(self, index: int, generation: int) -> bool:
         """Tell whether the block's message is still unread. Needs no lock."""
@@ -635,6 +639,7 @@ class Arena:
         self.membership.reset_in_child()
         self.holdings.reset_in_child()
         self._room.forget()
+        users.clear()  # of threads that do not exist here
         self._pid = os.getpid()
         if not self.closed:
             self.membership.try_join()

@@ -26,6 +26,7 @@ from oobpickle._arena import Arena
 from oobpickle._pipes import channel_id, is_broken, n_unread
 
 _MOST_CHANNELS: Final = 1 << 14
+_LEAST_BUDGET_NBYTES: Final = 1 << 20  # what a pipe or socket can be made to hold by itself
 _FIRST_PAUSE_S: Final = 0.1e-3
 _LAST_PAUSE_S: Final = 5e-3
 
@@ -81,7 +82,7 @@ class Channels:
         if self._epoch != self._arena.holdings.epoch:  # inherited by fork: the parent's messages
             self._epoch = self._arena.holdings.epoch
             self._sent.clear()
-        budget = max(2 * nbytes, (self._arena.options.capacity or 0) // 8)
+        budget = max(2 * nbytes, (self._arena.options.capacity or 0) // 8, _LEAST_BUDGET_NBYTES)
         pause_s = _FIRST_PAUSE_S
         while self._unread_nbytes(channel) + nbytes > budget and not self._arena.closed:
             try:

@@ -17,10 +17,11 @@ must not use what it inherited."""
 from __future__ import annotations
 
 import os
+import signal
 import weakref
 from collections.abc import Callable
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from oobpickle import _interrupts
 
@@ -51,46 +52,47 @@ def unwatch(arena: Arena) -> None:
     _arenas.discard(arena)
 
 
-# By thread, since several may fork at the same time: whether its hooks were interrupted.
-_interrupted: dict[int, bool] = {}
+# By thread, since several may fork at the same time: what interrupted its hooks.
+_interrupts_of: dict[int, BaseException | None] = {}
 _finished: set[int] = set()
+_MOST_INTERRUPTS: Final = 100
 
 
-def _each(call: Callable[[Arena], None]) -> bool:
-    """Do it to all arenas whatever comes; tell whether it was interrupted."""
-    interrupted = False
-    while True:
+def _each(call: Callable[[Arena], None]) -> BaseException | None:
+    """Do it to all arenas, whatever comes in between; return what came."""
+    interrupt: BaseException | None = None
+    for _ in range(_MOST_INTERRUPTS):
         try:
             for arena in list(_arenas):
                 call(arena)
-            return interrupted
-        except KeyboardInterrupt:
-            interrupted = True  # a hook cannot stop the fork: do it all, deliver it afterwards
+            break
+        except BaseException as error:  # a hook cannot stop the fork: finish, deliver it afterwards
+            interrupt = error
+    return interrupt
 
 
 def _before() -> None:
-    _interrupted[get_ident()] = _each(_prepare)
+    _interrupts_of[get_ident()] = _each(_prepare)
 
 
 def _before_again() -> None:
     me = get_ident()
-    missed = me not in _interrupted
-    _interrupted[me] = _each(_prepare) or missed or _interrupted.get(me, False)
+    missed = None if me in _interrupts_of else _what_was_missed()
+    _interrupts_of[me] = _each(_prepare) or missed or _interrupts_of.get(me)
 
 
 def _after() -> None:
     me = get_ident()
-    _interrupted[me] = _each(_finish) or _interrupted.get(me, False)
+    _interrupts_of[me] = _each(_finish) or _interrupts_of.get(me)
     _finished.add(me)
 
 
 def _after_again() -> None:
     me = get_ident()
-    missed = me not in _finished
+    missed = None if me in _finished else _what_was_missed()
     _finished.discard(me)
-    if _each(_finish) or _interrupted.pop(me, False) or missed:
-        _interrupted.pop(me, None)
-        _interrupts.repost()
+    _deliver(_each(_finish) or _interrupts_of.pop(me, None) or missed)
+    _interrupts_of.pop(me, None)
 
 
 def _in_child() -> None:
@@ -99,10 +101,22 @@ def _in_child() -> None:
 
 def _in_child_again() -> None:
     _each(_begin)
-    if _interrupted.get(get_ident(), False):
-        _interrupts.repost()
-    _interrupted.clear()
+    _interrupts_of.clear()  # the parent's: a signal is delivered to one process
     _finished.clear()
+
+
+def _what_was_missed() -> BaseException | None:
+    """Return what aborted a hook where it begins: a Ctrl-C, if no other signal can have done it."""
+    others = signal.valid_signals() - {signal.SIGINT}
+    known = {number for number in others if callable(signal.getsignal(number))}
+    return None if known else KeyboardInterrupt()
+
+
+def _deliver(interrupt: BaseException | None) -> None:
+    if isinstance(interrupt, KeyboardInterrupt):
+        _interrupts.repost()
+    elif interrupt is not None:
+        raise interrupt  # of a signal handler of the user's: the interpreter prints it
 
 
 def _prepare(arena: Arena) -> None:

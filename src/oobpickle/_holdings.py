@@ -198,9 +198,15 @@ class Holdings:
         """Queue blocks for release."""
         for index, generation in blocks:
             self._returning.add(index)
-            self.leased.pop(index, None)
-            self.held.pop(index, None)
+            self.forget(index, generation)
             self._pending.append((index, generation))
+
+    def forget(self, index: int, generation: int) -> None:
+        """Take a block out of the books, unless they speak of a later lease of it."""
+        if self.leased.get(index) == generation:
+            self.leased.pop(index, None)
+        if self.held.get(index, (None, 0))[0] == generation:
+            self.held.pop(index, None)
 
     def consume(self, index: int, generation: int, word: int, when_dead: object | None) -> None:
         """Queue a block in flight that was copied out unclaimed: now, or when an object dies."""
@@ -221,17 +227,17 @@ class Holdings:
         while dropped:
             watch = dropped[0]
             is_own = watch.epoch == self.epoch
-            for index, _ in watch.blocks if watch.anchored else ():
+            for index, generation in watch.blocks if watch.anchored else ():
                 if is_own:
                     # Before it is mapped shared: a fork in another thread must not undo that.
                     self._returning.add(index)
-                    self.held.pop(index, None)
+                    self.forget(index, generation)
                 self._share(index)
             if not is_own:
                 pass
             elif watch.settles:
-                for index, _ in watch.blocks:
-                    self.leased.pop(index, None)
+                for index, generation in watch.blocks:
+                    self.forget(index, generation)
             elif watch.unclaimed_word is not None:
                 self._unlocked.append((watch.blocks[0][0], watch.unclaimed_word))
             else:
@@ -299,7 +305,9 @@ class Holdings:
                 self._data.privatize(offset, nbytes, resume=resume)
                 self._complete.add(index)
                 if resident > page_round(nbytes):  # of a larger message before
-                    self._data.punch(offset + page_round(nbytes), resident - page_round(nbytes))
+                    with contextlib.suppress(OSError):
+                        tail = page_round(nbytes)
+                        self._data.punch(offset + tail, resident - tail)
             except OSError:
                 self.private.pop(index, None)
                 n_failed += 1

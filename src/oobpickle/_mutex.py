@@ -33,6 +33,7 @@ from oobpickle._locks import LockFile
 
 _FIRST_PAUSE_S: Final = 20e-6
 _LAST_PAUSE_S: Final = 2e-3
+_LONGEST_FORK_S: Final = 10.0  # from the last of the before hooks to the first of the after hooks
 
 
 class LedgerBusyError(ArenaFullError):
@@ -49,6 +50,7 @@ class ThreadLock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._forking_since: float | None = None
 
     def run(self, timeout_s: float, call: Callable[..., Any], *args: Any) -> Any:
         """Return ``call(*args)``, run under the lock.
@@ -59,7 +61,7 @@ class ThreadLock:
             If another thread has it for `timeout_s` seconds, or this thread has it already.
         """
         lock = self._lock
-        if lock._is_owned():  # type: ignore[attr-defined]
+        if lock._is_owned() and not self._heal():  # type: ignore[attr-defined]
             raise LedgerBusyError("in use by this very thread, below a finalizer", is_own=True)
         release = lock.release
         try:
@@ -73,19 +75,33 @@ class ThreadLock:
                 pass  # not ours: the wait for it timed out
 
     def enter_fork(self) -> None:
-        """Keep the other threads of this process out until `leave_fork`; again, after an
-        interrupt."""
+        """Keep the other threads of this process out until `leave_fork`.
+
+        Again after an interrupt; and not for ever: a thread whose own fork hooks were aborted may
+        have the lock and not come back.
+        """
         if not self._lock._is_owned():  # type: ignore[attr-defined]
-            self._lock.acquire()
+            self._lock.acquire(timeout=_LONGEST_FORK_S)
+        self._forking_since = time.monotonic()
 
     def leave_fork(self) -> None:
         """Let the other threads in again (in the parent), if `enter_fork` kept them out."""
         if self._lock._is_owned():  # type: ignore[attr-defined]
+            self._forking_since = None
             self._lock.release()
+
+    def _heal(self) -> bool:
+        """Release a lock that a fork of this thread has left: signals aborted both its hooks."""
+        since = self._forking_since
+        if since is None or time.monotonic() - since < _LONGEST_FORK_S:
+            return False
+        self.leave_fork()
+        return True
 
     def reset_in_child(self) -> None:
         """Start anew in a forked child, where the other threads do not exist."""
         self._lock = threading.RLock()
+        self._forking_since = None
 
 
 class LedgerMutex:

@@ -70,7 +70,7 @@ def is_readable(fd: int, timeout_s: float) -> bool:
     return bool(poller.poll(1000 * timeout_s))
 
 
-def is_unreadable(channel: int, pids: Collection[int]) -> bool:
+def is_unreadable(channel: int, pids: Collection[int], *, even_if_empty: bool = True) -> bool:
     """Tell whether nothing that was written to the channel can be read any more.
 
     Parameters
@@ -79,10 +79,14 @@ def is_unreadable(channel: int, pids: Collection[int]) -> bool:
         From `channel_id`; 0 is never unreadable.
     pids : collection of int
         Processes that may have it open besides those of this user.
+    even_if_empty : bool
+        Whether a channel in which nothing is left counts, though it is open.
     """
     if channel == 0:
         return False
     for fd in _descriptors_of("self", channel):
+        if not even_if_empty:
+            return False
         try:
             if _ask(int(fd), _system.FIONREAD) == 0:
                 return True

@@ -126,8 +126,8 @@ class Hook:
                 envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
             except ArenaFullError as error:
                 reason = error.reason
-            except ArenaError:
-                reason = "detached"
+            except OSError:
+                reason = "space"
             else:
                 self._sent(envelope, channel, payload)
                 return envelope
@@ -197,9 +197,11 @@ def _hooked_send_bytes(original: Any) -> Any:
                 envelope.lease.release()  # no reader is left
             raise
         finally:
-            # After any other error a reader may have it: its blocks are reclaimed, not released.
-            envelope.lease.settle()
-            users.discard(token)
+            try:
+                # After any other error a reader may have it: its blocks are reclaimed.
+                envelope.lease.settle()
+            finally:
+                users.discard(token)
 
     return _send_bytes
 

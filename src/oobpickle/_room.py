@@ -111,7 +111,11 @@ class Room:
         if nbytes <= self._allowance:
             self._allowance -= nbytes
             return
-        margin = min(_MARGIN_NBYTES, _headroom.limit_nbytes() // 4)
+        # If this message has to travel in-band after all, or the next one, that takes six times
+        # its size in ordinary memory, in both processes together.
+        limit = _headroom.limit_nbytes()
+        in_band = min(6 * total, 2 * _MARGIN_NBYTES, limit // 3)
+        margin = max(min(_MARGIN_NBYTES, limit // 4), in_band)
         room = _headroom.available_nbytes() - margin
         if nbytes > room:
             raise ArenaFullError(
@@ -125,10 +129,20 @@ class Room:
 
     # --- making room
 
-    def make(self, shortage: Shortage) -> bool:
-        """Free what nobody needs; tell whether it is worth trying again."""
+    def make(self, shortage: Shortage, *, again: bool) -> bool:
+        """Free what nobody needs; tell whether it is worth trying again.
+
+        Parameters
+        ----------
+        shortage : Shortage
+            What was wanted.
+        again : bool
+            Whether the caller has been waiting already: then nobody looks at /proc each time.
+        """
         self._holdings.collect()
-        if self._holdings.has_returns or self._membership.reap() or self.reclaim():
+        if self._holdings.has_returns:
+            return True
+        if self.look_for_lost() if again else self._membership.reap() + self.reclaim():
             return True
         return shortage.reason == "full" and self.punch_idle(shortage.need_nbytes)
 
@@ -149,7 +163,9 @@ class Room:
         try:
             self._membership.run(self._take_idle, nbytes, taken)
             for index in taken:
-                self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
+                # Where the mount cannot punch, the pages stay, and the account is wrong by them.
+                with contextlib.suppress(OSError):
+                    self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
         finally:
             if taken:
                 self._membership.run(self._finish_punch, taken)
@@ -165,14 +181,14 @@ class Room:
         for index in taken:
             block = (index, self._ledger.generation[index])
             self._ledger.release([block], self._membership.slot)
-            self._holdings.leased.pop(index, None)
+            self._holdings.forget(*block)
 
     def punch_unreserved(self, indices: Sequence[int]) -> None:
         """Take leased blocks off the account whose pages were counted but not all reserved."""
-        for index in indices:
-            self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
         # Without the lock the account stays too high until the blocks are punched again.
-        with contextlib.suppress(ArenaFullError):
+        with contextlib.suppress(ArenaFullError, OSError):
+            for index in indices:
+                self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
             self._membership.run(self._ledger.mark_punched, indices)
 
     def reclaim(self) -> int:
@@ -184,7 +200,9 @@ class Room:
         sent = self._in_flight()
         channels = {channel for _, _, channel in sent if not channel & FOLLOWS}
         pids = self._membership.pids() if channels else []
-        unreadable = {channel for channel in channels if is_unreadable(channel, pids)}
+        # When it is closed, what was read is not noted any more: an empty channel means nothing.
+        closed = self._ledger.words[H_CLOSED] != 0
+        unreadable = {c for c in channels if is_unreadable(c, pids, even_if_empty=not closed)}
         heads = [(index, word) for index, word, channel in sent if channel in unreadable]
         if not heads and not any(channel & FOLLOWS for _, _, channel in sent):
             return 0

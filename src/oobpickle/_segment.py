@@ -26,6 +26,7 @@ instead of touching a stranger's file."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import resource
@@ -228,7 +229,8 @@ class Segment:
             if not _system.advise(address + start, n, _system.MADV_POPULATE_WRITE):
                 _touch(self.view()[offset + start : offset + start + n])
             _faults.reach("segment.populated")
-            _system.punch_hole(self.fd, offset + start, n)
+            with contextlib.suppress(OSError):  # the range is private, whatever becomes of the file
+                _system.punch_hole(self.fd, offset + start, n)
 
     def share(self, offset: int, nbytes: int) -> None:
         """Map a privatized range from the file again; its private pages are gone."""

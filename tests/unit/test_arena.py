@@ -187,9 +187,9 @@ def test_a_sender_waits_for_room_that_is_given_back(make_arena):
     waiting = threading.Event()
     original = arena._room.make
 
-    def make(shortage):
+    def make(shortage, *, again):
         waiting.set()
-        return original(shortage)
+        return original(shortage, again=again)
 
     arena._room.make = make
     thread = threading.Thread(target=lambda: waiting.wait(20) and held.release())
