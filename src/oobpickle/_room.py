@@ -111,10 +111,10 @@ class Room:
         if nbytes <= self._allowance:
             self._allowance -= nbytes
             return
-        # If this message has to travel in-band after all, or the next one, that takes six times
-        # its size in ordinary memory, in both processes together.
+        # If the next message has to travel in-band, that takes six times its size in ordinary
+        # memory, in both processes together; and those who use it take some too.
         limit = _headroom.limit_nbytes()
-        in_band = min(6 * total, 2 * _MARGIN_NBYTES, limit // 3)
+        in_band = min(10 * total, 2 * _MARGIN_NBYTES, limit // 2)
         margin = max(min(_MARGIN_NBYTES, limit // 4), in_band)
         room = _headroom.available_nbytes() - margin
         if nbytes > room:
