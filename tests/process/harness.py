@@ -1,0 +1,168 @@
+"""Runs the programs of this folder as real processes and looks at what they leave behind.
+
+**What.** `run_program` starts ``programs/<name>.py`` in a session of its own, and asserts its exit
+code, an empty stderr, and that no process of the session outlives it.
+
+**How it works.** Output goes to files, so an orphan that keeps a pipe open cannot hang the test.
+At the deadline every process of the session is asked for its tracebacks (SIGUSR1, see `inside`)
+and then killed. The memory of an arena is nameless: when the session is empty, it is gone.
+
+**Lifetime.** Nothing outlives `run_program`, whatever happens in it.
+
+**When it cannot.** Without ``/proc`` nothing here works, and oobpickle neither.
+"""
+
+import ast
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import eventually
+
+HERE = Path(__file__).parent
+PROGRAMS = HERE / "programs"
+SOURCE = HERE.parents[1] / "src"
+
+#: Warnings are errors, but for the one that CPython gives about what these tests are about.
+FLAGS = ("-W", "error", "-W", "ignore:This process:DeprecationWarning")
+
+
+def cases_of(name):
+    """Return the names of the public functions of a program: its cases."""
+    tree = ast.parse((PROGRAMS / f"{name}.py").read_text())
+    found = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+    return [name for name in found if not name.startswith("_")]
+
+
+def run_program(name, *args, within_s=60, env=None, flags=FLAGS, exit_code=0, stderr="", prefix=()):
+    """Run a program of this folder to its end and return its stdout.
+
+    Parameters
+    ----------
+    name : str
+        ``programs/<name>.py``.
+    *args : str
+        Its arguments.
+    within_s : float
+        Deadline, seconds.
+    env : dict, optional
+        Added to the environment.
+    flags, prefix : sequence of str
+        Options of the interpreter, and a command to run it under.
+    exit_code : int
+        Expected; negative for a signal.
+    stderr : str
+        What it may print there, as a whole; "..." for anything.
+    """
+    command = [*prefix, sys.executable, *flags, str(PROGRAMS / f"{name}.py"), *map(str, args)]
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
+        started = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            env=environment(env),
+            start_new_session=True,
+        )
+        try:
+            late = _wait(started, within_s)
+            orphans = [] if late else _orphans(started.pid)
+        finally:
+            kill_session(started.pid)
+            started.wait()
+        out.seek(0)
+        err.seek(0)
+        printed, complaints = out.read(), err.read()
+    story = f"{' '.join(command)}\n--- stdout\n{printed}\n--- stderr\n{complaints}"
+    assert not late, f"not finished within {within_s} s: {story}"
+    assert started.returncode == exit_code, f"exit code {started.returncode}: {story}"
+    if stderr != "...":
+        assert complaints == stderr, f"unexpected stderr: {story}"
+    assert not orphans, f"processes left behind: {orphans}: {story}"
+    return printed
+
+
+def environment(extra=None):
+    """Return the environment of the programs: this tree, and no threads but their own."""
+    path = os.pathsep.join([str(SOURCE), str(HERE)])
+    environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
+    for name in ("OOBPICKLE_FAULT", "OOBPICKLE_BACKING"):
+        environment.pop(name, None)
+    return {**environment, **(extra or {})}
+
+
+def _wait(started, within_s):
+    try:
+        started.wait(within_s)
+    except subprocess.TimeoutExpired:
+        for pid in session_members(started.pid):
+            _signal(pid, signal.SIGCONT)
+            _signal(pid, signal.SIGUSR1)
+        deadline = time.monotonic() + 1
+        while time.monotonic() < deadline and started.poll() is None:
+            time.sleep(0.05)
+        return True
+    return False
+
+
+def _orphans(session):
+    deadline = time.monotonic() + 10
+    while (members := session_members(session)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    return [f"{pid}: {_command(pid)}" for pid in members]
+
+
+def session_members(session):
+    """Return the pids of the living processes of a session that one of our programs leads."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            fields = _stat_fields(entry)
+            if fields and fields[0] != "Z" and int(fields[3]) == session:
+                found.append(int(entry))
+    return found
+
+
+def _stat_fields(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+
+
+def _command(pid):
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return "gone"
+
+
+def kill_session(session):
+    """Kill what is left of a session that one of our programs leads."""
+    for pid in session_members(session):
+        _signal(pid, signal.SIGKILL)
+
+
+def _signal(pid, number):
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def shared_nbytes():
+    """Return how much shared memory the whole machine uses, bytes."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("Shmem:"):
+            return int(line.split()[1]) * 1024
+    pytest.fail("no Shmem in /proc/meminfo")
+
+
+def assert_shared_memory_returns(before, slack_nbytes):
+    """Poll until the machine uses no more shared memory than before, but for the slack."""
+    eventually(lambda: shared_nbytes() <= before + slack_nbytes)

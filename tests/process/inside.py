@@ -1,0 +1,296 @@
+"""What the programs of this folder share: messages that verify themselves, watchdogs, the checker
+of the ledger.
+
+**What.** `message` / `verify`, `fork` / `reap`, `Token`, `assert_ledger_consistent`, `main`.
+
+**How it works.** Importing it gives the process, and each of its forked children, an alarm that
+kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of all threads.
+
+**Lifetime.** Until the process ends.
+
+**When it cannot.** The checker knows the layout of the ledger; a new layout needs a new checker.
+"""
+
+import faulthandler
+import functools
+import os
+import signal
+import sys
+import time
+import traceback
+
+import numpy as np
+from numpy.random import default_rng
+
+from oobpickle import _faults
+from oobpickle import _layout as layout
+
+WATCHDOG_S = 150
+KILLED = -signal.SIGKILL
+
+_point_for_next_child = None
+_in_child = []
+
+
+def _after_in_child():
+    # Before oobpickle's own hook, which is registered with the first arena: so a fault can be met
+    # while the child joins, and no child inherits the fault of its parent.
+    global _point_for_next_child
+    signal.alarm(WATCHDOG_S)
+    _faults.arm(_point_for_next_child)
+    _point_for_next_child = None
+
+
+faulthandler.register(signal.SIGUSR1, all_threads=True)
+signal.alarm(WATCHDOG_S)
+os.register_at_fork(after_in_child=_after_in_child)
+
+
+def main():
+    """Run the case that the first argument names, with the others as its arguments."""
+    case = sys.modules["__main__"].__dict__[sys.argv[1]]
+    case(*sys.argv[2:])
+
+
+# --- processes
+
+
+def fork(run, *args, fault=None):
+    """Fork a child that runs ``run(*args)`` and exits with 0, or 1 and a traceback.
+
+    `fault` names a point of `oobpickle._faults` that kills the child when it comes there.
+    """
+    global _point_for_next_child
+    _point_for_next_child = fault
+    try:
+        pid = os.fork()
+    finally:
+        _point_for_next_child = None
+    if pid:
+        return pid
+    status = 1
+    try:
+        run(*args)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def reap(pid, expected=0, within_s=60):
+    """Wait for a child and assert how it ended."""
+    found = eventually(lambda: exit_of(pid), within_s=within_s)[0]
+    assert found == expected, f"child {pid} ended with {found}, expected {expected}"
+
+
+def exit_of(pid):
+    """Return ``(exit code,)`` of a child that has ended, else ``None``."""
+    done, status = os.waitpid(pid, os.WNOHANG)
+    return (os.waitstatus_to_exitcode(status),) if done else None
+
+
+def eventually(condition, *, within_s=20.0):
+    """Poll until `condition()` is true; fail at the deadline."""
+    deadline = time.monotonic() + within_s
+    while not (value := condition()):
+        assert time.monotonic() < deadline, f"not within {within_s} s: {condition}: {value!r}"
+        time.sleep(0.002)
+    return value
+
+
+class Token:
+    """A signal from one process to another: `give` once, `take` waits for it."""
+
+    def __init__(self):
+        self._read, self._write = os.pipe()
+
+    @property
+    def descriptors(self):
+        return self._read, self._write
+
+    def give(self):
+        os.write(self._write, b"x")
+
+    def take(self):
+        assert os.read(self._read, 1) == b"x"
+
+
+# --- data
+
+
+def content(seed, nbytes):
+    """Return `nbytes` bytes that only this seed makes; no two pages are alike."""
+    return np.resize(_tile(seed), nbytes)
+
+
+@functools.lru_cache(maxsize=64)
+def _tile(seed):
+    return default_rng(seed).integers(0, 256, 4099, np.uint8)
+
+
+def message(seed, nbytes=1_000_000):
+    """Return an object that `verify` knows to be whole."""
+    return seed, content(seed, nbytes)
+
+
+def verify(received, seed=None):
+    """Assert that a message arrived as it was made; return it."""
+    assert seed is None or received[0] == seed, f"message {received[0]}, expected {seed}"
+    found, expected = received[1], content(received[0], received[1].nbytes)
+    wrong = np.flatnonzero(found != expected)
+    assert not wrong.size, (
+        f"message {received[0]}: {wrong.size} of {found.nbytes} bytes are wrong, from {wrong[0]}: "
+        f"{found[wrong[0] : wrong[0] + 8]} instead of {expected[wrong[0] : wrong[0] + 8]}"
+    )
+    return received
+
+
+def address(array):
+    """Return where the data of an array lies."""
+    return array.__array_interface__["data"][0]
+
+
+def is_in_arena(arena, array):
+    """Tell whether an array's memory is a block of the arena, as seen from this process."""
+    start = arena.data._address
+    return start <= address(array) < start + arena.data.nbytes
+
+
+def our_descriptors():
+    """Return what this process has open of any arena."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{fd}")
+        except OSError:
+            continue
+        if "oobpickle" in target:
+            found.append(target)
+    return found
+
+
+# --- the ledger
+
+
+def owners(arena):
+    """Return ``(index, state, slot)`` of each block that is not free."""
+    ledger = arena.ledger
+    found = []
+    for index in range(ledger.words[layout.H_N_BLOCKS]):
+        word = ledger.word[index]
+        state = word & layout.STATE_MASK
+        if state != layout.FREE:
+            found.append((index, state, word >> layout.OWNER_SHIFT & layout.OWNER_MASK))
+    return found
+
+
+def owned_by(arena, slot):
+    """Return the blocks that a slot leases or holds."""
+    mine = (layout.LEASED, layout.HELD)
+    return [row for row in owners(arena) if row[2] == slot and row[1] in mine]
+
+
+def assert_ledger_consistent(arena):
+    """Take the mutex and compare every sum and every list with a recomputation from the columns."""
+    problems = arena.membership.run(_problems, arena.ledger)
+    assert not problems, "the ledger is inconsistent:\n" + "\n".join(problems[:20])
+
+
+def _problems(ledger):
+    words = ledger.words
+    n = words[layout.H_N_BLOCKS]
+    columns = {
+        name: np.frombuffer(getattr(ledger, name), np.uint64)[:n].astype(np.int64)
+        for name in ("offset", "size_class", "used", "resident", "generation")
+    }
+    word = np.frombuffer(ledger.word, np.uint64)
+    state = (word[:n] & np.uint64(layout.STATE_MASK)).astype(np.int64)
+    return [
+        *_row_problems(words, columns, word, state),
+        *_list_problems(ledger, columns, state),
+        *_sum_problems(words, columns, state),
+        *_range_problems(words, columns),
+        *_owner_problems(words, word[:n], state),
+    ]
+
+
+def _row_problems(words, columns, word, state):
+    n = len(state)
+    known = (layout.FREE, layout.LEASED, layout.IN_FLIGHT, layout.HELD)
+    yield from (f"row {i}: state {state[i]}" for i in range(n) if state[i] not in known)
+    beyond = np.flatnonzero(word[n : n + 4096] & np.uint64(layout.STATE_MASK))
+    yield from (f"row {n + i} is in use beyond the {n} rows" for i in beyond)
+    half = columns["generation"] & layout.GENERATION_MASK
+    in_word = (word[:n] >> np.uint64(layout.GENERATION_SHIFT)).astype(np.int64)
+    differ = np.flatnonzero(in_word != half)
+    yield from (f"row {i}: generation differs from its word's" for i in differ)
+    for i in range(n):
+        room = layout.class_nbytes(int(columns["size_class"][i]))
+        if state[i] != layout.FREE and columns["used"][i] > room:
+            yield f"row {i}: {columns['used'][i]} bytes used of {room}"
+        if columns["resident"][i] > room or columns["resident"][i] % 4096:
+            yield f"row {i}: {columns['resident'][i]} bytes resident of {room}"
+
+
+def _list_problems(ledger, columns, state):
+    words, seen = ledger.words, {}
+    for first, warm in ((layout.H_WARM, True), (layout.H_EMPTY, False)):
+        for size_class in range(layout.N_CLASSES):
+            link = words[first + size_class]
+            while link:
+                index = link - 1
+                where = f"list {'warm' if warm else 'empty'} {size_class}"
+                if index >= len(state):
+                    yield f"{where}: block {index} of {len(state)}"
+                    break
+                if index in seen:
+                    yield f"{where}: block {index} is also in {seen[index]}"
+                    break
+                seen[index] = where
+                if state[index] != layout.FREE:
+                    yield f"{where}: block {index} has state {state[index]}"
+                if columns["size_class"][index] != size_class:
+                    yield f"{where}: block {index} is of class {columns['size_class'][index]}"
+                if (columns["resident"][index] > 0) != warm:
+                    yield f"{where}: block {index} has {columns['resident'][index]} bytes of pages"
+                link = ledger.next[index]
+    free = {int(i) for i in np.flatnonzero(state == layout.FREE)}
+    yield from (f"block {i} is free and in no list" for i in sorted(free - set(seen)))
+
+
+def _sum_problems(words, columns, state):
+    for name, at, sum_now in (
+        ("H_RESIDENT", layout.H_RESIDENT, columns["resident"].sum()),
+        ("H_HELD", layout.H_HELD, columns["used"][state == layout.HELD].sum()),
+    ):
+        if words[at] != sum_now:
+            yield f"{name} is {words[at]}, the column adds up to {sum_now}"
+    if words[layout.H_RESIDENT] > words[layout.H_CAPACITY]:
+        yield f"{words[layout.H_RESIDENT]} bytes resident, capacity {words[layout.H_CAPACITY]}"
+
+
+def _range_problems(words, columns):
+    order = np.argsort(columns["offset"], kind="stable")
+    end, previous = 0, None
+    for i in order.tolist():
+        start = int(columns["offset"][i])
+        if start < end:
+            yield f"blocks {previous} and {i} overlap at {start}"
+        end = start + layout.class_stride(int(columns["size_class"][i]))
+        previous = i
+    if not end <= words[layout.H_FRONTIER] <= words[layout.H_DATA_NBYTES]:
+        yield f"last block ends at {end}, frontier {words[layout.H_FRONTIER]}"
+
+
+def _owner_problems(words, word, state):
+    slots = words[layout.H_N_SLOTS]
+    for i in np.flatnonzero(state != layout.FREE).tolist():
+        owner = int(word[i]) >> layout.OWNER_SHIFT & layout.OWNER_MASK
+        if state[i] == layout.IN_FLIGHT and owner == layout.ORPHAN:
+            continue
+        row = layout.HEADER_WORDS + owner * layout.PARTICIPANT_WORDS
+        if owner >= slots or words[row + layout.P_STATE] != layout.JOINED:
+            yield f"block {i} (state {state[i]}) belongs to slot {owner}, which nobody has"

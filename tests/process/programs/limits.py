@@ -1,0 +1,457 @@
+"""Limits of the system: with less room than wished for everything still arrives."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import resource
+import sys
+import tempfile
+import warnings
+
+import inside
+from inside import Token, eventually, fork, is_in_arena, message, reap, verify
+
+import oobpickle
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+
+def _pipe():
+    return multiprocessing.Pipe(duplex=False)
+
+
+def _echo(received):
+    return verify(received)[0], received[1]
+
+
+@contextlib.contextmanager
+def _enabled_with_warnings(**options):
+    """Yield the arena, or None, and the list of FallbackWarnings."""
+    found = []
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with oobpickle.enabled(**options) as arena:
+            yield arena, found
+    found.extend(w for w in caught if w.category is oobpickle.FallbackWarning)
+
+
+def _round_trips(n=4, nbytes=2_000_000, method="fork"):
+    context = multiprocessing.get_context(method)
+    with context.Pool(2) as pool:
+        for seed, one in enumerate(pool.imap(_echo, [message(n, nbytes) for n in range(n)])):
+            verify(one, seed)
+            one[1][:] = 0
+        pool.close()
+        pool.join()
+
+
+def _limit(which, value):
+    resource.setrlimit(which, (value, resource.getrlimit(which)[1]))
+
+
+def _address_space_nbytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * resource.getpagesize()
+
+
+# --- address space and file size
+
+
+def address_space():
+    """From plenty to nearly nothing: in use or not, one warning at most, and the data arrives."""
+    outcomes = set()
+    for nbytes in (200 * GIB, 8 * GIB, GIB, 200 * MIB, 80 * MIB):
+
+        def child(nbytes=nbytes):
+            _limit(resource.RLIMIT_AS, _address_space_nbytes() + nbytes)
+            with _enabled_with_warnings() as (arena, caught):
+                _round_trips(nbytes=1_000_000)
+                if arena is not None:
+                    statistics = arena.statistics()
+                    assert statistics.n_messages_out_of_band > 0, statistics
+            assert len(caught) == (arena is None), [str(w.message) for w in caught]
+            os._exit(10 + (arena is None))
+
+        pid = fork(child)
+        outcomes.add(eventually(lambda pid=pid: inside.exit_of(pid), within_s=30)[0])
+    assert outcomes <= {10, 11}, outcomes
+    assert 10 in outcomes
+
+
+def address_space_of_a_worker(method):
+    """A worker that cannot map the arena receives all the same, and answers."""
+    with _enabled_with_warnings() as (arena, _):
+        read, write = _pipe()
+        there, back = _pipe()
+        process = multiprocessing.get_context(method).Process(
+            target=_work_in_little_space, args=(read, back)
+        )
+        if method == "spawn":
+            # The new interpreter has the limit before it attaches.
+            limit = resource.getrlimit(resource.RLIMIT_AS)
+            _limit(resource.RLIMIT_AS, 40 * GIB)
+            before = arena.data.nbytes
+            assert before > 40 * GIB
+            os.environ["LITTLE_SPACE"] = "1"
+        process.start()
+        if method == "spawn":
+            resource.setrlimit(resource.RLIMIT_AS, limit)
+            del os.environ["LITTLE_SPACE"]
+        for seed in range(4):
+            write.send(message(seed))
+            verify(there.recv(), seed)
+        process.join()
+        assert process.exitcode == 0
+        assert arena.statistics().n_messages_out_of_band >= 4
+
+
+def _work_in_little_space(read, back):
+    if "LITTLE_SPACE" not in os.environ:
+        _limit(resource.RLIMIT_AS, _address_space_nbytes() + 100 * MIB)
+    for seed in range(4):
+        back.send(verify(read.recv(), seed))
+
+
+def file_size():
+    outcomes = set()
+    for nbytes in (0, MIB, 100 * MIB, 4 * GIB):
+
+        def child(nbytes=nbytes):
+            _limit(resource.RLIMIT_FSIZE, nbytes)  # with 0 a Pool finds no semaphore anyway
+            with _enabled_with_warnings() as (arena, caught):
+                read, write = _pipe()
+                there, back = _pipe()
+                pid = fork(_answer, read, back)
+                for seed in range(4):
+                    write.send(message(seed))
+                    verify(there.recv(), seed)[1][:] = 0
+                reap(pid)
+            assert len(caught) == (arena is None), [str(w.message) for w in caught]
+            os._exit(10 + (arena is None))
+
+        pid = fork(child)
+        outcomes.add(eventually(lambda pid=pid: inside.exit_of(pid), within_s=30)[0])
+    assert outcomes == {10, 11}, outcomes
+
+
+def _answer(read, back):
+    for seed in range(4):
+        back.send(verify(read.recv(), seed))
+
+
+def file_size_of_a_worker():
+    """EFBIG where a worker would reserve pages: it answers in-band."""
+    with _enabled_with_warnings() as (arena, caught):
+        read, write = _pipe()
+        there, back = _pipe()
+
+        def worker():
+            _limit(resource.RLIMIT_FSIZE, 0)
+            for seed in range(4):
+                one = verify(read.recv(), seed)
+                back.send(message(seed, 3_000_000))
+                verify(one, seed)
+
+        pid = fork(worker)
+        for seed in range(4):
+            write.send(message(seed))
+            verify(there.recv(), seed)
+        reap(pid)
+        statistics = arena.statistics()
+        assert set(statistics.fallbacks) <= {"space"}, statistics
+        assert statistics.n_blocks["leased"] == 0, statistics
+        inside.assert_ledger_consistent(arena)
+    assert len(caught) == bool(statistics.fallbacks)
+
+
+# --- descriptors
+
+
+def descriptors_of_the_owner():
+    """With 0 to 6 descriptors left, enabled() works or says that it does not."""
+    outcomes = []
+    for n_left in range(7):
+
+        def child(n_left=n_left):
+            read, write = _pipe()
+            highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+            _limit(resource.RLIMIT_NOFILE, highest + n_left)
+            with _enabled_with_warnings() as (arena, caught):
+                small = message(1, 50_000)
+                write.send(small)
+                verify(read.recv(), 1)
+            assert len(caught) == (arena is None), [str(w.message) for w in caught]
+            assert inside.our_descriptors() == []
+            os._exit(10 + (arena is None))
+
+        pid = fork(child)
+        outcomes.append(eventually(lambda pid=pid: inside.exit_of(pid), within_s=30)[0])
+    assert set(outcomes) == {10, 11}, outcomes
+    assert outcomes == sorted(outcomes, reverse=True), outcomes
+
+
+def descriptors_of_a_worker():
+    """A child that has no descriptor left cannot join: it receives and sends all the same."""
+    with _enabled_with_warnings() as (arena, caught):
+        read, write = _pipe()
+        there, back = _pipe()
+        held = message(9)
+        write.send(held)
+        held = verify(read.recv(), 9)
+
+        def worker():
+            for seed in range(4):
+                received = verify(read.recv(), seed)
+                back.send(message(seed + 10))
+                verify(received, seed)
+                verify(held, 9)
+            os._exit(0)
+
+        highest = max(int(fd) for fd in os.listdir("/proc/self/fd"))
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+        used = [os.dup(0) for _ in range(5)]
+        _limit(resource.RLIMIT_NOFILE, max(highest, *used) + 1)
+        pid = fork(worker)
+        for seed in range(4):
+            write.send(message(seed))
+            verify(there.recv(), seed + 10)
+        reap(pid)
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+        for fd in used:
+            os.close(fd)
+        verify(held, 9)
+        statistics = arena.statistics()
+        assert set(statistics.fallbacks) <= {"detached"}, statistics
+        held = None
+        gc.collect()
+        arena.trim()
+        assert arena.statistics().n_blocks["in_flight"] == 0, arena.statistics()
+        inside.assert_ledger_consistent(arena)
+    assert len(caught) == bool(statistics.fallbacks)
+
+
+def descriptors_closed_by_the_user():
+    """A worker closes what it did not open, as daemons do, and opens files of its own there."""
+    with _enabled_with_warnings(capacity=64 * MIB) as (arena, caught):
+        read, write = _pipe()
+        there, back = _pipe()
+        closed, seen = Token(), Token()
+        folder = tempfile.mkdtemp()
+
+        def worker():
+            held = verify(read.recv(), 0)
+            mine = {0, 1, 2, read.fileno(), back.fileno(), *seen.descriptors, *closed.descriptors}
+            opened = []
+            for fd in range(3, 64):
+                if fd not in mine:
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+            while len(opened) < 20:
+                opened.append(open(os.path.join(folder, str(len(opened))), "w+b"))
+            closed.give()
+            for seed in range(1, 4):
+                received = verify(read.recv(), seed)
+                back.send(message(seed + 10))
+                verify(received, seed)
+            seen.take()
+            verify(held, 0)
+            for file in opened:
+                assert os.fstat(file.fileno()).st_size == 0, "a stranger's file was written"
+                file.close()
+                os.unlink(file.name)
+            os.rmdir(folder)
+
+        pid = fork(worker)
+        write.send(message(0))
+        closed.take()
+        for seed in range(1, 4):
+            write.send(message(seed))
+            verify(there.recv(), seed + 10)
+        # It lives: what it holds is not taken from it.
+        arena.membership.reap()
+        for lease in _fill(arena):
+            lease.destinations[0][:] = bytes(MIB)
+        seen.give()
+        reap(pid)
+        statistics = arena.statistics()
+        assert set(statistics.fallbacks) <= {"detached"}, statistics
+        arena.trim()
+        inside.assert_ledger_consistent(arena)
+    assert len(caught) == bool(statistics.fallbacks)
+
+
+def _fill(arena):
+    leases = []
+    with contextlib.suppress(oobpickle.ArenaFullError):
+        while True:
+            leases.append(arena.acquire([MIB], wait_s=0))
+    return leases
+
+
+def another_user():
+    """A worker that drops its privileges cannot open anything again: messages go on."""
+    with _enabled_with_warnings(capacity=64 * MIB) as (arena, caught):
+        read, write = _pipe()
+        there, back = _pipe()
+
+        def worker():
+            os.setgid(65534)
+            os.setuid(65534)
+            held = verify(read.recv(), 0)
+            back.send(message(10))
+
+            def grandchild():
+                received = verify(read.recv(), 1)
+                verify(held, 0)
+                back.send(message(11))
+                verify(received, 1)
+
+            reap(fork(grandchild))
+            held[1][:] = 1
+            arena.trim()
+            verify(read.recv(), 2)
+            back.send(message(12))
+
+        pid = fork(worker)
+        for seed in range(3):
+            write.send(message(seed))
+            arena.trim()
+            verify(there.recv(), seed + 10)
+        reap(pid)
+        statistics = arena.statistics()
+        assert set(statistics.fallbacks) <= {"detached"}, statistics
+        assert statistics.n_messages_out_of_band >= 5, statistics
+        arena.trim()
+        inside.assert_ledger_consistent(arena)
+    assert len(caught) == bool(statistics.fallbacks)
+
+
+# --- room
+
+
+def full_of_held_results():
+    with _enabled_with_warnings(capacity=16 * MIB, wait_s=0, copy_out=False) as (arena, caught):
+        context = multiprocessing.get_context("fork")
+        with context.Pool(2) as pool:
+            results = [pool.apply(_make, (seed, 3_000_000)) for seed in range(10)]
+            for seed, one in enumerate(results):
+                verify(one, seed)
+            n_inside = sum(is_in_arena(arena, one[1]) for one in results)
+            assert n_inside == 5, n_inside
+            assert arena.statistics().fallbacks["full"].n_messages == 5
+            del results, one
+            for seed in range(4):
+                assert is_in_arena(arena, pool.apply(_make, (seed, 3_000_000))[1])
+            assert arena.statistics().n_fallbacks == 5
+            pool.close()
+            pool.join()
+    assert len(caught) == 1
+    assert "full" in str(caught[0].message)
+
+
+def _make(seed, nbytes):
+    return message(seed, nbytes)
+
+
+def waiting_for_room():
+    """With `wait_s` a sender waits for what a receiver is about to drop."""
+    with oobpickle.enabled(capacity=8 * MIB, wait_s=20) as arena:
+        read, write = _pipe()
+        filled = Token()
+
+        def receiver():
+            held = [verify(read.recv(), seed) for seed in range(2)]
+            filled.give()
+            eventually(lambda: os.read(go_read, 1))
+            del held
+            for seed in range(2, 6):
+                verify(read.recv(), seed)
+
+        go_read, go = os.pipe()
+        pid = fork(receiver)
+        for seed in range(2):
+            write.send(message(seed, 3_900_000))
+        filled.take()
+        os.write(go, b"x")
+        for seed in range(2, 6):
+            write.send(message(seed, 3_900_000))
+        reap(pid)
+        assert arena.statistics().n_fallbacks == 0, arena.statistics()
+
+
+# --- backings
+
+
+def backing(kind):
+    with oobpickle.enabled(capacity=256 * MIB) as arena:
+        name = os.readlink(f"/proc/self/fd/{arena.data.fd}")
+        directory = {"shm": "/dev/shm", "tmp": tempfile.gettempdir()}.get(kind, "/memfd:")
+        assert name.startswith(directory), name
+        assert name.endswith("(deleted)"), name
+        held = []
+        for method in ("fork", "spawn"):
+            _round_trips(method=method)
+        read, write = _pipe()
+        write.send(message(1))
+        held = verify(read.recv(), 1)
+
+        def child():
+            verify(held, 1)
+            held[1][:] = 3
+            write.send(message(2))
+
+        pid = fork(child)
+        verify(read.recv(), 2)
+        reap(pid)
+        verify(held, 1)
+        statistics = arena.statistics()
+        assert statistics.n_fallbacks == 0, statistics
+        inside.assert_ledger_consistent(arena)
+
+
+def backing_none():
+    with _enabled_with_warnings() as (arena, caught):
+        assert arena is None
+        _round_trips()
+    assert len(caught) == 1
+    assert "not in use" in str(caught[0].message)
+    with contextlib.suppress(oobpickle.ArenaError):
+        oobpickle.install()
+        raise AssertionError("installed")
+
+
+# --- the memory cgroup
+
+
+def memory_cgroup(tasks_file, nbytes):
+    """400 MB are wanted where 200 MB are allowed: nobody is killed, everything arrives."""
+    nbytes = int(nbytes)
+    with open(tasks_file, "w") as file:
+        file.write(str(os.getpid()))
+    with _enabled_with_warnings(capacity=GIB, wait_s=0) as (arena, caught):
+        context = multiprocessing.get_context("fork")
+        with context.Pool(1) as pool:
+            held, n_checked = [], 0
+            for seed in range(400_000_000 // nbytes):
+                one = verify(pool.apply(_make, (seed, nbytes)), seed)
+                n_checked += 1
+                if is_in_arena(arena, one[1]):
+                    held.append(one)  # what travelled in-band is not kept: that would be 400 MB
+            assert n_checked * nbytes == 400_000_000
+            for one in held:
+                verify(one)
+            statistics = arena.statistics()
+            assert set(statistics.fallbacks) == {"memory"}, statistics
+            assert statistics.nbytes_resident < 200 * 10**6
+            pool.close()
+            pool.join()
+        del held, one
+    assert len(caught) == 1
+    assert "memory" in str(caught[0].message)
+    sys.stdout.write("done")
+
+
+if __name__ == "__main__":
+    inside.main()

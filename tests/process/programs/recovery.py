@@ -1,0 +1,528 @@
+"""What comes back, and what still works, after a process was killed, stopped, or left its mail."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+
+import inside
+from inside import Token, eventually, fork, is_in_arena, message, reap, verify
+
+import oobpickle
+from oobpickle import _layout as layout
+
+MIB = 1 << 20
+
+
+def _pipe():
+    return multiprocessing.Pipe(duplex=False)
+
+
+def _kill_self():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _fill(arena, nbytes=MIB):
+    """Lease all the room there is; return the leases."""
+    leases = []
+    with contextlib.suppress(oobpickle.ArenaFullError):
+        while True:
+            leases.append(arena.acquire([nbytes], wait_s=0))
+    return leases
+
+
+def _assert_empty(arena):
+    gc.collect()
+    arena.trim()
+    statistics = arena.statistics()
+    assert statistics.nbytes == dict.fromkeys(statistics.nbytes, 0), statistics
+    assert statistics.nbytes_resident == 0, statistics
+    inside.assert_ledger_consistent(arena)
+
+
+# --- killed with full hands
+
+
+def worker_killed_while_it_holds_everything():
+    arena = oobpickle.install(capacity=64 * MIB, copy_out=False, wait_s=0)
+    read, write = _pipe()
+    full = Token()
+
+    def worker():
+        held = [verify(read.recv(), seed) for seed in range(30)]
+        leases = _fill(arena)
+        full.give()
+        while held and leases:
+            signal.pause()
+
+    pid = fork(worker)
+    for seed in range(30):
+        write.send(message(seed, 2 * 10**6))
+    full.take()
+    assert _fill(arena) == []
+    os.kill(pid, signal.SIGKILL)
+    reap(pid, inside.KILLED)
+    leases = _fill(arena, 2 * 10**6)
+    assert len(leases) == 64 * MIB // (2 * 10**6), (len(leases), arena.statistics())
+    assert arena.statistics().n_fallbacks == 0
+    del leases
+    _assert_empty(arena)
+
+
+def worker_killed_between_reading_and_loading():
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+
+    def worker():
+        for _ in range(3):
+            read.recv_bytes()
+        _kill_self()
+
+    pid = fork(worker)
+    for seed in range(3):
+        write.send(message(seed))
+    reap(pid, inside.KILLED)
+    _assert_empty(arena)
+
+
+def kills_at_random_moments():
+    arena = oobpickle.install(capacity=48 * MIB)
+    seed = random.randrange(1 << 30)
+    chance = random.Random(seed)
+    to_echo, echo_write = _pipe()
+    echo_read, from_echo = _pipe()
+
+    def echo():
+        echo_write.close()
+        held = []
+        with contextlib.suppress(EOFError):
+            while True:
+                held = [verify(to_echo.recv()), *held[:2]]
+                from_echo.send(message(held[0][0] + 1))
+                for one in held:
+                    verify(one)
+
+    def victim():
+        read, write = _pipe()
+        held = []
+        for n in range(10_000):
+            write.send([message(n, size) for size in (100_000, 3_000, 900_000)])
+            held = [*held[-3:], read.recv()]
+            for one in held[-1]:
+                verify(one, n)
+            if n % 5 == 4:
+                arena.trim()
+
+    partner = fork(echo)
+    to_echo.close()
+    from_echo.close()
+    try:
+        for round in range(40):
+            victims = [fork(victim) for _ in range(2)]
+            deadline = time.perf_counter() + chance.uniform(0, 0.03)
+            while time.perf_counter() < deadline:
+                echo_write.send(message(round * 10))
+                verify(echo_read.recv(), round * 10 + 1)
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            for pid in victims:
+                reap(pid, inside.KILLED)
+            inside.assert_ledger_consistent(arena)
+        arena.trim()
+        echo_write.close()
+        reap(partner)
+        _assert_empty(arena)
+    except BaseException:
+        print("seed", seed, file=sys.stderr)
+        raise
+
+
+def owner_killed_while_it_closes(point):
+    """The owner dies in uninstall(); the others go on with what they have."""
+    ready, dead = Token(), Token()
+
+    def owner():
+        arena = oobpickle.install(capacity=64 * MIB)
+        read, write = _pipe()
+
+        def other():
+            there, back = _pipe()
+            held = [verify(read.recv(), seed) for seed in range(5)]
+            ready.give()
+            dead.take()
+            for n in range(0 if arena.closed else 20):
+                back.send(message(n))
+                held.append(verify(there.recv(), n))
+            for one in held:
+                verify(one)
+            # Whatever the owner managed: the table is whole.
+            arena.membership.reap()
+            inside.assert_ledger_consistent(arena)
+
+        fork(other)
+        for seed in range(5):
+            write.send(message(seed))
+        ready.take()
+        leases = _fill(arena)
+        del leases
+        arena.drain()
+        inside._faults.arm(point)
+        oobpickle.uninstall()
+
+    reap(fork(owner), inside.KILLED)
+    dead.give()
+
+
+def parent_killed_with_messages_in_flight(method):
+    """Exits by SIGKILL; the harness sees that the workers exit too."""
+    oobpickle.install(capacity=1 << 30)
+    pool = multiprocessing.get_context(method).Pool(2)
+    results = pool.imap(_double, [message(seed, 4_000_000) for seed in range(40)])
+    verify(next(results))
+    _kill_self()
+
+
+def _double(received):
+    verify(received)
+    return message(received[0] + 1, 2 * received[1].nbytes)
+
+
+def executor_with_a_killed_worker():
+    with oobpickle.enabled(capacity=128 * MIB) as arena:
+        context = multiprocessing.get_context("fork")
+        with ProcessPoolExecutor(2, context) as executor:
+            verify(executor.submit(_double, message(1)).result())
+            with contextlib.suppress(BrokenProcessPool):
+                for n in range(4):
+                    executor.submit(_die, message(n)).result()
+                raise AssertionError("the executor survived")
+        del executor
+        with ProcessPoolExecutor(2, context) as executor:
+            for one in executor.map(_double, [message(n) for n in range(10)]):
+                verify(one)
+        del executor, one
+        _assert_empty(arena)
+        assert arena.statistics().n_fallbacks == 0
+
+
+def _die(received):
+    verify(received)
+    _kill_self()
+
+
+# --- mail that nobody reads
+
+
+def thirty_terminated_pools():
+    """Terminated as `with Pool()` does it, while workers work and tasks and results are unread."""
+    arena = oobpickle.install(capacity=1 << 30)
+    nbytes, n_tasks = 300_000, 20
+    seen = []
+    for _ in range(30):
+        _terminate_a_pool(n_tasks, nbytes)
+        seen.append(arena.statistics().nbytes["in_flight"])
+    assert max(seen) <= 2 * 2 * n_tasks * nbytes, seen
+    _assert_empty(arena)
+
+
+def thirty_rounds_in_little_room():
+    """The same with room for less than two rounds: nothing may go in-band for want of it."""
+    arena = oobpickle.install(capacity=16 * MIB, wait_s=5)
+    for _ in range(30):
+        _terminate_a_pool(n_tasks=12, nbytes=500_000)
+    assert arena.statistics().n_fallbacks == 0, arena.statistics()
+    _assert_empty(arena)
+
+
+_never_read, _never_written = os.pipe()
+
+
+def _terminate_a_pool(n_tasks, nbytes):
+    # The workers are within a task when they are terminated: if one is about to return a result,
+    # CPython's own Pool.terminate() can wait for ever for the lock that it died with.
+    context = multiprocessing.get_context("fork")
+    unread = context.SimpleQueue()
+    with context.Pool(2, _put_some, (unread, nbytes)) as pool:
+        results = pool.imap(_work_on_the_first, [message(n, nbytes) for n in range(n_tasks)])
+        verify(next(results), 0)
+    del results, pool, unread
+    gc.collect()  # pools are cycles; their pipes close with them
+
+
+def _put_some(queue, nbytes):
+    for seed in range(3):
+        queue.put(message(seed, nbytes))
+
+
+def _work_on_the_first(received):
+    if verify(received)[0] > 0:
+        os.read(_never_read, 1)
+    return received
+
+
+def queue_dropped_full():
+    arena = oobpickle.install(capacity=256 * MIB)
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    for seed in range(20):
+        queue.put(message(seed))
+    eventually(lambda: arena.statistics().nbytes["in_flight"] >= 20_000_000)
+    queue.close()
+    queue.join_thread()
+    del queue
+    _assert_empty(arena)
+    assert arena.statistics().n_reclaimed == 20
+
+
+def simple_queue_and_pipes_dropped_full():
+    arena = oobpickle.install(capacity=256 * MIB)
+    queue = multiprocessing.get_context("fork").SimpleQueue()
+    read, write = _pipe()
+    here, there = multiprocessing.Pipe()
+    for seed in range(5):
+        queue.put(message(seed))
+        write.send(message(seed))
+        here.send(message(seed))
+        there.send(message(seed))
+    assert arena.statistics().n_blocks["in_flight"] == 20
+    arena.trim()
+    assert arena.statistics().n_blocks["in_flight"] == 20
+    del queue
+    read.close()
+    write.close()
+    here.close()
+    there.close()
+    _assert_empty(arena)
+
+
+def mail_to_a_dead_reader():
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+    here, there = multiprocessing.Pipe()
+
+    def reader():
+        write.close()
+        here.close()
+        verify(read.recv(), 0)
+        verify(there.recv(), 0)
+        _kill_self()
+
+    pid = fork(reader)
+    read.close()
+    there.close()
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for seed in range(9):
+            write.send(message(seed))
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for seed in range(9):
+            here.send(message(seed))
+    reap(pid, inside.KILLED)
+    _assert_empty(arena)
+
+
+# --- mail that somebody reads later
+
+
+def sender_killed_after_send(kind):
+    """What was sent arrives, even if all room was taken, and taken back, before it is read."""
+    arena = oobpickle.install(capacity=64 * MIB, wait_s=0)
+    context = multiprocessing.get_context("fork")
+    if kind in ("Queue", "SimpleQueue"):
+        queue = getattr(context, kind)()
+        put, get = queue.put, queue.get
+    else:
+        get_end, put_end = multiprocessing.Pipe(duplex=kind == "duplex")
+        put, get = put_end.send, get_end.recv
+
+    def sender():
+        if kind not in ("Queue", "SimpleQueue"):
+            get_end.close()
+        for seed in range(6):
+            put(message(seed))
+        if kind == "Queue":
+            queue.close()
+            queue.join_thread()
+        _kill_self()
+
+    pid = fork(sender)
+    if kind not in ("Queue", "SimpleQueue"):
+        put_end.close()
+    reap(pid, inside.KILLED)
+    for _ in range(2):
+        leases = _fill(arena)
+        assert len(leases) >= 57, len(leases)
+        for lease in leases:
+            lease.release()
+        arena.trim()
+    assert arena.statistics().n_blocks["in_flight"] == 6
+    received = [verify(get(), seed) for seed in range(6)]
+    assert all(is_in_arena(arena, one[1]) for one in received)
+    assert arena.statistics().n_fallbacks == 0
+
+
+def message_read_after_the_block_was_left():
+    with oobpickle.enabled(capacity=64 * MIB):
+        read, write = _pipe()
+        here, there = multiprocessing.Pipe()
+
+        def sender():
+            write.send(message(1))
+            there.send(message(2))
+
+        reap(fork(sender))
+        write.close()
+        there.close()
+    received = [verify(read.recv(), 1), verify(here.recv(), 2)]
+    received[0][1][:] = 1
+    received[1][1][:] = 2
+
+
+def process_with_a_fault_in_its_environment(point):
+    """OOBPICKLE_FAULT reaches a spawned process; the others go on."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+    there, back = _pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_echo_once, args=(read, back))
+    os.environ["OOBPICKLE_FAULT"] = point
+    process.start()
+    del os.environ["OOBPICKLE_FAULT"]
+    read.close()
+    back.close()
+    with contextlib.suppress(BrokenPipeError, EOFError):
+        write.send(message(1))
+        verify(there.recv(), 2)
+    process.join(20)
+    assert process.exitcode == inside.KILLED, process.exitcode
+    _assert_empty(arena)
+
+
+def _echo_once(read, back):
+    verify(read.recv(), 1)
+    back.send(message(2))
+
+
+# --- stopped in the worst place
+
+
+def a_stopped_holder_of_the_ledger():
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+    echo_read, from_echo = _pipe()
+    before = message(0)
+    write.send(before)
+    held = verify(read.recv(), 0)
+    write.send(message(1))
+
+    def stop_inside_a_step():
+        arena.membership.run(os.kill, os.getpid(), signal.SIGSTOP)
+        from_echo.send(message(9))
+
+    pid = fork(stop_inside_a_step)
+    os.waitpid(pid, os.WUNTRACED)
+    started = time.monotonic()
+    received = verify(read.recv(), 1)  # a load works without the lock
+    assert not is_in_arena(arena, received[1])
+    assert time.monotonic() - started < 5
+    started = time.monotonic()
+    for _ in range(10):  # small ones do not pay for it again and again
+        write.send(message(2, 50_000))
+        verify(read.recv(), 2)
+    assert time.monotonic() - started < 5
+
+    def sends():
+        write.send(message(3))
+
+    sender = fork(sends)
+    verify(read.recv(), 3)
+    reap(sender)
+    assert time.monotonic() - started < 15
+    verify(held, 0)
+    del held  # a release is only put off
+    os.kill(pid, signal.SIGCONT)
+    reap(pid)
+    verify(echo_read.recv(), 9)
+    statistics = arena.statistics()
+    assert set(statistics.fallbacks) <= {"busy", "detached"}, statistics.fallbacks
+    write.send(message(4))
+    received = verify(read.recv(), 4)
+    assert is_in_arena(arena, received[1])
+    del received
+    _assert_empty(arena)
+
+
+def a_fork_while_the_ledger_is_held_by_a_stopped_process():
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+    received = Token()
+
+    def stop_inside_a_step():
+        received.take()
+        arena.membership.run(os.kill, os.getpid(), signal.SIGSTOP)
+
+    pid = fork(stop_inside_a_step)
+    write.send(message(1))
+    held = verify(read.recv(), 1)
+    received.give()
+    os.waitpid(pid, os.WUNTRACED)
+
+    def child():
+        verify(held)
+        held[1][:] = 1
+
+    reap(fork(child))
+    verify(held)
+    os.kill(pid, signal.SIGCONT)
+    reap(pid)
+    held = None
+    _assert_empty(arena)
+    write.send(message(2))
+    verify(read.recv(), 2)
+
+
+def leaving_the_block_while_the_ledger_is_held_by_a_stopped_process():
+    started = time.monotonic()
+    with oobpickle.enabled(capacity=64 * MIB) as arena:
+        read, write = _pipe()
+        write.send(message(1))
+        held = verify(read.recv(), 1)
+
+        def stop_inside_a_step():
+            arena.membership.run(os.kill, os.getpid(), signal.SIGSTOP)
+
+        pid = fork(stop_inside_a_step)
+        os.waitpid(pid, os.WUNTRACED)
+    assert time.monotonic() - started < 20
+    verify(held)
+    os.kill(pid, signal.SIGCONT)
+    reap(pid)
+    del held
+    gc.collect()
+    assert arena.statistics().nbytes_resident == 0, arena.statistics()
+    oobpickle.install()
+    oobpickle.uninstall()
+    assert inside.our_descriptors() == []
+
+
+def more_dead_than_slots_are_recovered_by_newcomers():
+    arena = oobpickle.install(capacity=64 * MIB)
+
+    def victim():
+        arena.acquire([1_000_000])
+        _kill_self()
+
+    for _ in range(100):
+        reap(fork(victim), inside.KILLED)
+    assert arena.ledger.words[layout.H_N_SLOTS] <= 64
+    assert arena.statistics().n_participants <= 64
+    assert len(_fill(arena)) == 64
+    _assert_empty(arena)
+
+
+if __name__ == "__main__":
+    inside.main()

@@ -1,0 +1,76 @@
+"""Under every limit of the system the data arrives, and at most one warning says how."""
+
+import os
+import uuid
+from pathlib import Path
+
+import pytest
+
+from process.harness import cases_of, eventually, run_program
+
+WITH_ARGUMENTS = {
+    "address_space_of_a_worker",
+    "another_user",
+    "backing",
+    "backing_none",
+    "memory_cgroup",
+}
+CGROUPS = Path("/sys/fs/cgroup/memory")
+
+
+@pytest.mark.parametrize("case", [c for c in cases_of("limits") if c not in WITH_ARGUMENTS])
+def test_limit(case):
+    run_program("limits", case)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_limited_address_space_of_a_worker(method):
+    run_program("limits", "address_space_of_a_worker", method)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+def test_a_worker_of_another_user():
+    run_program("limits", "another_user")
+
+
+@pytest.mark.parametrize("kind", ["memfd", "shm", "tmp"])
+def test_backing(kind):
+    run_program("limits", "backing", kind, env={"OOBPICKLE_BACKING": kind})
+
+
+def test_no_backing_at_all():
+    run_program("limits", "backing_none", env={"OOBPICKLE_BACKING": "none"})
+
+
+@pytest.fixture
+def small_cgroup():
+    """A memory cgroup of our own with 200 MB; only programs of the test go into it."""
+    parent = CGROUPS / _own_cgroup()
+    group = parent / f"oobpickle-test-{uuid.uuid4().hex[:8]}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup (version 1) can be made below {parent}: {error}")
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(200 * 10**6))
+        yield group
+    finally:
+        eventually(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def _own_cgroup():
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            inside = os.path.join(CGROUPS, path.lstrip("/"))
+            return path.lstrip("/") if os.path.isdir(inside) else "."
+    return "."
+
+
+@pytest.mark.parametrize("nbytes", [1_000_000, 10_000_000])
+def test_a_memory_cgroup_kills_nobody(small_cgroup, nbytes):
+    printed = run_program("limits", "memory_cgroup", small_cgroup / "cgroup.procs", nbytes)
+
+    assert printed == "done"
+    assert "oom_kill 0" in (small_cgroup / "memory.oom_control").read_text()
