@@ -77,9 +77,7 @@ def assert_in_order(ledger):
     assert expected == found
     states = Counter(state_of(ledger, index) for index in range(n_blocks))
     assert set(states) <= {layout.FREE, layout.LEASED, layout.IN_FLIGHT, layout.HELD}
-    held = sum(
-        ledger.used[i] for i in range(n_blocks) if state_of(ledger, i) == layout.HELD
-    )
+    held = sum(ledger.used[i] for i in range(n_blocks) if state_of(ledger, i) == layout.HELD)
     assert held == words[layout.H_HELD]
     assert sum(ledger.resident[:n_blocks]) == words[layout.H_RESIDENT]
     assert words[layout.H_RESIDENT] <= words[layout.H_CAPACITY]

@@ -1,8 +1,16 @@
 """Sends the big buffers of multiprocessing objects through shared memory, by value.
 
-Put ``with oobpickle.enabled():`` around working ``multiprocessing`` code. The parts are usable
-alone: `dumps` and `loads` (a pickle serializer with out-of-band buffers), `register` (reducers
-for your own classes), `install` and `uninstall` (the hook without a block), `statistics`."""
+**What.** ``with oobpickle.enabled():`` around working ``multiprocessing`` code. The parts are
+usable alone: `dumps` and `loads` (a pickle serializer with out-of-band buffers), `register`
+(reducers for your own classes), `install` and `uninstall` (the hook without a block), `statistics`.
+
+**How it works.** This module is the public API and nothing else; each name's own module says how.
+
+**Lifetime.** Importing it changes nothing and loads neither NumPy nor cloudpickle.
+
+**When it cannot.** On anything but 64-bit Linux with ``/proc``, `enabled` warns and changes
+nothing.
+"""
 
 from oobpickle._arena import Arena
 from oobpickle._errors import (

@@ -101,7 +101,7 @@ def _hierarchies() -> Iterator[tuple[Path, str, _Files]]:
             continue
         # Inside a container the mount shows only the part below its own root.
         group = os.path.relpath(groups[kind], root) if groups[kind].startswith(root) else "."
-        yield Path(point), group, _V1 if kind == "cgroup" else _V2
+        yield Path(point.replace(r"\040", " ")), group, _V1 if kind == "cgroup" else _V2
 
 
 def _read_number(path: Path) -> int | None:

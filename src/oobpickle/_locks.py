@@ -47,11 +47,11 @@ class LockFile:
         EMFILE, EACCES, ENOENT of open(2): no description can be had.
     """
 
-    __slots__ = ("_address", "_inode", "_lock", "_unlock", "fd")
+    __slots__ = ("_address", "_file", "_lock", "_unlock", "fd")
 
     def __init__(self, handle: int) -> None:
         self.fd = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
-        self._inode = os.fstat(self.fd).st_ino
+        self._file = _file_of(self.fd)
         self._lock = _system.flock_argument(lock=True, byte=_LEDGER_BYTE)
         self._unlock = _system.flock_argument(lock=False, byte=_LEDGER_BYTE)
         self._address = 0
@@ -76,7 +76,7 @@ class LockFile:
             nobody.
         """
         try:
-            intact = os.fstat(self.fd).st_ino == self._inode
+            intact = _file_of(self.fd) == self._file
         except OSError:
             intact = False
         if not intact:
@@ -112,6 +112,11 @@ class LockFile:
 
     def _close_fd(self) -> None:
         with contextlib.suppress(OSError):
-            if os.fstat(self.fd).st_ino == self._inode:
+            if _file_of(self.fd) == self._file:
                 os.close(self.fd)
         self.fd = -1
+
+
+def _file_of(fd: int) -> tuple[int, int]:
+    status = os.fstat(fd)
+    return status.st_dev, status.st_ino

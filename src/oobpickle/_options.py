@@ -13,11 +13,12 @@ with the value and the range."""
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
 from oobpickle import _headroom
-from oobpickle._layout import H_CAPACITY, H_COPY_OUT, H_THRESHOLD, H_WAIT_US
+from oobpickle._layout import H_CAPACITY, H_COPY_OUT, H_THRESHOLD, H_WAIT_S
 
 #: Measured crossover of plain pickling and the arena for one message through a warm Pool.
 DEFAULT_THRESHOLD: Final = 64 << 10
@@ -68,7 +69,7 @@ class Options:
         ``None``."""
         capacity = self.capacity
         if capacity is None:
-            capacity = max(_MIN_CAPACITY, _headroom.limit_nbytes() // 2)
+            capacity = max(_MIN_CAPACITY, min(_MAX_CAPACITY, _headroom.limit_nbytes() // 2))
         threshold = DEFAULT_THRESHOLD if self.threshold is None else self.threshold
         return Options(capacity, threshold, self.wait_s, self.copy_out)
 
@@ -80,15 +81,18 @@ class Options:
         """Store resolved options in a ledger's header."""
         words[H_CAPACITY] = self.capacity or 0
         words[H_THRESHOLD] = self.threshold or 0
-        words[H_WAIT_US] = _NOT_SAID if self.wait_s is None else round(self.wait_s * 1e6)
+        said = self.wait_s is not None
+        words[H_WAIT_S] = (
+            struct.unpack("Q", struct.pack("d", self.wait_s))[0] if said else _NOT_SAID
+        )
         words[H_COPY_OUT] = _COPY_OUT_CODES[self.copy_out]
 
     @classmethod
     def read(cls, words: memoryview) -> Options:
         """Return what `write` stored."""
-        wait_us = words[H_WAIT_US]
+        wait = words[H_WAIT_S]
         copy_out = {code: said for said, code in _COPY_OUT_CODES.items()}[words[H_COPY_OUT]]
-        wait_s = None if wait_us == _NOT_SAID else wait_us / 1e6
+        wait_s = None if wait == _NOT_SAID else struct.unpack("d", struct.pack("Q", wait))[0]
         return cls(words[H_CAPACITY], words[H_THRESHOLD], wait_s, copy_out)
 
 

@@ -22,12 +22,13 @@ from __future__ import annotations
 
 import struct
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
 from oobpickle._errors import PayloadError
-from oobpickle._reducers import in_memory_order
+from oobpickle._reducers import byte_bounds, in_memory_order
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
@@ -76,6 +77,20 @@ class Payload:
 
     def __repr__(self) -> str:
         return f"<Payload of {self.nbytes} bytes: stream {len(self.stream)}, buffers {self.sizes}>"
+
+    def overlaps(self, targets: Sequence[Any]) -> bool:
+        """Tell whether a source lies in the memory of a target other than the one at its place."""
+        spans = sorted((*byte_bounds(t), i) for i, t in enumerate(targets) if t.nbytes)
+        starts = [start for start, _, _ in spans]
+        for position, source in enumerate(self._sources):
+            low, high = byte_bounds(as_pickle_buffer(source))
+            at = max(0, bisect_right(starts, low) - 1)
+            while at < len(spans) and spans[at][0] < high:
+                start, end, index = spans[at]
+                if low < end and start < high and (start, end, index) != (low, high, position):
+                    return True
+                at += 1
+        return False
 
     def write_into(self, destinations: Sequence[Buffer]) -> None:
         """Copy each buffer once into the destination at the same position.
@@ -219,6 +234,11 @@ def _exposed(source: Any) -> Any:
     if not flat.flags.c_contiguous:
         return source
     return PickleBuffer(flat.reshape(-1).view("u1"))
+
+
+def as_pickle_buffer(source: Any) -> Any:
+    """Return a memoryview as a PickleBuffer; arrays and PickleBuffers as they are."""
+    return PickleBuffer(source) if isinstance(source, memoryview) else source
 
 
 def _writable(destination: Buffer) -> memoryview:

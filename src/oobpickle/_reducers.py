@@ -93,6 +93,11 @@ def unregister(type: type) -> None:
     _registered.pop(type, None)
 
 
+def has_reducer(type: type) -> bool:
+    """Whether `register` was called for the class."""
+    return type in _registered
+
+
 class Sink:
     """The buffers of one message, as the pickler comes across them.
 
@@ -135,7 +140,7 @@ class Sink:
         """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
         array = self._stand_ins.pop(id(buffer), None)
         if array is not None:
-            self.sources.append(array.copy("K") if self._copying else array)
+            self.sources.append(_settled(array) if self._copying else array)
             self.sizes.append(array.nbytes)
             return False
         nbytes = memoryview(buffer).nbytes
@@ -174,8 +179,7 @@ class Sink:
             return type(array), (array.shape, dtype)
         # The name of a builtin dtype is much cheaper to send and to load than the object.
         kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
-        flags = array.flags
-        strides = None if flags.c_contiguous else _kept_strides(array)
+        strides = kept_strides(array)
         if nbytes < MIN_BUFFER_NBYTES or self._stays(nbytes):
             ordered = array if strides is None else in_memory_order(array)
             view = _View(type(array), array.shape, kind, ordered.tobytes(), strides)
@@ -206,8 +210,10 @@ class _View:
         return self._reduced
 
 
-def _kept_strides(array: Array) -> tuple[int, ...] | None:
-    """Return the strides if the array's memory has no gaps in some order of axes, else ``None``."""
+def kept_strides(array: Array) -> tuple[int, ...] | None:
+    """Return the strides if the memory has no gaps in some order of axes but C's, else ``None``."""
+    if array.flags.c_contiguous:
+        return None
     if array.flags.f_contiguous:
         return array.strides
     axes = _axes_by_stride(array)
@@ -221,9 +227,14 @@ def _axes_by_stride(array: Array) -> list[int]:
 
 def in_memory_order(array: Array) -> Array:
     """Return a view whose C order is the order of the bytes that are sent."""
-    if array.flags.c_contiguous or _kept_strides(array) is None:
+    if kept_strides(array) is None:
         return array
     return array.transpose(_axes_by_stride(array))
+
+
+def _settled(array: Array) -> Array:
+    """Return a copy in the order in which its bytes are sent."""
+    return array.copy("C" if kept_strides(array) is None else "K")
 
 
 def _owner_of(source: Any) -> object:

@@ -544,7 +544,7 @@ def enabled(
     ...     with multiprocessing.get_context("fork").Pool(1) as pool:
     ...         total = pool.map(np.sum, [np.ones(100_000)] * 2)
     ...     arena.statistics().n_messages_out_of_band
-    1
+    2
     """
     options = Options(capacity, threshold, wait_s, copy_out)
     with _guard:

@@ -14,6 +14,7 @@ kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of
 import faulthandler
 import functools
 import os
+import select
 import signal
 import sys
 import time
@@ -26,6 +27,7 @@ from oobpickle import _faults
 from oobpickle import _layout as layout
 
 WATCHDOG_S = 150
+TOKEN_S = 20
 KILLED = -signal.SIGKILL
 
 _point_for_next_child = None
@@ -115,6 +117,7 @@ class Token:
         os.write(self._write, b"x")
 
     def take(self):
+        assert select.select([self._read], [], [], TOKEN_S)[0], f"no signal within {TOKEN_S} s"
         assert os.read(self._read, 1) == b"x"
 
 

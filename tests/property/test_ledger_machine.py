@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
-from ledger_tools import FakeLocks, assert_in_order, make_ledger, make_mutex, owner_of, state_of
 
+from ledger_tools import FakeLocks, assert_in_order, make_ledger, make_mutex, owner_of, state_of
 from oobpickle import _faults, _ledger, _mutex, _participants
 from oobpickle._layout import FREE, HELD, IN_FLIGHT, LEASED, ORPHAN
 from oobpickle._participants import Participants
@@ -53,7 +53,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @contextmanager
     def dying_at(self, process, reach):
-        """Run a step of `process` that is killed when it reaches its n-th fault point, if it does."""
+        """Run a step of `process` that is killed at its n-th fault point, if it gets there."""
         hits = 0
 
         def point(_name):

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import multiprocessing
 import os
+import pickle
 import random
 import signal
 import sys
@@ -381,6 +382,42 @@ def message_read_after_the_block_was_left():
     received = [verify(read.recv(), 1), verify(here.recv(), 2)]
     received[0][1][:] = 1
     received[1][1][:] = 2
+
+
+def a_message_loaded_twice():
+    """The second time there is an error, whatever became of its memory; never another's data."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+    sender_read, sender_write = _pipe()
+    others = [[message(n, 3_000) for n in range(40)], message(1), [message(1), message(2, 300_000)]]
+    for obj in others:
+        write.send(obj)
+        raw = read.recv_bytes()
+        received = pickle.loads(raw)
+        _assert_stale(raw)  # while it is held
+        del received
+        arena.drain()
+        _assert_stale(raw)  # while it is free
+        sender_write.send(obj)
+        _assert_stale(raw)  # while it is in flight again, with other content
+        received = sender_read.recv()
+        _assert_stale(raw)  # while it is held again
+        del received
+        arena.trim()
+        _assert_stale(raw)  # while its pages are gone
+    for position in range(8, len(raw), 7):  # altered on the way
+        altered = bytearray(raw)
+        altered[position] ^= 0x55
+        with contextlib.suppress(pickle.UnpicklingError, AttributeError, ValueError, ImportError):
+            pickle.loads(altered)
+            raise AssertionError(f"byte {position} was altered, nobody complained")
+    _assert_empty(arena)
+
+
+def _assert_stale(raw):
+    with contextlib.suppress(oobpickle.StaleEnvelopeError):
+        pickle.loads(raw)
+        raise AssertionError("the message was loaded a second time")
 
 
 def process_with_a_fault_in_its_environment(point):

@@ -1,0 +1,168 @@
+"""The layers of the design: imports point down, and pickle meets memory in one place only."""
+
+import ast
+import graphlib
+from pathlib import Path
+
+import pytest
+
+import oobpickle
+
+SOURCE = Path(oobpickle.__file__).parent
+
+#: The level of each module; a new one has to be given its place here.
+LEVELS = {
+    0: {"_errors", "_faults", "_system", "_interrupts"},
+    1: {"_reducers", "_segment", "_headroom", "_locks", "_layout", "_pipes"},
+    2: {
+        "_payload",
+        "_into",
+        "_serializer",
+        "_ledger",
+        "_mutex",
+        "_participants",
+        "_membership",
+        "_statistics",
+        "_options",
+    },
+    3: {"_lease", "_holdings", "_room", "_fork", "_arena"},
+    4: {"_envelope"},
+    5: {"_channels", "_reduction"},
+    6: {"__init__"},
+}
+LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
+#: The column that knows pickle; all else below the seam knows memory. `_errors` is for both.
+PICKLE = {"_reducers", "_payload", "_into", "_serializer"}
+SEAM = 4
+MEMORY = {m for m, level in LEVEL_OF.items() if level < SEAM} - PICKLE - {"_errors"}
+PICKLERS = {"pickle", "_pickle", "copyreg", "cloudpickle", "pickletools", "marshal", "shelve"}
+
+
+def imports_of(tree):
+    """Return the absolute names that a module imports when it runs, or a function of it."""
+    found = set()
+    for node in _nodes_that_run(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = "oobpickle" if node.level else ""
+            module = ".".join(part for part in (package, node.module) if part)
+            if module == "oobpickle":
+                found |= {f"oobpickle.{alias.name}" for alias in node.names}
+            else:
+                found.add(module)
+    return found
+
+
+def _nodes_that_run(node):
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for other in child.orelse:
+                yield other
+                yield from _nodes_that_run(other)
+        else:
+            yield child
+            yield from _nodes_that_run(child)
+
+
+def parse(module):
+    return ast.parse((SOURCE / f"{module}.py").read_text())
+
+
+def modules():
+    return {path.stem for path in SOURCE.glob("*.py")}
+
+
+def ours(module):
+    """Return the modules of oobpickle that a module imports."""
+    found = set()
+    for name in imports_of(parse(module)):
+        package, _, rest = name.partition(".")
+        if package == "oobpickle" and rest:
+            found.add(rest if rest in modules() else "__init__")
+        elif package == "oobpickle" and module != "__init__":
+            found.add("__init__")
+    return found
+
+
+MODULES = sorted(modules())
+
+
+def test_every_module_has_a_level():
+
+    assert set(LEVEL_OF) == modules()
+
+
+def test_the_source_is_one_flat_folder():
+
+    assert [path for path in SOURCE.rglob("*.py") if path.parent != SOURCE] == []
+
+
+def test_imports_point_down():
+    upwards = {m: {name for name in ours(m) if LEVEL_OF[name] > LEVEL_OF[m]} for m in MODULES}
+
+    assert upwards == {module: set() for module in MODULES}
+
+
+def test_imports_make_no_circle():
+    sorter = graphlib.TopologicalSorter({module: ours(module) for module in MODULES})
+
+    assert set(sorter.static_order()) == set(MODULES)
+
+
+@pytest.mark.parametrize("module", sorted(PICKLE))
+def test_the_side_of_pickle_knows_nothing_of_memory(module):
+    top = {name.split(".")[0] for name in imports_of(parse(module))}
+
+    assert ours(module) <= PICKLE | {"_errors"}
+    assert not top & {"multiprocessing", "ctypes", "fcntl", "resource"}
+
+
+def test_the_side_of_memory_knows_nothing_of_pickle():
+    top = {m: {name.split(".")[0] for name in imports_of(parse(m))} & PICKLERS for m in MEMORY}
+
+    assert {m: ours(m) & PICKLE for m in MEMORY} == {m: set() for m in MEMORY}
+    assert top == {m: set() for m in MEMORY}
+
+
+def test_both_sides_are_imported_from_the_seam_on_only():
+    both = {module for module in MODULES if ours(module) & PICKLE and ours(module) & MEMORY}
+
+    assert {module for module in both if LEVEL_OF[module] < SEAM} == set()
+    assert "_envelope" in both
+
+
+def test_no_module_is_imported_by_its_name_in_a_string():
+    calls = {
+        module: {
+            ast.unparse(node.func)
+            for node in ast.walk(parse(module))
+            if isinstance(node, ast.Call) and "import" in ast.unparse(node.func)
+        }
+        for module in MODULES
+    }
+
+    assert calls == {module: set() for module in MODULES}
+
+
+# --- the reading of imports itself
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [
+        ("import oobpickle._a", {"oobpickle._a"}),
+        ("from oobpickle import _a, _b", {"oobpickle._a", "oobpickle._b"}),
+        ("from oobpickle._a import x", {"oobpickle._a"}),
+        ("from . import _a", {"oobpickle._a"}),
+        ("from ._a import x", {"oobpickle._a"}),
+        ("def f():\n  if x:\n    from oobpickle._a import y", {"oobpickle._a"}),
+        ("try:\n  import a\nexcept ImportError:\n  import b", {"a", "b"}),
+        ("if TYPE_CHECKING:\n  import a\nelse:\n  import b", {"b"}),
+        ("if typing.TYPE_CHECKING:\n  import a", set()),
+        ("class C:\n  import a.b as c", {"a.b"}),
+    ],
+)
+def test_every_form_of_import_is_seen(code, expected):
+
+    assert imports_of(ast.parse(code)) == expected

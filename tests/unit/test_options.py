@@ -1,0 +1,181 @@
+"""Options: refused before anything starts, and the same on both sides of the ledger."""
+
+import decimal
+import gc
+import math
+import multiprocessing.connection
+import os
+import pickle
+
+import numpy as np
+import pytest
+
+import oobpickle
+from oobpickle import _headroom
+from oobpickle._layout import HEADER_WORDS
+from oobpickle._options import DEFAULT_THRESHOLD, Options
+
+MIB = 1 << 20
+
+
+def written(options):
+    """Return what another process reads of resolved options."""
+    words = memoryview(bytearray(8 * HEADER_WORDS)).cast("Q")
+    options.write(words)
+    return Options.read(words)
+
+
+OUT_OF_RANGE = [
+    {"capacity": 0},
+    {"capacity": MIB - 1},
+    {"capacity": -1},
+    {"capacity": (1 << 43) + 1},
+    {"capacity": 1 << 100},
+    {"threshold": -1},
+    {"threshold": 1 << 63},
+    {"wait_s": -0.001},
+    {"wait_s": math.nan},
+    {"wait_s": math.inf},
+    {"wait_s": -math.inf},
+    {"wait_s": 1e9},
+]
+OF_THE_WRONG_TYPE = [
+    {"capacity": 1.5e9},
+    {"capacity": "1G"},
+    {"capacity": True},
+    {"capacity": np.int64(MIB)},
+    {"threshold": 64e3},
+    {"threshold": False},
+    {"threshold": b"1"},
+    {"wait_s": "1"},
+    {"wait_s": True},
+    {"wait_s": decimal.Decimal(1)},
+    {"wait_s": 1j},
+    {"copy_out": 1},
+    {"copy_out": "yes"},
+    {"copy_out": 0},
+]
+WRONG = [(ValueError, said) for said in OUT_OF_RANGE] + [(TypeError, s) for s in OF_THE_WRONG_TYPE]
+
+
+@pytest.mark.parametrize(("error", "said"), WRONG, ids=repr)
+def test_wrong_options_are_refused_with_name_and_value(error, said):
+    ((name, value),) = said.items()
+    with pytest.raises(error) as caught:
+        Options(**said)
+
+    assert name in str(caught.value)
+    assert str(value) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [lambda said: oobpickle.enabled(**said).__enter__(), lambda said: oobpickle.install(**said)],
+    ids=["enabled", "install"],
+)
+def test_wrong_options_are_refused_before_anything_starts(start):
+    gc.collect()
+    descriptors, original = os.listdir("/proc/self/fd"), multiprocessing.connection.Pipe
+    for error, said in WRONG:
+        with pytest.raises(error):
+            start(said)
+
+    assert len(descriptors) == len(os.listdir("/proc/self/fd"))
+    assert multiprocessing.connection.Pipe is original
+    with pytest.raises(oobpickle.ArenaError):
+        oobpickle.statistics()
+
+
+RIGHT = [
+    {"capacity": MIB},
+    {"capacity": 1 << 43},
+    {"threshold": 0},
+    {"threshold": 1 << 62},
+    {"wait_s": 0},
+    {"wait_s": 0.0},
+    {"wait_s": 86400 * 365},
+    {"copy_out": True},
+    {"copy_out": False},
+]
+
+
+@pytest.mark.parametrize("said", RIGHT, ids=repr)
+def test_the_ends_of_each_range_belong_to_it(said):
+    ((name, value),) = said.items()
+
+    assert getattr(Options(**said), name) == value
+    assert getattr(written(Options(**said).resolve()), name) == value
+
+
+@pytest.mark.parametrize("options", [Options(), *(Options(**said) for said in RIGHT)], ids=repr)
+def test_what_one_process_writes_another_reads(options):
+    resolved = options.resolve()
+
+    assert resolved == written(resolved)
+
+
+@pytest.mark.parametrize("wait_s", [1 / 3, 0.1, 0.29, 0.57, 1e-7, 2.675, 1.1, 86399.999999, 1e-300])
+def test_any_number_of_seconds_is_read_as_it_was_written(wait_s):
+    running = written(Options(wait_s=wait_s).resolve())
+    Options(wait_s=wait_s).check_compatible(running)
+
+    assert running.wait_s == wait_s
+
+
+def test_defaults_are_filled_in():
+    resolved = Options().resolve()
+
+    assert resolved.capacity == max(MIB, _headroom.limit_nbytes() // 2)
+    assert resolved.threshold == DEFAULT_THRESHOLD
+    assert (resolved.wait_s, resolved.copy_out) == (None, None)
+
+
+def test_what_was_said_is_kept():
+    said = Options(capacity=3 * MIB, threshold=0, wait_s=0, copy_out=False)
+
+    assert said.resolve() == said
+
+
+@pytest.mark.parametrize("limit", [0, 1, MIB, 1 << 33, 1 << 45, 1 << 60])
+def test_the_default_capacity_is_in_range_on_any_machine(monkeypatch, limit):
+    monkeypatch.setattr(_headroom, "limit_nbytes", lambda: limit)
+    capacity = Options().resolve().capacity
+
+    assert MIB <= capacity <= max(MIB, limit // 2)
+    assert Options(capacity=capacity).capacity == capacity
+
+
+RUNNING = Options(capacity=3 * MIB, threshold=100, wait_s=2.5, copy_out=True)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{}, {"capacity": 3 * MIB}, {"threshold": 100}, {"wait_s": 2.5}, {"copy_out": True}],
+    ids=repr,
+)
+def test_what_was_not_said_agrees_with_everything(said):
+    Options(**said).check_compatible(RUNNING)
+    Options(**said).check_compatible(written(RUNNING))
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"capacity": 4 * MIB}, {"threshold": 0}, {"wait_s": 2}, {"copy_out": False}],
+    ids=repr,
+)
+def test_what_differs_is_refused_with_both_values(said):
+    ((name, value),) = said.items()
+    with pytest.raises(ValueError, match=name) as caught:
+        Options(**said).check_compatible(RUNNING)
+
+    assert f"{name}={value!r}" in str(caught.value)
+    assert f"{name}={getattr(RUNNING, name)!r}" in str(caught.value)
+
+
+def test_options_are_values():
+
+    assert Options(wait_s=1) == Options(wait_s=1)
+    assert hash(Options(wait_s=1)) == hash(Options(wait_s=1))
+    assert pickle.loads(pickle.dumps(RUNNING)) == RUNNING
+    with pytest.raises(AttributeError):
+        RUNNING.capacity = 1

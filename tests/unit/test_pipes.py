@@ -1,0 +1,271 @@
+"""Pipes: what the kernel says about bytes that nobody has read yet."""
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from contextlib import contextmanager
+
+import pytest
+
+from oobpickle._pipes import channel_id, is_broken, is_readable, is_unreadable, n_unread
+
+
+@pytest.fixture(params=["pipe", "socket"])
+def ends(request):
+    """The reading and the writing end of a channel of each kind."""
+    if request.param == "pipe":
+        reader, writer = os.pipe()
+    else:
+        reader, writer = (end.detach() for end in socket.socketpair())
+    opened = [reader, writer]
+    yield opened
+    for fd in opened:
+        os.close(fd)
+
+
+def close(ends, position):
+    os.close(ends.pop(position))
+
+
+@contextmanager
+def process_with(*fds):
+    """A process that has the descriptors open, and does nothing until the block is left."""
+    command = [sys.executable, "-I", "-S", "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(
+        command, pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout.readline() == b"\n"
+        yield child.pid
+        child.stdin.close()
+        child.wait()
+
+
+# --- names
+
+
+def test_both_ends_of_a_pipe_have_one_name():
+    reader, writer = os.pipe()
+    try:
+        assert channel_id(reader) == channel_id(writer) != 0
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_duplicate_has_the_name_of_its_original(ends):
+    copy = os.dup(ends[1])
+    try:
+        assert channel_id(copy) == channel_id(ends[1]) != 0
+    finally:
+        os.close(copy)
+
+
+def test_different_channels_have_different_names(ends):
+    others = [*os.pipe(), *(end.detach() for end in socket.socketpair())]
+    try:
+        assert not {channel_id(fd) for fd in ends} & {channel_id(fd) for fd in others}
+        assert len({channel_id(fd) for fd in others}) == 3
+    finally:
+        for fd in others:
+            os.close(fd)
+
+
+def test_what_is_no_channel_has_no_name(tmp_path):
+    with open(tmp_path / "file", "wb") as file, open("/dev/null", "wb") as null:
+        assert (channel_id(file.fileno()), channel_id(null.fileno())) == (0, 0)
+
+
+def test_a_closed_descriptor_is_an_error():
+    reader, writer = os.pipe()
+    os.close(reader)
+    os.close(writer)
+    with pytest.raises(OSError, match="Bad file"):
+        channel_id(writer)
+
+
+# --- bytes
+
+
+def test_the_bytes_of_a_pipe_are_counted_at_both_ends():
+    reader, writer = os.pipe()
+    try:
+        channel = channel_id(writer)
+        os.write(writer, b"abcde")
+
+        assert (n_unread(writer, channel), n_unread(reader, channel)) == (5, 5)
+        os.read(reader, 3)
+        assert (n_unread(writer, channel), n_unread(reader, channel)) == (2, 2)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_nothing_is_unread_once_all_is_read(ends):
+    reader, writer = ends
+    channel = channel_id(writer)
+
+    assert n_unread(writer, channel) == 0
+    os.write(writer, b"abcde")
+    assert n_unread(writer, channel) > 0
+    os.read(reader, 2)
+    assert n_unread(writer, channel) > 0
+    os.read(reader, 3)
+    assert n_unread(writer, channel) == 0
+
+
+# --- readers
+
+
+def test_a_channel_without_reader_is_broken(ends):
+    writer = ends[1]
+    channel = channel_id(writer)
+
+    assert not is_broken(writer, channel)
+    close(ends, 0)
+    assert is_broken(writer, channel)
+
+
+def test_a_channel_with_unread_bytes_and_no_reader_is_broken(ends):
+    writer = ends[1]
+    os.write(writer, b"abc")
+    close(ends, 0)
+
+    assert is_broken(writer, channel_id(writer))
+
+
+def test_the_read_end_of_a_pipe_without_writers_is_not_broken():
+    reader, writer = os.pipe()
+    os.write(writer, b"abc")
+    os.close(writer)
+    try:
+        assert not is_broken(reader, channel_id(reader))
+    finally:
+        os.close(reader)
+
+
+def test_a_reader_in_another_process_counts(ends):
+    with process_with(ends[0]):
+        close(ends, 0)
+
+        assert not is_broken(ends[0], channel_id(ends[0]))
+    assert is_broken(ends[0], channel_id(ends[0]))
+
+
+# --- waiting
+
+
+def test_nothing_to_read_is_not_readable(ends):
+
+    assert not is_readable(ends[0], 0)
+    os.write(ends[1], b"x")
+    assert is_readable(ends[0], 0)
+    os.read(ends[0], 1)
+    assert not is_readable(ends[0], 0)
+
+
+@pytest.mark.parametrize("event", ["written", "closed"])
+def test_waiting_ends_when_there_is_something_to_read_or_the_writers_are_gone(ends, event):
+    answers = []
+    thread = threading.Thread(target=lambda: answers.append(is_readable(ends[0], 60)))
+    thread.start()
+    try:
+        assert thread.is_alive()
+    finally:
+        if event == "written":
+            os.write(ends[1], b"x")
+        else:
+            close(ends, 1)
+        thread.join(20)
+
+    assert answers == [True]
+
+
+# --- unreadable
+
+
+def test_unread_bytes_can_be_read(ends):
+    os.write(ends[1], b"abc")
+
+    assert not is_unreadable(channel_id(ends[0]), [])
+
+
+def test_bytes_that_were_read_can_be_read_no_more(ends):
+    os.write(ends[1], b"abc")
+    os.read(ends[0], 3)
+
+    assert is_unreadable(channel_id(ends[0]), [])
+
+
+def test_bytes_without_any_reader_can_be_read_no_more(ends):
+    channel = channel_id(ends[0])
+    os.write(ends[1], b"abc")
+    close(ends, 0)
+
+    assert is_unreadable(channel, [])
+
+
+def test_bytes_left_by_dead_writers_can_be_read(ends):
+    channel = channel_id(ends[0])
+    os.write(ends[1], b"abc")
+    close(ends, 1)
+
+    assert not is_unreadable(channel, [])
+    os.read(ends[0], 3)
+    assert is_unreadable(channel, [])
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_a_channel_that_another_process_has_open_can_be_read(ends, listed):
+    channel = channel_id(ends[0])
+    os.write(ends[1], b"abc")
+    with process_with(*ends) as pid:
+        pids = [os.getpid(), pid] if listed else []
+        close(ends, 0)
+        close(ends, 0)
+
+        assert not is_unreadable(channel, pids)
+    assert is_unreadable(channel, pids)
+
+
+@pytest.mark.parametrize(("pids", "expected"), [(["ours"], False), ([], True)])
+def test_a_descendant_of_a_participant_that_hides_its_descriptors_may_read(
+    ends, monkeypatch, pids, expected
+):
+    channel, listdir = channel_id(ends[0]), os.listdir
+    with process_with(*ends) as hidden:
+        close(ends, 0)
+        close(ends, 0)
+
+        def look(path):
+            if path == f"/proc/{hidden}/fd":
+                raise PermissionError(13, "Permission denied")
+            return listdir(path)
+
+        monkeypatch.setattr(os, "listdir", look)
+
+        assert is_unreadable(channel, [os.getpid() for _ in pids]) is expected
+
+
+def test_processes_that_end_meanwhile_are_no_error(ends, monkeypatch):
+    channel, listdir = channel_id(ends[0]), os.listdir
+    close(ends, 0)
+    close(ends, 0)
+    monkeypatch.setattr(os, "listdir", lambda path: [*listdir(path), "4194999"])
+
+    assert is_unreadable(channel, [4194998])
+
+
+def test_something_without_a_name_can_always_be_read():
+
+    assert not is_unreadable(0, [])
+
+
+def test_asking_opens_nothing(ends):
+    before = os.listdir("/proc/self/fd")
+    n_unread(ends[1], channel_id(ends[0]))
+    is_broken(ends[1], channel_id(ends[0]))
+    is_unreadable(channel_id(ends[0]), [os.getpid(), os.getppid()])
+
+    assert len(before) == len(os.listdir("/proc/self/fd"))

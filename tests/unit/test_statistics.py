@@ -1,0 +1,157 @@
+"""Statistics: each counter is shown once, under its name."""
+
+import dataclasses
+import pickle
+
+import pytest
+
+from oobpickle import Fallback, Statistics, _statistics
+from oobpickle._layout import N_COUNTERS
+from oobpickle._statistics import (
+    REASONS,
+    describe_fallbacks,
+    fallback_counters,
+    fallbacks_of,
+    format_nbytes,
+    summed,
+)
+
+#: Where each counter is shown.
+SHOWN = {
+    "N_MESSAGES": "n_messages_out_of_band",
+    "N_BUFFERS": "n_buffers_out_of_band",
+    "NBYTES": "nbytes_out_of_band",
+    "N_LOADED": "n_messages_loaded",
+    "N_COPIED_OUT": "n_copied_out",
+    "NBYTES_COPIED_OUT": "nbytes_copied_out",
+    "N_PRIVATIZED": "n_privatized",
+    "NBYTES_PRIVATIZED": "nbytes_privatized",
+    "N_RECLAIMED": "n_reclaimed",
+    "N_LEFT_SHARED": "n_left_shared",
+}
+#: What the arena adds.
+KNOWN = {
+    "n_participants": 3,
+    "n_blocks": {"free": 1, "leased": 2, "in_flight": 3, "held": 4},
+    "nbytes": {"free": 10, "leased": 20, "in_flight": 30, "held": 40},
+    "nbytes_resident": 100,
+    "capacity": 1 << 20,
+}
+
+
+def counters(**amounts):
+    found = [0] * N_COUNTERS
+    for name, amount in amounts.items():
+        found[getattr(_statistics, name)] = amount
+    return found
+
+
+def test_every_counter_has_its_place():
+    places = [getattr(_statistics, name) for name in SHOWN]
+    places += [place for reason in REASONS for place in fallback_counters(reason)]
+
+    assert len(set(places)) == len(places)
+    assert all(0 <= place < N_COUNTERS for place in places)
+
+
+def test_every_counter_is_listed_here():
+    names = {
+        name
+        for name, value in vars(_statistics).items()
+        if name.isupper() and name.startswith("N") and isinstance(value, int)
+    }
+
+    assert names == set(SHOWN)
+
+
+@pytest.mark.parametrize("name", SHOWN)
+def test_a_counter_is_shown_under_its_name_and_no_other(name):
+    zero, one = summed(counters(), **KNOWN), summed(counters(**{name: 7}), **KNOWN)
+    differing = {
+        field.name: getattr(one, field.name)
+        for field in dataclasses.fields(Statistics)
+        if getattr(one, field.name) != getattr(zero, field.name)
+    }
+
+    assert differing == {SHOWN[name]: 7}
+
+
+def test_what_the_arena_knows_is_shown_as_it_is():
+    statistics = summed(counters(), **KNOWN)
+
+    assert {name: getattr(statistics, name) for name in KNOWN} == KNOWN
+
+
+def test_fallbacks_are_shown_by_reason_and_in_all():
+    found = counters()
+    for amount, reason in enumerate(REASONS, 1):
+        n_messages, nbytes = fallback_counters(reason)
+        found[n_messages], found[nbytes] = amount, 1000 * amount
+    statistics = summed(found, **KNOWN)
+
+    assert statistics.fallbacks == {r: Fallback(i, 1000 * i) for i, r in enumerate(REASONS, 1)}
+    assert statistics.n_fallbacks == sum(range(len(REASONS) + 1))
+    assert statistics.nbytes_fallbacks == 1000 * statistics.n_fallbacks
+
+
+def test_reasons_that_never_occurred_are_left_out():
+    found = counters()
+    found[fallback_counters("busy")[0]] = 1
+
+    assert fallbacks_of(found) == {"busy": Fallback(1, 0)}
+    assert fallbacks_of(counters()) == {}
+    assert summed(counters(), **KNOWN).n_fallbacks == 0
+
+
+def test_an_unknown_reason_is_no_counter():
+    with pytest.raises(ValueError, match="unheard"):
+        fallback_counters("unheard")
+
+
+def test_the_description_says_how_many_how_large_and_why():
+    text = describe_fallbacks({"full": Fallback(2, 3 << 20), "busy": Fallback(1, 100)})
+
+    assert text == (
+        f"3 messages travelled in-band, none was lost: 2 (3.0 MiB) because {REASONS['full']}; "
+        f"1 (100 bytes) because {REASONS['busy']}"
+    )
+
+
+def test_one_message_is_one_message():
+
+    assert describe_fallbacks({"full": Fallback(1, 0)}).startswith("1 message travelled")
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_every_reason_says_why_and_what_to_do(reason):
+    why, _, what_to_do = REASONS[reason].partition(";")
+
+    assert why
+    assert what_to_do
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "expected"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (10 << 10, "10 KiB"),
+        (100 << 10, "100 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (5 << 29, "2.5 GiB"),
+        (1 << 43, "8192 GiB"),
+    ],
+)
+def test_bytes_are_shown_in_the_largest_unit_that_fits(nbytes, expected):
+
+    assert expected == format_nbytes(nbytes)
+
+
+def test_statistics_are_values():
+    statistics = summed(counters(N_MESSAGES=1), **KNOWN)
+
+    assert pickle.loads(pickle.dumps(statistics)) == statistics
+    with pytest.raises(AttributeError):
+        statistics.n_reclaimed = 1
