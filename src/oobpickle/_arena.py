@@ -316,7 +316,7 @@ class Arena:
         """Forget a lease: its blocks belong to the envelope now, or go back another way."""
         self.holdings.unwatch(lease)
         for block in lease.blocks:
-            self.holdings.forget(*block)
+            self.holdings.forget_lease(*block)
 
     def is_in_flight(self, index: int, generation: int) -> bool:
         """Tell whether the block's message is still unread. Needs no lock."""

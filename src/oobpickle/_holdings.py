@@ -201,10 +201,14 @@ class Holdings:
             self.forget(index, generation)
             self._pending.append((index, generation))
 
-    def forget(self, index: int, generation: int) -> None:
-        """Take a block out of the books, unless they speak of a later lease of it."""
+    def forget_lease(self, index: int, generation: int) -> None:
+        """Take a lease out of the book; the block may be held by now, in this very process."""
         if self.leased.get(index) == generation:
             self.leased.pop(index, None)
+
+    def forget(self, index: int, generation: int) -> None:
+        """Take a block out of both books, unless they speak of a later lease of it."""
+        self.forget_lease(index, generation)
         if self.held.get(index, (None, 0))[0] == generation:
             self.held.pop(index, None)
 
@@ -237,7 +241,7 @@ class Holdings:
                 pass
             elif watch.settles:
                 for index, generation in watch.blocks:
-                    self.forget(index, generation)
+                    self.forget_lease(index, generation)
             elif watch.unclaimed_word is not None:
                 self._unlocked.append((watch.blocks[0][0], watch.unclaimed_word))
             else:

@@ -267,6 +267,21 @@ def test_beyond_the_limit_of_mappings_receivers_copy_out(arena):
     assert {b"x" * 100} == {bytes(view) for (view,) in views}
 
 
+def test_a_message_received_before_its_sender_has_settled_is_held(arena):
+    """Sender and receiver may be threads of one process: the feeder thread of a queue."""
+    lease = arena.acquire([MIB])
+    lease.seal(0)
+    lease.depart()
+    (view,) = arena.claim(lease.blocks, [MIB])
+    lease.settle()
+    held = dict(arena.holdings.held)
+    del lease
+    arena.drain()
+
+    assert held == arena.holdings.held != {}
+    del view
+
+
 def test_a_busy_ledger_loses_no_message(arena, monkeypatch):
     """Without the lock the bytes are copied out, and the block comes back later."""
     sent = send(arena, b"x" * MIB, b"y" * 100)
