@@ -162,6 +162,8 @@ class _Walk:
             )
         if issubclass(kind, (*self._atoms[-2:], enum.Enum)) or kind in self._atoms:
             return shadow
+        if kind is tuple and all(type(item) in _ATOMS for item in (*shadow, *target)):
+            return shadow if len(shadow) == len(target) else self._match_tuple(path, shadow, target)
         if id(shadow) in self._partners or id(target) in self._shadow_of:
             return self._again(path, shadow, target)
         self._partners[id(shadow)] = target
@@ -259,8 +261,9 @@ class _Walk:
         if id(shadow) in self._met_again:
             raise StructureError(f"{path}: a changed tuple stands in itself")
         del self._shadow_of[id(target)]
-        self._partners[id(shadow)] = None  # found again, it would have to be this new one
-        return type(target)._make(items) if hasattr(target, "_make") else type(target)(items)
+        changed = type(target)._make(items) if hasattr(target, "_make") else type(target)(items)
+        self._partners[id(shadow)] = changed
+        return changed
 
     def _match_children(self, path: str, shadow: Any, target: Any) -> None:
         mine, theirs = dict(_children(shadow)), dict(_children(target))

@@ -13,6 +13,7 @@ WITH_ARGUMENTS = {
     "another_user",
     "backing",
     "backing_none",
+    "descriptors_closed_by_the_user",
     "memory_cgroup",
 }
 CGROUPS = Path("/sys/fs/cgroup/memory")
@@ -26,6 +27,11 @@ def test_limit(case):
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 def test_limited_address_space_of_a_worker(method):
     run_program("limits", "address_space_of_a_worker", method)
+
+
+@pytest.mark.parametrize("which", ["all", "data"])
+def test_descriptors_closed_by_the_user(which):
+    run_program("limits", "descriptors_closed_by_the_user", which)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")

@@ -95,6 +95,13 @@ def test_page_cache_that_can_be_dropped_is_room(system):
     assert available_nbytes() == 1200
 
 
+def test_colons_in_the_name_of_a_group_are_no_error(system):
+    system.join("/job:5")
+    system.limit("/job:5", v2(2 * GIB, GIB))
+
+    assert available_nbytes() == GIB
+
+
 def test_shared_memory_is_no_cache(system):
     system.join("/job")
     system.limit("/job", v2(2 * GIB, 2 * GIB, shmem=GIB, file=GIB))
@@ -143,7 +150,7 @@ def test_a_roomy_group_leaves_the_limit_to_the_machine(system):
     assert limit_nbytes() == 16 * GIB
 
 
-V1_LINE = "12:cpu,cpuacct:/other\n5:memory:{group}\n0::/elsewhere\n"
+V1_LINE = "12:cpu,cpuacct:/other\n5:memory:{group}\n2:devices:/other\n0::/elsewhere\n"
 
 
 def test_the_first_version_of_groups_is_read(system):

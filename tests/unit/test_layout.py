@@ -120,6 +120,9 @@ def test_the_columns_end_where_the_table_ends():
     end = layout.BLOCKS_AT + layout.N_COLUMNS * layout.MAX_BLOCKS
 
     assert columns == list(range(layout.N_COLUMNS))
+    assert layout.BLOCKS_AT == (
+        layout.HEADER_WORDS + layout.MAX_PARTICIPANTS * layout.PARTICIPANT_WORDS
+    )
     assert 8 * end == layout.LEDGER_NBYTES
     assert layout.P_COUNTERS + layout.N_COUNTERS == layout.PARTICIPANT_WORDS
 

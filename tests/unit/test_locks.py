@@ -1,5 +1,7 @@
 """The locks file: exclusion, and the proof of life that survives all but death."""
 
+import ctypes
+import errno
 import os
 import re
 import signal
@@ -278,6 +280,17 @@ def test_a_strangers_file_with_the_same_inode_number_is_a_strangers_file(
         lock.close()
     os.fstat(number)
     os.close(number)
+
+
+def test_another_error_of_the_kernel_is_an_arena_error(make, monkeypatch):
+    def no_locks(*_):
+        ctypes.set_errno(errno.ENOLCK)
+        return -1
+
+    lock = make()
+    monkeypatch.setattr(_system, "fcntl_keeping_gil", no_locks)
+    with pytest.raises(ArenaError, match="No locks available"):
+        lock.try_lock()
 
 
 def test_without_a_second_description_there_is_an_os_error():

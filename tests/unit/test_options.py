@@ -38,6 +38,7 @@ OUT_OF_RANGE = [
     {"wait_s": math.inf},
     {"wait_s": -math.inf},
     {"wait_s": 1e9},
+    {"wait_s": 86400 * 365 + 1},
 ]
 OF_THE_WRONG_TYPE = [
     {"capacity": 1.5e9},
@@ -143,6 +144,13 @@ def test_the_default_capacity_is_in_range_on_any_machine(monkeypatch, limit):
 
     assert MIB <= capacity <= max(MIB, limit // 2)
     assert Options(capacity=capacity).capacity == capacity
+
+
+@pytest.mark.parametrize(("data_nbytes", "capacity"), [(1 << 44, 9 * MIB), (12 * MIB, 6 * MIB)])
+def test_the_capacity_stays_within_half_of_the_data_file(data_nbytes, capacity):
+    options = Options(capacity=9 * MIB, threshold=5, wait_s=2.5, copy_out=True)
+
+    assert options.within(data_nbytes) == Options(capacity, 5, 2.5, True)
 
 
 RUNNING = Options(capacity=3 * MIB, threshold=100, wait_s=2.5, copy_out=True)

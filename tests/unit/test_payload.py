@@ -216,6 +216,35 @@ def test_bytes_between_fields_arrive_too_as_in_plain_pickle():
         assert raw(pickled(fields)) == raw(oobpickle.loads(payload))
 
 
+# --- overlaps
+
+
+A, B, C = (np.arange(1000.0) for _ in range(3))
+SOURCES_AND_TARGETS = {
+    "each at its own place": ([A, B], [A, B], False),
+    "elsewhere": ([A, B], [C, np.zeros(1000)], False),
+    "exchanged": ([A, B], [B, A], True),
+    "one of another": ([A, B], [C, A], True),
+    "a part": ([A[:100], B], [C[:100], A], True),
+    "shifted": ([A[:500]], [A[1:501]], True),
+    "neighbours": ([A[:500]], [A[500:]], False),
+    "the last of many": (
+        [C[i * 100 : i * 100 + 100] for i in range(10)],
+        [A] * 9 + [C[:100]],
+        True,
+    ),
+    "within a large one": ([A[400:500], B], [C[:100], A], True),
+    "empty": ([A, B], [A, B[:0]], False),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES_AND_TARGETS)
+def test_it_is_known_whether_writing_would_change_what_is_still_to_be_read(case):
+    sources, targets, expected = SOURCES_AND_TARGETS[case]
+
+    assert oobpickle.dumps(sources).overlaps(targets) is expected
+
+
 # --- to_bytes and from_bytes
 
 

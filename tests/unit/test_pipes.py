@@ -198,6 +198,16 @@ def test_bytes_that_were_read_can_be_read_no_more(ends):
     assert is_unreadable(channel_id(ends[0]), [])
 
 
+def test_an_empty_channel_counts_only_if_it_is_said(ends):
+    channel = channel_id(ends[0])
+
+    assert is_unreadable(channel, [])
+    assert not is_unreadable(channel, [], even_if_empty=False)
+    close(ends, 0)
+    close(ends, 0)
+    assert is_unreadable(channel, [], even_if_empty=False)
+
+
 def test_bytes_without_any_reader_can_be_read_no_more(ends):
     channel = channel_id(ends[0])
     os.write(ends[1], b"abc")

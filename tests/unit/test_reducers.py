@@ -11,7 +11,7 @@ import pytest
 import oobpickle
 import samples
 from oobpickle import Payload
-from oobpickle._reducers import MIN_BUFFER_NBYTES, Sink, in_memory_order
+from oobpickle._reducers import MIN_BUFFER_NBYTES, Sink, byte_bounds, has_reducer, in_memory_order
 from oobpickle._serializer import serialize
 from samples import LAYOUTS, LoudSignal, Signal, described, pickled, rebuild_signal, reduce_signal
 
@@ -67,6 +67,14 @@ def test_unregister_brings_back_what_was(signal):
 def test_unregister_of_an_unknown_class_is_no_error():
     oobpickle.unregister(Signal)
     oobpickle.unregister(Signal)
+
+
+def test_it_is_known_which_classes_are_registered(signal):
+
+    assert has_reducer(Signal)
+    assert not has_reducer(LoudSignal)
+    oobpickle.unregister(Signal)
+    assert not has_reducer(Signal)
 
 
 def test_the_last_registration_counts(signal):
@@ -264,3 +272,72 @@ def test_an_array_with_gaps_is_sent_in_c_order():
 
     assert in_memory_order(array) is array
     assert described(oobpickle.loads(oobpickle.dumps(array))) == described(pickled(array))
+
+
+# --- memory in common
+
+
+def held(array):
+    return pickle.PickleBuffer(array)
+
+
+BASE = np.zeros((100, 100))
+MEMORY = bytearray(100_000)
+IN_COMMON = {
+    "the same": [BASE[:50], BASE[:50]],
+    "an array and a part": [BASE, BASE[3:4]],
+    "one row": [BASE[:51], BASE[50:]],
+    "reversed": [BASE[:51], BASE[::-1][:50]],
+    "columns": [BASE[:, 0], BASE[:, 1]],
+    "buffers of one memory": [held(MEMORY), held(memoryview(MEMORY)[5000:6000])],
+    "a buffer and an array": [held(MEMORY), np.frombuffer(MEMORY, "f8")],
+    "three, two of them": [BASE[:10], BASE[20:30], BASE[29:40]],
+}
+NOT_IN_COMMON = {
+    "two arrays": [np.zeros(1000), np.zeros(1000)],
+    "neighbours": [BASE[:50], BASE[50:]],
+    "neighbours, reversed": [BASE[:50], BASE[:49:-1]],
+    "neighbours, transposed": [BASE[:50].T, BASE[50:].T],
+    "parts of one memory": [held(memoryview(MEMORY)[:5000]), held(memoryview(MEMORY)[5000:])],
+    "one alone": [BASE],
+}
+
+
+def addresses(payload):
+    return [byte_bounds(buffer)[0] for buffer in payload.buffers]
+
+
+@pytest.mark.parametrize("name", NOT_IN_COMMON)
+def test_buffers_that_have_no_memory_in_common_are_not_copied(name):
+    things = NOT_IN_COMMON[name]
+
+    assert [byte_bounds(thing)[0] for thing in things] == addresses(serialize(things, {}, 0))
+
+
+@pytest.mark.parametrize("name", IN_COMMON)
+def test_buffers_that_have_memory_in_common_are_copied_at_once(name):
+    things = IN_COMMON[name]
+    payload = serialize(things, {}, 0)
+
+    assert not {byte_bounds(thing)[0] for thing in things} & set(addresses(payload))
+    assert len(payload.buffers) == len(things)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bounds_are_the_first_and_the_last_byte(layout):
+    array = LAYOUTS[layout](samples.filled("f8", (6, 5, 4)))
+    low, high = byte_bounds(array)
+    cells = [
+        array[tuple(slice(i, i + 1) for i in index)].ctypes.data
+        for index in np.ndindex(array.shape)
+    ]
+
+    assert (low, high) == (
+        (min(cells), max(cells) + 8) if array.size else (array.ctypes.data, array.ctypes.data)
+    )
+
+
+def test_bounds_of_a_buffer_are_its_own():
+    at = samples.address_of(MEMORY)
+
+    assert byte_bounds(held(memoryview(MEMORY)[10:30])) == (at + 10, at + 30)

@@ -355,16 +355,58 @@ def sender_killed_after_send(kind):
     if kind not in ("Queue", "SimpleQueue"):
         put_end.close()
     reap(pid, inside.KILLED)
-    for _ in range(2):
-        leases = _fill(arena)
-        assert len(leases) >= 57, len(leases)
-        for lease in leases:
-            lease.release()
-        arena.trim()
+    _take_all_room_twice(arena, n_at_least=57)
     assert arena.statistics().n_blocks["in_flight"] == 6
     received = [verify(get(), seed) for seed in range(6)]
     assert all(is_in_arena(arena, one[1]) for one in received)
     assert arena.statistics().n_fallbacks == 0
+
+
+def message_read_but_not_yet_loaded():
+    """Its channel is empty and its sender is dead; but who has read it owns it."""
+    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    read, write = _pipe()
+    relay_read, relay_write = _pipe()
+    has_read, go_on, relayed = Token(), Token(), Token()
+
+    def sender():
+        for seed in range(3):
+            write.send(message(seed))
+        write.send([message(seed, 3_000) for seed in range(200)])
+        _kill_self()
+
+    def reader():
+        raw = [read.recv_bytes() for _ in range(4)]
+        has_read.give()
+        go_on.take()
+        for seed in range(2):
+            verify(pickle.loads(raw[seed]), seed)
+        for one in raw[2:]:
+            relay_write.send_bytes(one)
+        relayed.give()
+
+    killed, living = fork(sender), fork(reader)
+    reap(killed, inside.KILLED)
+    has_read.take()
+    _take_all_room_twice(arena, n_at_least=10)
+    go_on.give()
+    relayed.take()
+    _take_all_room_twice(arena, n_at_least=10)
+    verify(relay_read.recv(), 2)
+    for seed, one in enumerate(relay_read.recv()):
+        verify(one, seed)
+    reap(living)
+    del one
+    _assert_empty(arena)
+
+
+def _take_all_room_twice(arena, n_at_least):
+    for _ in range(2):
+        leases = _fill(arena)
+        assert len(leases) >= n_at_least, len(leases)
+        for lease in leases:
+            lease.release()
+        arena.trim()
 
 
 def message_read_after_the_block_was_left():
