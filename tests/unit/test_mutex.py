@@ -135,11 +135,14 @@ def test_interrupts_at_any_moment_leave_no_lock_behind(words):
     def tick():
         n_rounds[0] += 1
 
+    def rounds():
+        while not done.is_set():
+            lock.run(5.0, tick)
+
     def work():
         while not done.is_set():
             try:
-                while not done.is_set():
-                    lock.run(5.0, tick)
+                rounds()
             except Interrupt:
                 n_caught[0] += 1
 
