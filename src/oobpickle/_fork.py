@@ -24,6 +24,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING, Final
 
 from oobpickle import _interrupts
+from oobpickle._mutex import fork_wheel
 
 if TYPE_CHECKING:
     from oobpickle._arena import Arena
@@ -38,6 +39,7 @@ def watch(arena: Arena) -> None:
     _arenas.add(arena)
     if not _registered:
         _registered = True
+        os.register_at_fork(after_in_parent=fork_wheel.rotate)
         # Twice: a Ctrl-C that is pending at the fork is raised where a hook begins; the interpreter
         # prints and drops it, and that call with it. The second call does what is left to do, and
         # has the Ctrl-C delivered again. *before* hooks run in reverse order.

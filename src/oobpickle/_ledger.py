@@ -42,6 +42,7 @@ from oobpickle._layout import (
     C_WORD,
     FOLLOWS,
     FREE,
+    GENERATION_SHIFT,
     H_CAPACITY,
     H_DATA_NBYTES,
     H_EMPTY,
@@ -361,18 +362,21 @@ class Ledger:
         while n < MAX_BLOCKS and self.word[n] & STATE_MASK != NONE:
             n += 1
         words[H_N_BLOCKS] = n
-        self._drop_empty_rows()
+        self._mend_free_rows()
         self._rebuild_sums()
         self._rebuild_lists()
 
-    def _drop_empty_rows(self) -> None:
-        # A row that was counted, but whose first lease was never committed, becomes a free one.
+    def _mend_free_rows(self) -> None:
+        # A row whose first lease was never committed becomes a free one, without pages; and a
+        # generation that was counted but not committed stays used up.
         import numpy as np
 
         word = self._array(self.word)
-        for index in np.flatnonzero((word & np.uint64(STATE_MASK)) == NONE).tolist():
-            self.resident[index] = 0
-            self.word[index] = commit_word(FREE, 0, self.generation[index])
+        state = word & np.uint64(STATE_MASK)
+        self._array(self.resident)[state == NONE] = 0
+        free = state <= FREE
+        generation = self._array(self.generation)[free]
+        word[free] = generation << np.uint64(GENERATION_SHIFT) | np.uint64(FREE)
 
     def _rebuild_sums(self) -> None:
         import numpy as np

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -34,6 +35,10 @@ from oobpickle._locks import LockFile
 _FIRST_PAUSE_S: Final = 20e-6
 _LAST_PAUSE_S: Final = 2e-3
 _LONGEST_FORK_S: Final = 10.0  # from the last of the before hooks to the first of the after hooks
+
+#: Turned on by one at the end of each fork, by a hook that is a C call and so is never interrupted:
+#: its first item tells whether a fork that kept a `ThreadLock` is over.
+fork_wheel: Final = deque(range(1024))
 
 
 class LedgerBusyError(ArenaFullError):
@@ -50,7 +55,7 @@ class ThreadLock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        self._forking_since: float | None = None
+        self._fork: int | None = None  # what `fork_wheel` showed when a fork took the lock
 
     def run(self, timeout_s: float, call: Callable[..., Any], *args: Any) -> Any:
         """Return ``call(*args)``, run under the lock.
@@ -82,18 +87,17 @@ class ThreadLock:
         """
         if not self._lock._is_owned():  # type: ignore[attr-defined]
             self._lock.acquire(timeout=_LONGEST_FORK_S)
-        self._forking_since = time.monotonic()
+        self._fork = fork_wheel[0]
 
     def leave_fork(self) -> None:
         """Let the other threads in again (in the parent), if `enter_fork` kept them out."""
         if self._lock._is_owned():  # type: ignore[attr-defined]
-            self._forking_since = None
+            self._fork = None
             self._lock.release()
 
     def _heal(self) -> bool:
         """Release a lock that a fork of this thread has left: signals aborted both its hooks."""
-        since = self._forking_since
-        if since is None or time.monotonic() - since < _LONGEST_FORK_S:
+        if self._fork in (None, fork_wheel[0]):
             return False
         self.leave_fork()
         return True
@@ -101,7 +105,7 @@ class ThreadLock:
     def reset_in_child(self) -> None:
         """Start anew in a forked child, where the other threads do not exist."""
         self._lock = threading.RLock()
-        self._forking_since = None
+        self._fork = None
 
 
 class LedgerMutex:

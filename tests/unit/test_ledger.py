@@ -229,6 +229,18 @@ def test_rebuilding_restores_lists_and_sums(ledger):
     assert_in_order(ledger)
 
 
+def test_rebuilding_mends_a_lease_that_was_counted_but_not_committed(ledger):
+    ((index, generation),) = lease(ledger, MIB)
+    ledger.release([(index, generation)], 1)
+    ledger.generation[index] += 1  # where the process died
+
+    ledger.rebuild()
+
+    assert generation + 1 == ledger.word[index] >> layout.GENERATION_SHIFT
+    assert layout.FREE == state_of(ledger, index)
+    assert [(index, generation + 2)] == lease(ledger, MIB)
+
+
 def test_census_counts_bytes_in_use_and_kept(ledger):
     lease(ledger, 100)
     send(ledger, 200)

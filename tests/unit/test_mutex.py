@@ -8,7 +8,7 @@ import pytest
 from conftest import eventually
 from ledger_tools import FakeLocks, make_words
 from oobpickle._layout import H_DIRTY
-from oobpickle._mutex import LedgerBusyError, LedgerMutex, ThreadLock
+from oobpickle._mutex import LedgerBusyError, LedgerMutex, ThreadLock, fork_wheel
 
 
 @pytest.fixture
@@ -181,4 +181,13 @@ def test_a_fork_keeps_other_threads_out_and_its_own_finalizers_too(words):
     mutex.threads.leave_fork()
 
     assert ["busy"] == results
+    assert "free" == mutex.run(0.01, lambda: "free")
+
+
+def test_a_fork_whose_own_hooks_were_aborted_leaves_no_lock_behind(words):
+    mutex = mutex_of(words)
+    mutex.threads.enter_fork()
+    fork_wheel.rotate()  # what the hook that nothing interrupts does
+
+    assert "free" == mutex.run(0.01, lambda: "free")
     assert "free" == mutex.run(0.01, lambda: "free")

@@ -328,7 +328,7 @@ def test_bounds_are_the_first_and_the_last_byte(layout):
     array = LAYOUTS[layout](samples.filled("f8", (6, 5, 4)))
     low, high = byte_bounds(array)
     cells = [
-        array[tuple(slice(i, i + 1) for i in index)].ctypes.data
+        array[(..., *(slice(i, i + 1) for i in index))].ctypes.data
         for index in np.ndindex(array.shape)
     ]
 
