@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from oobpickle._errors import ArenaFullError
+from oobpickle._layout import H_STRANGERS
 from oobpickle._ledger import Ledger
 from oobpickle._locks import LockFile
 from oobpickle._mutex import LedgerBusyError, LedgerMutex
@@ -142,8 +143,10 @@ class Membership:
         return sum(slot != own for slot, _ in self._participants.readers())
 
     def anyone_reads(self) -> bool:
-        """Tell whether any participant is in the middle of reading a message."""
-        return any(n_reading for _, n_reading in self._participants.readers())
+        """Tell whether anybody is in the middle of reading a message, or may be unnoticed."""
+        return self._ledger.words[H_STRANGERS] != 0 or any(
+            n_reading for _, n_reading in self._participants.readers()
+        )
 
     def counters(self) -> list[int]:
         """Step: sum the counters of all participants, living and dead."""
@@ -163,6 +166,7 @@ class Membership:
             self.try_join()
         own, token = self._own, object()
         if own is None:
+            self._ledger.words[H_STRANGERS] = 1
             yield
             return
         try:
