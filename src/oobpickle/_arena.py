@@ -25,11 +25,11 @@ import secrets
 import stat
 import struct
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from oobpickle import _fork, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError, StaleEnvelopeError
-from oobpickle._holdings import Holdings, Keeper
+from oobpickle._holdings import Holdings, Keeper, Watch
 from oobpickle._layout import (
     GENERATION_MASK,
     GENERATION_SHIFT,
@@ -59,7 +59,7 @@ from oobpickle._segment import Segment, largest_file_nbytes, page_round
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator, Sequence
+    from collections.abc import Callable, Sequence
 
 _DATA_NBYTES: Final = 1 << 44
 _MIN_DATA_NBYTES: Final = 64 << 20
@@ -235,23 +235,21 @@ class Arena:
         if least > self._capacity:
             raise self._full(Shortage("full", least, self._capacity))
         taken: list[tuple[int, int]] = []
-        keeper = self.holdings.keeper()
+        lease = Lease(self, layout)
         try:
             deadline = self._deadline(layout, wait_s)
-            self._take(layout, taken, keeper, deadline)
+            self._take(layout, taken, lease, deadline)
             if self._needs_fresh(taken, layout) and self._room.look_for_lost():
                 self._return(taken)
-                keeper.blocks.clear()
-                self._take(layout, taken, keeper, deadline)
+                lease.blocks.clear()
+                self._take(layout, taken, lease, deadline)
             for (index, present), nbytes in zip(taken, layout.needs, strict=True):
                 if index not in self.holdings.private:
                     self._room.furnish(index, nbytes, present)
-            blocks = [(index, self.ledger.generation[index]) for index, _ in taken]
-            lease = Lease(self, blocks, layout, sizes)
-            self.holdings.watch(lease, blocks)
-            self.holdings.unwatch(keeper)
+            lease.lay_out(sizes)
         except BaseException as error:
             self._return(taken, punch=isinstance(error, ArenaFullError))
+            self.holdings.unwatch(lease.watch)
             raise
         return lease
 
@@ -275,13 +273,13 @@ class Arena:
         return time.monotonic() + wait_s
 
     def _take(
-        self, layout: Plan, taken: list[tuple[int, int]], keeper: Keeper, deadline: float
+        self, layout: Plan, taken: list[tuple[int, int]], lease: Lease, deadline: float
     ) -> None:
         needs, pause_s = layout.needs, _FIRST_PAUSE_S
         while len(taken) < len(needs):
             step = needs[len(taken) : len(taken) + _STEP_BLOCKS]
             self.holdings.collect()
-            shortage = self.membership.run(self._exchange, step, taken, keeper)
+            shortage = self.membership.run(self._exchange, step, taken, lease)
             if shortage is None or self._room.make(shortage, again=pause_s > _FIRST_PAUSE_S):
                 continue
             if time.monotonic() >= deadline:
@@ -290,7 +288,7 @@ class Arena:
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
 
     def _exchange(
-        self, needs: list[int], taken: list[tuple[int, int]], keeper: Keeper
+        self, needs: list[int], taken: list[tuple[int, int]], lease: Lease
     ) -> Shortage | None:
         """Step: give back what died, then lease."""
         start, slot = len(taken), self.membership.slot
@@ -299,7 +297,7 @@ class Arena:
         for index, _ in taken[start:]:
             generation = self.ledger.generation[index]
             self.holdings.leased[index] = generation
-            keeper.blocks.append((index, generation))
+            lease.blocks.append((index, generation))
         return shortage
 
     def _full(self, shortage: Shortage) -> ArenaFullError:
@@ -314,7 +312,7 @@ class Arena:
 
     def settle(self, lease: Lease) -> None:
         """Forget a lease: its blocks belong to the envelope now, or go back another way."""
-        self.holdings.unwatch(lease)
+        self.holdings.unwatch(lease.watch)
         for block in lease.blocks:
             self.holdings.forget_lease(*block)
 
@@ -351,24 +349,48 @@ class Arena:
         StaleEnvelopeError
             If a block is not in flight with that generation: loaded already, or taken back.
         """
-        for block in blocks:
-            if block[0] >= MAX_BLOCKS:
-                raise _stale(*block)
-        self.holdings.collect()
-        pairs = list(zip(blocks, needs, strict=True))
-        keeper = self.holdings.keeper()
+        ledger, holdings = self.ledger, self.holdings
+        for (index, generation), nbytes in zip(blocks, needs, strict=True):
+            in_flight = index < MAX_BLOCKS and self.is_in_flight(index, generation)
+            if not in_flight or ledger.used[index] != nbytes:
+                raise _stale(index, generation)
+        holdings.collect()
+        copying = self._copies_out(sum(needs))
+        # Each with a watch, but no block yet: an interrupt anywhere from here on loses none.
+        anchors: list[object] = [
+            Keeper() if copying else self.data.array(ledger.offset[index], nbytes)
+            for (index, _), nbytes in zip(blocks, needs, strict=True)
+        ]
+        watches = [holdings.watch(anchor, []) for anchor in anchors]
         try:
-            position, unmapped = self.membership.run(self._claim, blocks, needs, keeper)
+            position, unmapped = self.membership.run(self._claim, blocks, needs, watches, copying)
         except (ArenaFullError, OSError):  # no lock, or somebody closed its descriptor
-            return self._copy_unclaimed(pairs, is_index=is_index)
+            position, unmapped = -1, frozenset()
         if position is not None:
+            for watch in watches:
+                holdings.unwatch(watch)
+            if position < 0:
+                return self._copy_unclaimed(blocks, needs, is_index=is_index)
             raise _stale(*blocks[position])
-        views = self._views(pairs, unmapped, copying=self._copies_out(), is_index=is_index)
-        self.holdings.unwatch(keeper)
+        views = []
+        for block, nbytes, anchor, watch in zip(blocks, needs, anchors, watches, strict=True):
+            if copying or block[0] in unmapped:
+                in_file = block[0] in unmapped
+                views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
+                holdings.unwatch(watch)
+            else:
+                self._room.enter(block[0], nbytes)
+                views.append(memoryview(anchor))  # type: ignore[arg-type]
+        if self.closed:
+            holdings.free_pages_at_death()
         return views
 
     def _claim(
-        self, blocks: Sequence[Block], needs: Sequence[int], keeper: Keeper
+        self,
+        blocks: Sequence[Block],
+        needs: Sequence[int],
+        watches: Sequence[Watch],
+        copying: bool,
     ) -> tuple[int | None, frozenset[int]]:
         """Step: give back what died, then take over.
 
@@ -385,45 +407,23 @@ class Arena:
         for index, _ in blocks[:1]:
             self.holdings.adopted.pop(index, None)
         unmapped = frozenset(index for index, _ in blocks if index in private)
-        for (index, generation), nbytes in zip(blocks, needs, strict=True):
+        for block, nbytes, watch in zip(blocks, needs, watches, strict=True):
+            index, generation = block
+            watch.anchored = not copying and index not in unmapped
+            watch.blocks.append(block)
             if index not in unmapped:
                 self.holdings.held[index] = (generation, nbytes)
             else:
                 self.holdings.leased[index] = generation  # to be copied and given back at once
-            keeper.blocks.append((index, generation))
         return None, unmapped
 
-    def _views(
-        self,
-        pairs: Sequence[tuple[Block, int]],
-        unmapped: frozenset[int],
-        *,
-        copying: bool,
-        is_index: bool,
-    ) -> list[memoryview]:
-        views: list[memoryview] = []
-        for block, nbytes in pairs:
-            if copying or block[0] in unmapped:
-                in_file = block[0] in unmapped
-                views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
-            else:
-                views.append(self._anchor(*block, nbytes))
-        return views
-
-    def _copies_out(self) -> bool:
+    def _copies_out(self, nbytes: int) -> bool:
         if not self.data.mapped:
             return True
         if self.options.copy_out is not None:
             return self.options.copy_out
-        return self._words[H_HELD] > self._capacity // 2 or len(self.holdings.held) > self._max_held
-
-    def _anchor(self, index: int, generation: int, nbytes: int) -> memoryview:
-        self._room.enter(index, nbytes)
-        anchor = self.data.array(self.ledger.offset[index], nbytes)
-        self.holdings.watch(anchor, [(index, generation)], anchored=True)
-        if self.closed:
-            self.holdings.free_pages_at_death()
-        return memoryview(anchor)
+        held_nbytes = self._words[H_HELD] + nbytes
+        return held_nbytes > self._capacity // 2 or len(self.holdings.held) >= self._max_held
 
     def _copy_claimed(self, block: Block, nbytes: int, in_file: bool, *, keep: bool) -> memoryview:
         index = block[0]
@@ -440,18 +440,18 @@ class Arena:
         return copy
 
     def _copy_unclaimed(
-        self, pairs: Sequence[tuple[Block, int]], *, is_index: bool
+        self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool
     ) -> list[memoryview]:
         # Without the lock: nobody may change a block in flight, so look, copy, and look again.
-        words = [self.ledger.word[index] for (index, _), _ in pairs]
+        words = [self.ledger.word[index] for index, _ in blocks]
         copies = []
-        for ((index, generation), nbytes), word in zip(pairs, words, strict=True):
+        for (index, generation), nbytes, word in zip(blocks, needs, words, strict=True):
             copy = self._copy_of(index, nbytes, in_file=index in self.holdings.private)
             unchanged = self.ledger.word[index] == word and self.ledger.used[index] == nbytes
             if not unchanged or not self.is_in_flight(index, generation):
                 raise _stale(index, generation)
             copies.append(copy)
-        for copy, (block, _), word in zip(copies, pairs, words, strict=True):
+        for copy, block, word in zip(copies, blocks, words, strict=True):
             self.holdings.consume(*block, word, when_dead=copy.obj if is_index else None)
         return copies
 
@@ -467,11 +467,28 @@ class Arena:
             self.data.read_into(offset, memoryview(copy))
         return memoryview(copy)
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[Callable[[int, int], None]]:
-        """Inside, a message leaves its channel; call what is yielded with its first block."""
-        with self.membership.reading():
-            yield self._adopt
+    def receive(self, call: Callable[..., tuple[Any, tuple[int, int] | None]], *args: Any) -> Any:
+        """Take a message out of its channel, and keep its blocks from being reclaimed.
+
+        Parameters
+        ----------
+        call : callable
+            ``call(*args)`` reads; it returns the message, and the first block if it is an envelope.
+        """
+        own, token = self.membership.reader(), object()
+        if own is None:
+            return call(*args)[0]
+        done = own.readings.discard
+        try:
+            own.readings.add(token)
+            own.publish_readings()
+            message, block = call(*args)
+            if block is not None:
+                self._adopt(*block)
+            return message
+        finally:
+            done(token)  # a C call, so no interrupt comes before it
+            own.publish_readings()
 
     def _adopt(self, index: int, generation: int) -> None:
         if self.membership.joined:

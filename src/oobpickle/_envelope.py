@@ -6,7 +6,10 @@ loading it calls `unpack_envelope`.
 **How it works.** An envelope is an ordinary pickle with one global and one ``bytes`` argument::
 
     magic 4 | crc32 u32 | name of the arena 32 | n_blocks u32 | n_buffers u32 | flags u32 | stream
-    nbytes u64 index u64, generation u64 of each block | nbytes u64 of each buffer | stream
+    nbytes u64 index u64, generation u64 of each block | nbytes u64 of each buffer | stream | zeros
+
+The zeros make the whole of it `MARK` bytes long modulo `MODULUS`, as few other messages are; so
+the receiver of a message need not look closely at each.
 
 A large stream, or a long table, lies in the arena too: then the envelope names the first block
 only, and that block holds the rest (flag 1). Sender and receiver compute the layout of the
@@ -44,6 +47,8 @@ PREFIX: Final = b"\x80\x04coobpickle._envelope\nunpack_envelope\n\x8e"
 _SUFFIX: Final = b"\x85R."
 PREFIX_NBYTES: Final = len(PREFIX)
 _BODY_AT: Final = PREFIX_NBYTES + 8
+MODULUS: Final = 64
+MARK: Final = 37
 
 _arenas: dict[bytes, Arena] = {}
 
@@ -132,9 +137,14 @@ def _write_index(
 
 
 def _framed(name: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:
+    body += bytes(_padding(len(body)))
     head = _HEADER.pack(_MAGIC, 0, name, *counts)
     crc = zlib.crc32(body, zlib.crc32(head[_CRC_FROM:]))
     return head[:4] + struct.pack("<I", crc) + head[_CRC_FROM:] + body
+
+
+def _padding(n_body: int) -> int:
+    return (MARK - (_BODY_AT + _HEADER.size + n_body + len(_SUFFIX))) % MODULUS
 
 
 class _Parsed(NamedTuple):
@@ -157,6 +167,7 @@ def _parse(data: bytes) -> _Parsed:
     if found != crc:
         raise EnvelopeError(f"envelope altered: checksum {found:#010x}, expected {crc:#010x}")
     wanted = 24 if flags else 16 * n_blocks + 8 * n_buffers + n_stream
+    wanted += _padding(wanted)
     if body.nbytes != wanted:
         raise EnvelopeError(f"envelope of {body.nbytes} bytes after its head, expected {wanted}")
     return _Parsed(name, n_blocks, n_buffers, bool(flags), n_stream, body)
@@ -205,7 +216,7 @@ def _arena_named(name: bytes) -> Arena:
 def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:
     rest, n_blocks = parsed.body, parsed.n_blocks
     if parsed.indirect:
-        index, generation, index_nbytes = struct.unpack("<3Q", rest)
+        index, generation, index_nbytes = struct.unpack_from("<3Q", rest)
         n_table = 16 * n_blocks + 8 * parsed.n_buffers
         if index_nbytes < n_table + parsed.n_stream or n_blocks < 1:
             raise EnvelopeError(f"an index of {index_nbytes} bytes for {n_blocks} blocks")
@@ -257,4 +268,4 @@ _IDENTITY_AT: Final = _BODY_AT + 8
 HEAD_NBYTES: Final = _BODY_AT + _HEADER.size + 16
 #: No envelope is smaller or larger than this; each names at least one block.
 MIN_NBYTES: Final = HEAD_NBYTES + len(_SUFFIX)
-MAX_NBYTES: Final = MIN_NBYTES + 3 * _INLINE_NBYTES
+MAX_NBYTES: Final = MIN_NBYTES + 3 * _INLINE_NBYTES + MODULUS

@@ -44,27 +44,39 @@ class _Reference(weakref.ref[Any]):
     _as_parameter_ = 0
 
 
-class _Watch(weakref.ref[Any]):
-    """A weak reference that remembers which blocks go back when its object dies."""
+class Watch(weakref.ref[Any]):
+    """A weak reference that remembers which blocks go back when its object dies.
+
+    Attributes
+    ----------
+    blocks : list of (int, int)
+        Index and generation of each.
+    anchored : bool
+        The object is the memory of the (one) block.
+    settles : bool
+        The blocks do not go back: from then on they belong to a message in flight.
+    unclaimed_word : int or None
+        The block was never claimed; its commit word.
+    epoch : int
+        Of the process that watches.
+    frees : tuple of weakref.ref
+        What gives the pages back, see `free_pages_at_death`.
+    """
 
     __slots__ = ("anchored", "blocks", "epoch", "frees", "settles", "unclaimed_word")
-
-    settles: bool
-    unclaimed_word: int | None
 
     anchored: bool
     blocks: Blocks
     epoch: int
     frees: tuple[weakref.ref[Any], ...]
+    settles: bool
+    unclaimed_word: int | None
 
 
 class Keeper:
-    """Watched on behalf of blocks that have no anchor or lease yet, so that none can be lost."""
+    """Watched on behalf of a block that is only copied, so that it cannot be lost."""
 
-    __slots__ = ("__weakref__", "blocks")
-
-    def __init__(self) -> None:
-        self.blocks: Blocks = []
+    __slots__ = ("__weakref__",)
 
 
 class Holdings:
@@ -94,8 +106,8 @@ class Holdings:
         self._data = data
         self._complete: set[int] = set()  # of `private`: copied as a whole
         self._returning: set[int] = set()
-        self._watches: dict[int, _Watch] = {}
-        self._dropped: deque[_Watch] = deque()
+        self._watches: dict[int, Watch] = {}
+        self._dropped: deque[Watch] = deque()
         self._pending: deque[tuple[int, int]] = deque()
         self._unlocked: deque[tuple[int, int]] = deque()
         self._punched: deque[int] = deque()
@@ -108,10 +120,8 @@ class Holdings:
         obj: object,
         blocks: Blocks,
         *,
-        anchored: bool = False,
-        settles: bool = False,
         unclaimed_word: int | None = None,
-    ) -> None:
+    ) -> Watch:
         """Give the blocks back when `obj` is collected.
 
         Parameters
@@ -119,34 +129,24 @@ class Holdings:
         obj : object
             An anchor, a lease, or the copy of a block that is still needed.
         blocks : list of (int, int)
-            Index and generation of each.
-        anchored : bool
-            Whether `obj` is the memory of the (one) block.
-        settles : bool
-            The blocks do not go back: from then on they belong to a message in flight.
+            Index and generation of each; more may be added, so that there is a watch before there
+            is a block, and an interrupt loses none.
         unclaimed_word : int, optional
             The block is in flight, with this commit word, and was never claimed.
         """
-        watch = _Watch(obj, self._dropped.append)
-        watch.anchored = anchored
-        watch.settles = settles
+        watch = Watch(obj, self._dropped.append)
+        watch.anchored = watch.settles = False
         watch.unclaimed_word = unclaimed_word
         watch.blocks = blocks
         watch.epoch = self.epoch
         watch.frees = ()
         self._watches[id(watch)] = watch
+        return watch
 
-    def keeper(self) -> Keeper:
-        """Return a watched `Keeper`: what is in its list goes back when it is collected."""
-        keeper = Keeper()
-        self.watch(keeper, keeper.blocks)
-        return keeper
-
-    def unwatch(self, obj: object) -> None:
-        """Forget an object whose blocks went another way."""
-        for watch in list(weakref.getweakrefs(obj)):
-            if isinstance(watch, _Watch):
-                self._watches.pop(id(watch), None)
+    def unwatch(self, watch: Watch) -> None:
+        """Forget a watch whose blocks went another way."""
+        watch.blocks = []
+        self._watches.pop(id(watch), None)
 
     def free_pages_at_death(self) -> None:
         """Give pages back at the death of every anchor, since nobody may come by to do it."""
@@ -157,20 +157,12 @@ class Holdings:
                 calls = self._data.freeing_calls(self._ledger.offset[index], anchor.nbytes)
                 watch.frees = tuple(_Reference(anchor, call) for call in calls)
 
-    def settle_at_death(self, lease: Lease) -> None:
-        """Leave a sealed lease to its envelope, since nobody will say when that has left."""
-        # The new watch first: an interrupt in between must not free what has left.
-        others = [watch for watch in weakref.getweakrefs(lease) if isinstance(watch, _Watch)]
-        self.watch(lease, lease.blocks, settles=True)
-        for watch in others:
-            self._watches.pop(id(watch), None)
-
     def settle_all_at_death(self) -> None:
-        """Do so with every sealed lease."""
+        """Leave every sealed lease to its envelope, since nobody will say when that has left."""
         for watch in list(self._watches.values()):
             lease = watch()
             if isinstance(lease, Lease) and lease.sealed:
-                self.settle_at_death(lease)
+                watch.settles = True
 
     # --- giving back
 
@@ -179,10 +171,13 @@ class Holdings:
         """Whether `release_pending` has something to do."""
         return bool(self._pending or self._unlocked or self._punched)
 
-    @property
-    def has_dropped(self) -> bool:
-        """Whether something has died that was not collected yet."""
-        return bool(self._dropped)
+    def owes(self, nbytes: int) -> bool:
+        """Whether at least so many bytes of blocks have died and were not collected yet."""
+        if not self._dropped:
+            return False
+        used = self._ledger.used
+        blocks = [block for watch in list(self._dropped) for block in watch.blocks]
+        return sum(used[index] for index, _ in blocks) >= nbytes
 
     @property
     def is_empty(self) -> bool:

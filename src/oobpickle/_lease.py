@@ -25,6 +25,7 @@ from oobpickle import _faults
 
 if TYPE_CHECKING:
     from oobpickle._arena import Arena
+    from oobpickle._holdings import Watch
     from oobpickle._layout import Plan
 
 
@@ -37,6 +38,8 @@ class Lease:
         One writable view of bytes for each buffer, in order.
     blocks : list of (int, int)
         ``(index, generation)`` of each block: with the sizes of the buffers, the placements.
+    watch : Watch
+        What gives the blocks back when the lease is collected.
     """
 
     __slots__ = (
@@ -48,19 +51,25 @@ class Lease:
         "blocks",
         "destinations",
         "sealed",
+        "watch",
     )
 
-    def __init__(
-        self, arena: Arena, blocks: list[tuple[int, int]], plan: Plan, sizes: list[int]
-    ) -> None:
+    def __init__(self, arena: Arena, plan: Plan) -> None:
         self._arena = arena
         self._epoch = arena.holdings.epoch
         self._plan = plan
         self._aside: list[tuple[int, bytearray]] = []
-        self.blocks = blocks
+        self.blocks: list[tuple[int, int]] = []
+        self.destinations: list[memoryview] = []
         self.sealed = False
+        self.watch: Watch = arena.holdings.watch(self, self.blocks)
+
+    def lay_out(self, sizes: list[int]) -> None:
+        """Make the destinations, once the blocks are there."""
+        plan = self._plan
         views = [
-            self._view(index, nbytes) for (index, _), nbytes in zip(blocks, plan.needs, strict=True)
+            self._view(index, nbytes)
+            for (index, _), nbytes in zip(self.blocks, plan.needs, strict=True)
         ]
         self.destinations = [
             views[block][at : at + nbytes] if block >= 0 else memoryview(bytearray())
@@ -104,7 +113,7 @@ class Lease:
         Before the write, since an interrupt can come right after it.
         """
         if self._epoch == self._arena.holdings.epoch:
-            self._arena.holdings.settle_at_death(self)
+            self.watch.settles = True
 
     def settle(self) -> None:
         """The envelope has left, or may have: the blocks are no longer this process's to free."""

@@ -14,10 +14,9 @@ cannot join, and ``busy`` while the lock cannot be had."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, Final
 
 from oobpickle._errors import ArenaFullError
@@ -159,23 +158,14 @@ class Membership:
         if self._own is not None:
             self._own.count(*amounts)
 
-    @contextlib.contextmanager
-    def reading(self) -> Iterator[None]:
-        """Inside, a message may be between its channel and its reader: nothing is reclaimed."""
-        if self._own is None:
-            self.try_join()
-        own, token = self._own, object()
-        if own is None:
+    def reader(self) -> OwnRow | None:
+        """Return the row in whose ``readings`` this process says that it takes a message.
+
+        ``None`` if it cannot join; then nothing is reclaimed any more, for its sake.
+        """
+        if self._own is None and not self.try_join():
             self._ledger.words[H_STRANGERS] = 1
-            yield
-            return
-        try:
-            own.readings.add(token)
-            own.publish_readings()
-            yield
-        finally:
-            own.readings.discard(token)  # one C call, so no interrupt comes before it
-            own.publish_readings()
+        return self._own
 
     def read_for_ever(self) -> None:
         """From now on this process reads without saying when: nothing is reclaimed any more."""

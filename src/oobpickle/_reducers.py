@@ -126,15 +126,13 @@ class Sink:
         self._in_band_nbytes = 0
         self._stand_ins: dict[int, Array] = {}
 
-    def dispatch_table(self, *tables: dict[type, Reducer]) -> dict[type, Reducer]:
+    def dispatch_table(
+        self, general: dict[type, Reducer], special: dict[type, Reducer]
+    ) -> dict[type, Reducer]:
         """Merge the tables, later ones winning, with the reducer for arrays below all of them."""
         numpy = sys.modules.get("numpy")
-        merged: dict[type, Reducer] = {} if numpy is None else {numpy.ndarray: self.reduce_array}
-        for table in tables:
-            merged.update(table)
-        if _registered:
-            merged.update(_registered)
-        return merged
+        ours = {} if numpy is None else {numpy.ndarray: self.reduce_array}
+        return {**ours, **general, **special, **_registered}
 
     def take(self, buffer: PickleBuffer) -> bool:
         """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
@@ -156,8 +154,6 @@ class Sink:
         Plain pickle takes the content when an object is reduced, we when all are. So a reducer that
         fills one scratch memory for each of its objects would have all arrive as the last one.
         """
-        if len(self.sources) < 2:
-            return False
         groups: dict[int, list[Source]] = {}
         for source in self.sources:
             groups.setdefault(id(_owner_of(source)), []).append(source)

@@ -46,7 +46,7 @@ from typing import IO, Any, Final
 from oobpickle import _envelope, _statistics
 from oobpickle._arena import Arena, users
 from oobpickle._channels import Channels
-from oobpickle._envelope import PREFIX, PREFIX_NBYTES, Envelope
+from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, FallbackWarning
 from oobpickle._options import Options
 from oobpickle._payload import Payload
@@ -56,6 +56,7 @@ from oobpickle._statistics import Statistics, describe_fallbacks
 
 _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
+_LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 
 _hook: Hook | None = None
 _lingering: list[Arena] = []
@@ -81,6 +82,7 @@ class Hook:
         self.arena = arena
         self.said = said
         self.channels = channels
+        self.threshold = arena.options.threshold or 0
         self.n_users = 0  # enabled() blocks that are open
         self.installed = False  # install() was called
         self.leaving = False
@@ -145,7 +147,7 @@ class Hook:
             (_statistics.NBYTES, payload.nbytes),
         )
         if _hook is not self:
-            arena.holdings.settle_at_death(lease)  # uninstalled meanwhile
+            lease.depart()  # uninstalled meanwhile: nobody will say when it has left
 
 
 # --- the replacements
@@ -157,34 +159,54 @@ def _hooked_pickler(original: Any) -> Any:
 
         @classmethod
         def dumps(cls, obj: object, protocol: int | None = None) -> Any:
-            token = object()
-            try:
-                users.add(token)
-                hook = _running()
-                if hook is None or protocol is not None:
-                    return original.dumps(obj, protocol)
-                holdings = hook.arena.holdings
-                if holdings.has_dropped or holdings.has_returns:
-                    hook.arena.drain()  # the answer to this message can then use the room
-                threshold = hook.arena.options.threshold or 0
-                payload = serialize(obj, original._extra_reducers, threshold)
-                if not payload.sizes and len(payload.stream) < threshold:
-                    return payload.stream
-                return hook.send(payload, sys._getframe(1))
-            finally:
-                users.discard(token)
+            # Every message comes here: what is above `_send` is all that it costs a small one.
+            hook = _hook
+            if hook is None or hook.arena.closed or protocol is not None:
+                _running()
+                return original.dumps(obj, protocol)
+            if hook.arena.holdings.owes(_LARGE_NBYTES):
+                _drain(hook)  # the answer to this message can then use the room
+            payload = serialize(obj, original._extra_reducers, hook.threshold)
+            if payload.sizes or len(payload.stream) >= hook.threshold:
+                return _send(hook, payload, sys._getframe(1))
+            return payload.stream
 
     return HookedPickler
 
 
+def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
+    token = object()
+    try:
+        users.add(token)
+        if _running() is hook:
+            return hook.send(payload, frame)
+    finally:
+        users.discard(token)
+    return payload.to_pickle() if payload.sizes else payload.stream
+
+
+def _drain(hook: Hook) -> None:
+    token = object()
+    try:
+        users.add(token)
+        if _running() is hook:
+            hook.arena.drain()
+    finally:
+        users.discard(token)
+
+
 def _hooked_send_bytes(original: Any) -> Any:
-    least, most = _envelope.MIN_NBYTES, _envelope.MAX_NBYTES
+    most = _envelope.MAX_NBYTES
 
     def _send_bytes(self: Any, buf: Any) -> None:
+        n = len(buf)
+        if n % MODULUS != MARK or n > most:
+            original(self, buf)
+            return
         envelope = buf if type(buf) is Envelope else getattr(buf, "obj", None)
         token = object()
         if type(envelope) is not Envelope:
-            if least <= len(buf) <= most and bytes(buf[:PREFIX_NBYTES]) == PREFIX:
+            if bytes(buf[:PREFIX_NBYTES]) == PREFIX:
                 _readdress(buf, self._handle)
             original(self, buf)
             return
@@ -222,13 +244,14 @@ def _readdress(message: Any, fd: int) -> None:
 
 
 def _hooked_recv(original: Any) -> Any:
-    least, most = _envelope.MIN_NBYTES, _envelope.MAX_NBYTES
+    most = _envelope.MAX_NBYTES
 
     def _recv(self: Any, size: int, *args: Any) -> Any:
         # Comes after the length of the message was read, with the message itself still unread in
         # the channel; so a process that waits for a message does not count as reading one.
-        if not least <= size <= most:
-            if size == _LENGTH_NBYTES and _hook is not None:
+        if size % MODULUS != MARK or size > most:
+            # Before the length of the next message comes there is time.
+            if size == _LENGTH_NBYTES and (hook := _hook) is not None and hook.arena.holdings.held:
                 _wait_draining(self._handle)
             return original(self, size, *args)
         token = object()
@@ -237,23 +260,19 @@ def _hooked_recv(original: Any) -> Any:
             hook = _running()
             if hook is None:
                 return original(self, size, *args)
-            return _read_message(hook.arena, original, self, size, *args)
+            return hook.arena.receive(_read, hook.arena.identity, original, self, size, *args)
         finally:
             users.discard(token)
 
     return _recv
 
 
-def _read_message(arena: Arena, original: Any, *args: Any) -> Any:
-    """Read a message that may be an envelope; if it is one, its blocks are this process's."""
-    with arena.reading() as adopt:
-        message = original(*args)
-        message.seek(0)
-        head = _envelope.head_of(message.read(_envelope.HEAD_NBYTES), arena.identity)
-        message.seek(0, os.SEEK_END)
-        if head is not None:
-            adopt(*head)
-        return message
+def _read(identity: bytes, original: Any, *args: Any) -> tuple[Any, tuple[int, int] | None]:
+    """Read a message; return it, and its first block if it is an envelope of the arena."""
+    message = original(*args)
+    with message.getbuffer() as view:
+        head = bytes(view[: _envelope.HEAD_NBYTES])
+    return message, _envelope.head_of(head, identity)
 
 
 def _wait_draining(fd: int) -> None:
@@ -262,13 +281,7 @@ def _wait_draining(fd: int) -> None:
     It is done here because a finalizer in Python would swallow a Ctrl-C.
     """
     while (hook := _hook) is not None and hook.arena.holdings.held:
-        token = object()
-        try:
-            users.add(token)
-            if _running() is hook:
-                hook.arena.drain()
-        finally:
-            users.discard(token)
+        _drain(hook)
         if not os.get_blocking(fd) or is_readable(fd, _TICK_S):
             return
 

@@ -68,7 +68,7 @@ def serialize(obj: object, reducers: dict[type, Reducer], threshold: int) -> Pay
     """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes."""
     sink = Sink(threshold)
     stream = _dump(obj, reducers, sink)
-    if sink.has_overlap():
+    if len(sink.sources) > 1 and sink.has_overlap():
         # Perhaps scratch memory that a reducer has used again: the one case of reducing twice.
         sink = Sink(threshold, copying=True)
         stream = _dump(obj, reducers, sink)

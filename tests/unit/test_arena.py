@@ -458,10 +458,12 @@ def test_a_message_that_was_read_is_its_readers_to_keep(arena):
     lease.settle()
     os.write(write_fd, b"envelope")
 
-    with arena.reading() as adopt:
-        os.read(read_fd, 100)
+    def read():
+        message = os.read(read_fd, 100)
         assert 0 == arena._room.reclaim()
-        adopt(*lease.blocks[0])
+        return message, lease.blocks[0]
+
+    assert b"envelope" == arena.receive(read)
     assert 0 == arena._room.reclaim()
     views = arena.claim(lease.blocks, lease._plan.needs)
     assert 0 == arena._room.reclaim()

@@ -247,4 +247,5 @@ def test_the_head_of_an_envelope_names_its_first_block(arena):
     assert _envelope.head_of(head, NAME[:16]) is None
     assert _envelope.head_of(b"x" * _envelope.HEAD_NBYTES, arena.identity) is None
     assert _envelope.MIN_NBYTES <= len(envelope) <= _envelope.MAX_NBYTES
+    assert _envelope.MARK == len(envelope) % _envelope.MODULUS
     pickle.loads(envelope)

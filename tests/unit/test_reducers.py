@@ -172,7 +172,7 @@ def test_merging_tables_changes_none_of_them(tables, signal):
 
 def test_numpy_is_not_imported_for_objects_without_arrays(monkeypatch):
     monkeypatch.delitem(sys.modules, "numpy")
-    table = Sink(0).dispatch_table({})
+    table = Sink(0).dispatch_table({}, {})
 
     assert "numpy" not in sys.modules
     assert not any(cls.__module__ == "numpy" for cls in table)
