@@ -52,7 +52,7 @@ from _harness import (
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 SIZES = {
-    **{f"{n}K": n * KIB for n in (1, 4, 16, 32, 64, 96, 128, 256, 512)},
+    **{f"{n}K": n * KIB for n in (1, 4, 16, 32, 64, 96, 128, 160, 192, 256, 512)},
     **{f"{n}M": n * MIB for n in (1, 4, 16, 64, 256)},
     **{f"{n}G": n * GIB for n in (1, 2)},
 }

@@ -473,7 +473,9 @@ class Arena:
         Parameters
         ----------
         call : callable
-            ``call(*args)`` reads; it returns the message, and the first block if it is an envelope.
+            Reads; it returns the message, and the message's first block if that is an envelope.
+        *args : object
+            Its arguments.
         """
         own, token = self.membership.reader(), object()
         if own is None:

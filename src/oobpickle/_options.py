@@ -21,7 +21,7 @@ from oobpickle import _headroom
 from oobpickle._layout import H_CAPACITY, H_COPY_OUT, H_THRESHOLD, H_WAIT_S
 
 #: Measured crossover of plain pickling and the arena for one message through a warm Pool.
-DEFAULT_THRESHOLD: Final = 64 << 10
+DEFAULT_THRESHOLD: Final = 160 << 10
 _MIN_CAPACITY: Final = 1 << 20
 _MAX_CAPACITY: Final = 1 << 43
 _NOT_SAID: Final = 0xFFFF_FFFF_FFFF_FFFF

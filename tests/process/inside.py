@@ -23,8 +23,11 @@ import traceback
 import numpy as np
 from numpy.random import default_rng
 
-from oobpickle import _faults
+from oobpickle import _faults, _options
 from oobpickle import _layout as layout
+
+# The programs send many messages of 70 to 100 KB; children take over the parent's.
+_options.DEFAULT_THRESHOLD = 64 << 10
 
 WATCHDOG_S = 150
 TOKEN_S = 20
