@@ -27,6 +27,7 @@ from collections.abc import Iterable, Sequence
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
+from oobpickle._copying import copy_array
 from oobpickle._errors import PayloadError
 from oobpickle._reducers import byte_bounds, in_memory_order
 
@@ -268,11 +269,11 @@ def _copy(view: memoryview, source: Any) -> None:
     if flat.flags.c_contiguous and flat.nbytes <= _SMALL_NBYTES and source.dtype.kind in "biufc":
         view[:] = memoryview(flat).cast("B")
     else:
-        # Releases the GIL, and takes strides in the same pass.
-        np.copyto(np.ndarray(flat.shape, flat.dtype, view), flat)
+        # Takes strides in the same pass.
+        copy_array(np.ndarray(flat.shape, flat.dtype, view), flat)
 
 
 def _copy_bytes(view: memoryview, raw: memoryview) -> None:
     import numpy as np
 
-    np.copyto(np.frombuffer(view, np.uint8), np.frombuffer(raw, np.uint8))
+    copy_array(np.frombuffer(view, np.uint8), np.frombuffer(raw, np.uint8))
