@@ -98,7 +98,6 @@ OWNER_SHIFT: Final = 8
 OWNER_MASK: Final = 0xFFFFFF
 GENERATION_SHIFT: Final = 32
 GENERATION_MASK: Final = 0xFFFFFFFF
-ORPHAN: Final = OWNER_MASK  # owner of a block in flight whose sender, or reader, is gone
 #: In the channel column of a block in flight: it goes where its message's first block goes, whose
 #: index is in the low bits and whose generation is in the next column.
 FOLLOWS: Final = 1 << 62

@@ -6,7 +6,7 @@
 
     NONE --lease--> LEASED --seal--> IN FLIGHT --claim--> HELD --release--> FREE --lease--> LEASED
     ...
-                      |                  |  sender gone: its owner becomes ORPHAN
+                      |                  |  of the dead: anybody may look if it can be read
                       +---- release -----+------------------------------------^
 
 Each change is one store of the block's commit word. Everything else (free lists, sums, the number
@@ -24,7 +24,7 @@ that is not what the placement says."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from oobpickle import _faults
@@ -57,7 +57,6 @@ from oobpickle._layout import (
     MAX_BLOCKS,
     N_CLASSES,
     NONE,
-    ORPHAN,
     OWNER_MASK,
     OWNER_SHIFT,
     STATE_MASK,
@@ -315,16 +314,17 @@ class Ledger:
         return [int(i) for i in np.flatnonzero((word & low) == slot << OWNER_SHIFT | state)]
 
     def recover(self, slot: int) -> None:
-        """Free what a dead participant leased or held; what it sent becomes an orphan."""
+        """Free what a dead participant leased or held.
+
+        What it sent is left as it is: a reader may be making it its own at this moment, without the
+        lock. It is nobody's as long as nobody has the slot, and then its new owner's.
+        """
         import numpy as np
 
         word = self._array(self.word)
         state = word & np.uint64(STATE_MASK)
         mine = (word >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)) == slot
         generation = word & ~np.uint64((1 << 32) - 1)
-        sent = mine & (state == IN_FLIGHT)
-        word[sent] = generation[sent] | np.uint64(ORPHAN << OWNER_SHIFT | IN_FLIGHT)
-        _faults.reach("ledger.recover.sent")
         had = mine & ((state == LEASED) | (state == HELD))
         word[had] = generation[had] | np.uint64(FREE)
         _faults.reach("ledger.recover.had")
@@ -423,14 +423,16 @@ class Ledger:
         head = self.channel[index] & ~FOLLOWS
         return self.generation[head] != self.next[index] or self.word[head] & STATE_MASK == FREE
 
-    def in_flight(self, owners: tuple[int, ...]) -> list[tuple[int, int, int]]:
-        """Return ``(index, word, channel)`` of blocks in flight from the given owners."""
+    def in_flight(self, others: Collection[int]) -> list[tuple[int, int, int]]:
+        """Return ``(index, word, channel)`` of blocks in flight whose owner is not among `others`.
+
+        Those are the blocks of the dead, and of the caller who leaves its own slot out.
+        """
         import numpy as np
 
         # One look at all rows: others change them meanwhile.
         word = self._array(self.word).copy()
-        chosen = np.zeros(len(word), bool)
-        low = np.uint64(OWNER_MASK << OWNER_SHIFT | STATE_MASK)
-        for owner in owners:
-            chosen |= (word & low) == np.uint64(owner << OWNER_SHIFT | IN_FLIGHT)
+        owner = word >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)
+        chosen = (word & np.uint64(STATE_MASK)) == IN_FLIGHT
+        chosen &= ~np.isin(owner, np.array(list(others), np.uint64))
         return [(i, int(word[i]), self.channel[i]) for i in np.flatnonzero(chosen).tolist()]

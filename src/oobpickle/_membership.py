@@ -136,10 +136,14 @@ class Membership:
         """Return the pids of all participants; a hint for looking at /proc only."""
         return self._participants.pids()
 
+    def others(self) -> list[int]:
+        """Return the slots of the other participants, living or not yet reaped."""
+        own = self._own.slot if self._own is not None else -1
+        return [slot for slot, _ in self._participants.readers() if slot != own]
+
     def n_others(self) -> int:
         """Return how many other participants there are, living or not yet reaped."""
-        own = self._own.slot if self._own is not None else -1
-        return sum(slot != own for slot, _ in self._participants.readers())
+        return len(self.others())
 
     def anyone_reads(self) -> bool:
         """Tell whether anybody is in the middle of reading a message, or may be unnoticed."""

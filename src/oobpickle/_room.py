@@ -24,7 +24,7 @@ from typing import Final
 from oobpickle import _faults, _headroom
 from oobpickle._errors import ArenaFullError
 from oobpickle._holdings import Holdings
-from oobpickle._layout import FOLLOWS, H_CLOSED, ORPHAN
+from oobpickle._layout import FOLLOWS, H_CLOSED
 from oobpickle._ledger import Ledger, Shortage
 from oobpickle._membership import Membership
 from oobpickle._pipes import is_unreadable
@@ -213,10 +213,10 @@ class Room:
 
     def _in_flight(self) -> list[tuple[int, int, int]]:
         """Return index, word and channel of blocks in flight whose owner is dead, or is done."""
-        owners, holdings = (ORPHAN, self._membership.slot), self._holdings
+        holdings, others = self._holdings, self._membership.others()
         return [
             (index, word, channel)
-            for index, word, channel in self._ledger.in_flight(owners)
+            for index, word, channel in self._ledger.in_flight(others)
             if index not in holdings.leased
             and holdings.adopted.get(index) != self._ledger.generation[index]
         ]

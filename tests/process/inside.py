@@ -295,8 +295,8 @@ def _owner_problems(words, word, state):
     slots = words[layout.H_N_SLOTS]
     for i in np.flatnonzero(state != layout.FREE).tolist():
         owner = int(word[i]) >> layout.OWNER_SHIFT & layout.OWNER_MASK
-        if state[i] == layout.IN_FLIGHT and owner == layout.ORPHAN:
-            continue
+        if state[i] == layout.IN_FLIGHT:
+            continue  # of somebody who has died, or a newcomer in the same slot
         row = layout.HEADER_WORDS + owner * layout.PARTICIPANT_WORDS
         if owner >= slots or words[row + layout.P_STATE] != layout.JOINED:
             yield f"block {i} (state {state[i]}) belongs to slot {owner}, which nobody has"

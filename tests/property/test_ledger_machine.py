@@ -8,7 +8,7 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 
 from ledger_tools import FakeLocks, assert_in_order, make_ledger, make_mutex, owner_of, state_of
 from oobpickle import _faults, _ledger, _mutex, _participants
-from oobpickle._layout import FREE, HELD, IN_FLIGHT, LEASED, ORPHAN
+from oobpickle._layout import FREE, HELD, IN_FLIGHT, LEASED
 from oobpickle._participants import Participants
 
 SIZES = st.lists(
@@ -207,9 +207,10 @@ class LedgerMachine(RuleBasedStateMachine):
         if not self.alive(process):
             return
         lost = {(index, generation) for index, generation, _ in self.lost}
+        others = [other.slot for other in self.living if other is not process]
         words = [
             (index, word)
-            for index, word, _ in self.ledger.in_flight((ORPHAN,))
+            for index, word, _ in self.ledger.in_flight(others)
             if (index, self.ledger.generation[index]) in lost
         ]
         assert self.step(self.ledger.free_unread, words) == len(words)

@@ -147,7 +147,9 @@ def test_recovery_frees_what_the_dead_had_and_keeps_what_it_sent(ledger):
 
     states = [state_of(ledger, block[0][0]) for block in (leased, sent, held, others)]
     assert [layout.FREE, layout.IN_FLIGHT, layout.FREE, layout.LEASED] == states
-    assert layout.ORPHAN == owner_of(ledger, sent[0][0])
+    assert 1 == owner_of(ledger, sent[0][0])
+    assert [sent[0][0]] == [index for index, _, _ in ledger.in_flight([2, 3])]
+    assert [] == ledger.in_flight([1])
     assert ledger.claim(sent, [200], 2) is None
 
 
