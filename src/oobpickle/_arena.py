@@ -1,7 +1,7 @@
 """The arena: shared memory for the messages of one tree of processes, and the policy of its use.
 
-**What.** `Arena` gives destinations to senders (`acquire`) and memory to receivers (`claim`),
-recycles blocks, keeps within its capacity, and says what it did.
+**What.** `Arena` gives destinations to senders (`acquire`), recycles blocks, keeps within its
+capacity, and says what it did. Its `intake` is for receivers.
 
 **How it works.** Three nameless files: data, ledger, locks. Apart, so that a write past the end
 of an array cannot reach the table. Memory that was used is kept for the next message: fresh pages
@@ -15,7 +15,7 @@ processes die, the kernel frees the files with the last of them; what a dead par
 recovered by whoever next needs room.
 
 **When it cannot.** `acquire` raises `ArenaFullError` with a reason of `_statistics.REASONS`; the
-caller then sends in-band. `claim` never needs the lock: without it, the bytes are copied out."""
+caller then sends in-band."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ import secrets
 import stat
 import struct
 import time
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from oobpickle import _fork, _statistics, _system
-from oobpickle._errors import ArenaError, ArenaFullError, StaleEnvelopeError
-from oobpickle._holdings import Holdings, Keeper, Watch
+from oobpickle._errors import ArenaError, ArenaFullError
+from oobpickle._holdings import Holdings
+from oobpickle._intake import Intake
 from oobpickle._layout import (
     GENERATION_MASK,
     GENERATION_SHIFT,
     H_CAPACITY,
     H_CLOSED,
     H_DATA_NBYTES,
-    H_HELD,
     H_IDENTITY,
     H_MAGIC,
     H_VERSION,
@@ -44,7 +44,6 @@ from oobpickle._layout import (
     IN_FLIGHT,
     LEDGER_NBYTES,
     MAGIC,
-    MAX_BLOCKS,
     STATE_MASK,
     VERSION,
     Plan,
@@ -59,7 +58,7 @@ from oobpickle._segment import Segment, largest_file_nbytes, page_round
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Sequence
 
 _DATA_NBYTES: Final = 1 << 44
 _MIN_DATA_NBYTES: Final = 64 << 20
@@ -101,15 +100,15 @@ class Arena:
         self.ledger = Ledger(words)
         self.holdings = Holdings(self.ledger, data)
         self.membership = Membership(self.ledger, handle, self._repair)
-        self._room = Room(self.ledger, data, self.holdings, self.membership)
+        self.room = Room(self.ledger, data, self.holdings, self.membership)
         self._table = table
         self._words = words
         self.identity = bytes(words[H_IDENTITY : H_IDENTITY + 2])
         self.options = Options.read(words)
         self._capacity = words[H_CAPACITY]
-        self._max_held = _max_map_count() // 4
         self._pid = os.getpid()
         self._final: Statistics | None = None
+        self.intake = Intake(self)
         _fork.watch(self)
 
     @classmethod
@@ -239,13 +238,13 @@ class Arena:
         try:
             deadline = self._deadline(layout, wait_s)
             self._take(layout, taken, lease, deadline)
-            if self._needs_fresh(taken, layout) and self._room.look_for_lost():
+            if self._needs_fresh(taken, layout) and self.room.look_for_lost():
                 self._return(taken)
                 lease.blocks.clear()
                 self._take(layout, taken, lease, deadline)
             for (index, present), nbytes in zip(taken, layout.needs, strict=True):
                 if index not in self.holdings.private:
-                    self._room.furnish(index, nbytes, present)
+                    self.room.furnish(index, nbytes, present)
             lease.lay_out(sizes)
         except BaseException as error:
             self._return(taken, punch=isinstance(error, ArenaFullError))
@@ -261,7 +260,7 @@ class Arena:
         """Give back blocks that were not written; `punch` those whose pages were not reserved."""
         indices = [index for index, _ in taken]
         if punch:
-            self._room.punch_unreserved(indices)
+            self.room.punch_unreserved(indices)
         self.give_back([(index, self.ledger.generation[index]) for index in indices])
         taken.clear()
 
@@ -280,7 +279,7 @@ class Arena:
             step = needs[len(taken) : len(taken) + _STEP_BLOCKS]
             self.holdings.collect()
             shortage = self.membership.run(self._exchange, step, taken, lease)
-            if shortage is None or self._room.make(shortage, again=pause_s > _FIRST_PAUSE_S):
+            if shortage is None or self.room.make(shortage, again=pause_s > _FIRST_PAUSE_S):
                 continue
             if time.monotonic() >= deadline:
                 raise self._full(shortage)
@@ -322,189 +321,6 @@ class Arena:
         same = word >> GENERATION_SHIFT == generation & GENERATION_MASK
         return same and word & STATE_MASK == IN_FLIGHT
 
-    # --- receiving
-
-    def claim(
-        self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool = False
-    ) -> list[memoryview]:
-        """Take over the blocks of one message.
-
-        Parameters
-        ----------
-        blocks : sequence of (int, int)
-            ``(index, generation)`` of each block, from the envelope.
-        needs : sequence of int
-            Bytes used of each.
-        is_index : bool
-            Whether further blocks of the same message are claimed before this one is dropped.
-
-        Returns
-        -------
-        list of memoryview
-            Writable bytes of each block: the block itself, released when the last view of it is
-            collected, or a private copy.
-
-        Raises
-        ------
-        StaleEnvelopeError
-            If a block is not in flight with that generation: loaded already, or taken back.
-        """
-        ledger, holdings = self.ledger, self.holdings
-        for (index, generation), nbytes in zip(blocks, needs, strict=True):
-            in_flight = index < MAX_BLOCKS and self.is_in_flight(index, generation)
-            if not in_flight or ledger.used[index] != nbytes:
-                raise _stale(index, generation)
-        holdings.collect()
-        copying = self._copies_out(sum(needs))
-        # Each with a watch, but no block yet: an interrupt anywhere from here on loses none.
-        anchors: list[object] = [
-            Keeper() if copying else self.data.array(ledger.offset[index], nbytes)
-            for (index, _), nbytes in zip(blocks, needs, strict=True)
-        ]
-        watches = [holdings.watch(anchor, []) for anchor in anchors]
-        try:
-            position, unmapped = self.membership.run(self._claim, blocks, needs, watches, copying)
-        except (ArenaFullError, OSError):  # no lock, or somebody closed its descriptor
-            position, unmapped = -1, frozenset()
-        if position is not None:
-            for watch in watches:
-                holdings.unwatch(watch)
-            if position < 0:
-                return self._copy_unclaimed(blocks, needs, is_index=is_index)
-            raise _stale(*blocks[position])
-        views = []
-        for block, nbytes, anchor, watch in zip(blocks, needs, anchors, watches, strict=True):
-            if copying or block[0] in unmapped:
-                in_file = block[0] in unmapped
-                views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
-                holdings.unwatch(watch)
-            else:
-                self._room.enter(block[0], nbytes)
-                views.append(memoryview(anchor))  # type: ignore[arg-type]
-        if self.closed:
-            holdings.free_pages_at_death()
-        return views
-
-    def _claim(
-        self,
-        blocks: Sequence[Block],
-        needs: Sequence[int],
-        watches: Sequence[Watch],
-        copying: bool,
-    ) -> tuple[int | None, frozenset[int]]:
-        """Step: give back what died, then take over.
-
-        Returns the position of a stale block, and the indices whose ranges were private before, so
-        that the mapping does not show the message. Looked up here, where no thread can be forking:
-        a fork later privatizes these blocks *with* their content.
-        """
-        slot = self.membership.slot
-        self.holdings.release_pending(slot)
-        position = self.ledger.claim(blocks, needs, slot)
-        if position is not None:
-            return position, frozenset()
-        private = self.holdings.private
-        for index, _ in blocks[:1]:
-            self.holdings.adopted.pop(index, None)
-        unmapped = frozenset(index for index, _ in blocks if index in private)
-        for block, nbytes, watch in zip(blocks, needs, watches, strict=True):
-            index, generation = block
-            watch.anchored = not copying and index not in unmapped
-            watch.blocks.append(block)
-            if index not in unmapped:
-                self.holdings.held[index] = (generation, nbytes)
-            else:
-                self.holdings.leased[index] = generation  # to be copied and given back at once
-        return None, unmapped
-
-    def _copies_out(self, nbytes: int) -> bool:
-        if not self.data.mapped:
-            return True
-        if self.options.copy_out is not None:
-            return self.options.copy_out
-        held_nbytes = self._words[H_HELD] + nbytes
-        return held_nbytes > self._capacity // 2 or len(self.holdings.held) >= self._max_held
-
-    def _copy_claimed(self, block: Block, nbytes: int, in_file: bool, *, keep: bool) -> memoryview:
-        index = block[0]
-        copy = self._copy_of(index, nbytes, in_file=in_file)
-        if keep:
-            self.holdings.watch(copy.obj, [block])
-            return copy
-        self.give_back([block])
-        if not in_file:
-            self.holdings.share_unanchored(index)
-        self.membership.count(
-            (_statistics.N_COPIED_OUT, 1), (_statistics.NBYTES_COPIED_OUT, nbytes)
-        )
-        return copy
-
-    def _copy_unclaimed(
-        self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool
-    ) -> list[memoryview]:
-        # Without the lock: nobody may change a block in flight, so look, copy, and look again.
-        words = [self.ledger.word[index] for index, _ in blocks]
-        copies = []
-        for (index, generation), nbytes, word in zip(blocks, needs, words, strict=True):
-            copy = self._copy_of(index, nbytes, in_file=index in self.holdings.private)
-            unchanged = self.ledger.word[index] == word and self.ledger.used[index] == nbytes
-            if not unchanged or not self.is_in_flight(index, generation):
-                raise _stale(index, generation)
-            copies.append(copy)
-        for copy, block, word in zip(copies, blocks, words, strict=True):
-            self.holdings.consume(*block, word, when_dead=copy.obj if is_index else None)
-        return copies
-
-    def _copy_of(self, index: int, nbytes: int, *, in_file: bool) -> memoryview:
-        import numpy as np
-
-        offset = self.ledger.offset[index]
-        copy = np.empty(nbytes, np.uint8)
-        if self.data.mapped and not in_file:
-            self._room.enter(index, nbytes)
-            np.copyto(copy, self.data.array(offset, nbytes))
-        else:
-            self.data.read_into(offset, memoryview(copy))
-        return memoryview(copy)
-
-    def receive(self, call: Callable[..., tuple[Any, tuple[int, int] | None]], *args: Any) -> Any:
-        """Take a message out of its channel, and keep its blocks from being reclaimed.
-
-        Parameters
-        ----------
-        call : callable
-            Reads; it returns the message, and the message's first block if that is an envelope.
-        *args : object
-            Its arguments.
-        """
-        own, token = self.membership.reader(), object()
-        if own is None:
-            return call(*args)[0]
-        done = own.readings.discard
-        try:
-            own.readings.add(token)
-            own.publish_readings()
-            message, block = call(*args)
-            if block is not None:
-                self._adopt(*block)
-            return message
-        finally:
-            done(token)  # a C call, so no interrupt comes before it
-            own.publish_readings()
-
-    def _adopt(self, index: int, generation: int) -> None:
-        if self.membership.joined:
-            self.holdings.adopted[index] = generation
-            self.ledger.adopt(index, generation, self.membership.slot)
-
-    def readdress(self, index: int, generation: int, channel: int) -> None:
-        """A message that this process has read is sent on, unloaded, into another channel."""
-        if index < MAX_BLOCKS and self.is_in_flight(index, generation):
-            self.ledger.channel[index] = channel
-            if self.membership.joined:
-                self.ledger.adopt(index, generation, self.membership.slot)
-            self.holdings.adopted.pop(index, None)
-
     # --- giving back
 
     def give_back(self, blocks: Sequence[Block]) -> None:
@@ -520,7 +336,7 @@ class Arena:
             try:
                 freed = self.membership.run(self._release)
                 if freed and self.closed:
-                    self._room.punch_idle(_EVERYTHING)
+                    self.room.punch_idle(_EVERYTHING)
             except (ArenaFullError, OSError):
                 return
             holdings.collect()
@@ -563,8 +379,8 @@ class Arena:
         """Give the pages of all free blocks back to the system."""
         self.drain()
         self.membership.reap()
-        self._room.reclaim()
-        self._room.punch_idle(_EVERYTHING)
+        self.room.reclaim()
+        self.room.punch_idle(_EVERYTHING)
 
     def close(self) -> None:
         """End the arena: nothing new is sent; free memory is back with the system on return.
@@ -575,9 +391,9 @@ class Arena:
         try:
             self.drain()
             self.membership.reap()
-            self._room.reclaim()  # before it is closed: after that nobody says when he reads
+            self.room.reclaim()  # before it is closed: after that nobody says when he reads
             self._words[H_CLOSED] = 1
-            self._room.punch_idle(_EVERYTHING)
+            self.room.punch_idle(_EVERYTHING)
         except (ArenaFullError, OSError):
             self._words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes
 
@@ -598,8 +414,8 @@ class Arena:
         self.drain()
         try:
             self.membership.reap()
-            self._room.reclaim()
-            self._room.punch_idle(_EVERYTHING)
+            self.room.reclaim()
+            self.room.punch_idle(_EVERYTHING)
             final = self.statistics()
             if not self.membership.run(self._retire):
                 return False
@@ -657,26 +473,11 @@ class Arena:
             return
         self.membership.reset_in_child()
         self.holdings.reset_in_child()
-        self._room.forget()
+        self.room.forget()
         users.clear()  # of threads that do not exist here
         self._pid = os.getpid()
         if not self.closed:
             self.membership.try_join()
-
-
-def _stale(index: int, generation: int) -> StaleEnvelopeError:
-    return StaleEnvelopeError(
-        f"block {index} is not in flight with generation {generation}: this message was loaded "
-        "already, or its sender took it back. Load each message once; keep the object instead."
-    )
-
-
-def _max_map_count() -> int:
-    try:
-        with open("/proc/sys/vm/max_map_count") as file:
-            return int(file.read())
-    except (OSError, ValueError):
-        return 65530
 
 
 def _create_data(nbytes: int) -> Segment:

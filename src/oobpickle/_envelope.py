@@ -220,7 +220,7 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
         n_table = 16 * n_blocks + 8 * parsed.n_buffers
         if index_nbytes < n_table + parsed.n_stream or n_blocks < 1:
             raise EnvelopeError(f"an index of {index_nbytes} bytes for {n_blocks} blocks")
-        (rest,) = arena.claim([(index, generation)], [index_nbytes], is_index=True)
+        (rest,) = arena.intake.claim([(index, generation)], [index_nbytes], is_index=True)
     numbers = struct.unpack_from(f"<{2 * n_blocks + parsed.n_buffers}Q", rest)
     pairs = list(zip(numbers[: 2 * n_blocks : 2], numbers[1 : 2 * n_blocks : 2], strict=True))
     sizes = list(numbers[2 * n_blocks :])
@@ -230,7 +230,7 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
     layout = plan(sizes)
     if len(layout.needs) != len(blocks):
         raise EnvelopeError(f"{len(blocks)} blocks for buffers that need {len(layout.needs)}")
-    views = arena.claim(blocks, layout.needs)
+    views = arena.intake.claim(blocks, layout.needs)
     buffers = [
         views[block][at : at + nbytes] if block >= 0 else memoryview(bytearray())
         for (block, at), nbytes in zip(layout.places, sizes, strict=True)

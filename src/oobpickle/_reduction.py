@@ -238,7 +238,7 @@ def _readdress(message: Any, fd: int) -> None:
             head = bytes(message[: _envelope.HEAD_NBYTES])
             block = _envelope.head_of(head, hook.arena.identity)
             if block is not None:
-                hook.arena.readdress(*block, hook.channels.known(fd))
+                hook.arena.intake.readdress(*block, hook.channels.known(fd))
     finally:
         users.discard(token)
 
@@ -260,7 +260,8 @@ def _hooked_recv(original: Any) -> Any:
             hook = _running()
             if hook is None:
                 return original(self, size, *args)
-            return hook.arena.receive(_read, hook.arena.identity, original, self, size, *args)
+            arena = hook.arena
+            return arena.intake.receive(_read, arena.identity, original, self, size, *args)
         finally:
             users.discard(token)
 

@@ -63,7 +63,7 @@ def test_what_was_written_is_what_arrives(arena):
         destination[:] = content
     lease.seal(0)
     lease.settle()
-    views = arena.claim(lease.blocks, lease._plan.needs)
+    views = arena.intake.claim(lease.blocks, lease._plan.needs)
 
     places = lease._plan.places
     found = [
@@ -87,13 +87,13 @@ def test_the_receiver_gets_the_very_memory_that_the_sender_wrote(arena):
     lease.seal(0)
     lease.settle()
 
-    (view,) = arena.claim(lease.blocks, [100_000])
+    (view,) = arena.intake.claim(lease.blocks, [100_000])
 
     assert written == address(view)
 
 
 def test_a_block_comes_back_when_the_last_view_of_it_is_gone(arena):
-    (view,) = arena.claim(*send(arena, b"x" * MIB))
+    (view,) = arena.intake.claim(*send(arena, b"x" * MIB))
     array = np.frombuffer(view, np.uint8)[5:].reshape(-1, 1)
     kept = array.view("u1").T[0, 3:]
     del view, array
@@ -106,24 +106,24 @@ def test_a_block_comes_back_when_the_last_view_of_it_is_gone(arena):
 
 def test_a_released_block_is_used_again(arena):
     blocks, needs = send(arena, b"x" * MIB)
-    (view,) = arena.claim(blocks, needs)
+    (view,) = arena.intake.claim(blocks, needs)
     del view
 
     again, _ = send(arena, b"y" * MIB)
 
     assert (blocks[0][0], blocks[0][1] + 1) == again[0]
-    arena.claim(again, needs)
+    arena.intake.claim(again, needs)
 
 
 def test_a_message_is_loaded_once(arena):
     blocks, needs = send(arena, b"x" * MIB)
-    views = arena.claim(blocks, needs)
+    views = arena.intake.claim(blocks, needs)
 
     with pytest.raises(StaleEnvelopeError, match="loaded already"):
-        arena.claim(blocks, needs)
+        arena.intake.claim(blocks, needs)
     del views
     with pytest.raises(StaleEnvelopeError):
-        arena.claim(blocks, needs)
+        arena.intake.claim(blocks, needs)
 
 
 @pytest.mark.parametrize("block", [(0, 99), (5, 1), (1 << 19, 1), (1 << 40, 1), (0, 0)])
@@ -131,8 +131,8 @@ def test_placements_that_mean_nothing_are_refused(arena, block):
     sent = send(arena, b"x" * MIB)
 
     with pytest.raises(StaleEnvelopeError):
-        arena.claim([block], [MIB])
-    arena.claim(*sent)
+        arena.intake.claim([block], [MIB])
+    arena.intake.claim(*sent)
 
 
 def test_a_dropped_lease_gives_its_blocks_back(arena):
@@ -148,7 +148,7 @@ def test_a_settled_lease_does_not(arena):
     gc.collect()
 
     assert 1 == arena.statistics().n_blocks["in_flight"]
-    arena.claim(*sent)
+    arena.intake.claim(*sent)
 
 
 def test_the_message_of_a_full_arena_has_the_numbers_and_the_option(make_arena):
@@ -185,13 +185,13 @@ def test_a_sender_waits_for_room_that_is_given_back(make_arena):
     arena = make_arena(capacity=4 * MIB)
     held = arena.acquire([4 * MIB])
     waiting = threading.Event()
-    original = arena._room.make
+    original = arena.room.make
 
     def make(shortage, *, again):
         waiting.set()
         return original(shortage, again=again)
 
-    arena._room.make = make
+    arena.room.make = make
     thread = threading.Thread(target=lambda: waiting.wait(20) and held.release())
     thread.start()
     lease = arena.acquire([4 * MIB], wait_s=20)
@@ -230,7 +230,7 @@ def test_copy_out_gives_the_block_back_at_once(make_arena):
     arena = make_arena(copy_out=True)
     blocks, needs = send(arena, b"x" * MIB, b"y" * 100)
 
-    views = arena.claim(blocks, needs)
+    views = arena.intake.claim(blocks, needs)
 
     assert [b"x" * MIB, b"y" * 100] == [bytes(view) for view in views]
     assert 0 == arena.statistics().nbytes["held"]
@@ -243,7 +243,7 @@ def test_copy_out_gives_the_block_back_at_once(make_arena):
 
 def test_receivers_copy_out_when_half_of_the_capacity_is_held(make_arena):
     arena = make_arena(capacity=8 * MIB)
-    views = [arena.claim(*send(arena, bytes([i]) * MIB)) for i in range(6)]
+    views = [arena.intake.claim(*send(arena, bytes([i]) * MIB)) for i in range(6)]
 
     assert arena.ledger.words[H_HELD] <= 5 * MIB
     assert [bytes([i]) * MIB for i in range(6)] == [bytes(view) for (view,) in views]
@@ -252,7 +252,7 @@ def test_receivers_copy_out_when_half_of_the_capacity_is_held(make_arena):
 
 def test_copy_out_false_never_copies(make_arena):
     arena = make_arena(capacity=8 * MIB, copy_out=False)
-    views = [arena.claim(*send(arena, b"x" * MIB)) for i in range(6)]
+    views = [arena.intake.claim(*send(arena, b"x" * MIB)) for i in range(6)]
 
     assert 6 * MIB == arena.statistics().nbytes["held"]
     assert 0 == arena.statistics().n_copied_out
@@ -260,8 +260,8 @@ def test_copy_out_false_never_copies(make_arena):
 
 
 def test_beyond_the_limit_of_mappings_receivers_copy_out(arena):
-    arena._max_held = 3
-    views = [arena.claim(*send(arena, b"x" * 100)) for i in range(8)]
+    arena.intake._most_held = 3
+    views = [arena.intake.claim(*send(arena, b"x" * 100)) for i in range(8)]
 
     assert 3 == len(arena.holdings.held)
     assert {b"x" * 100} == {bytes(view) for (view,) in views}
@@ -272,7 +272,7 @@ def test_a_message_received_before_its_sender_has_settled_is_held(arena):
     lease = arena.acquire([MIB])
     lease.seal(0)
     lease.depart()
-    (view,) = arena.claim(lease.blocks, [MIB])
+    (view,) = arena.intake.claim(lease.blocks, [MIB])
     lease.settle()
     held = dict(arena.holdings.held)
     del lease
@@ -286,18 +286,22 @@ def test_a_busy_ledger_loses_no_message(arena, monkeypatch):
     """Without the lock the bytes are copied out, and the block comes back later."""
     sent = send(arena, b"x" * MIB, b"y" * 100)
 
-    views = arena.membership.mutex.threads.run(1.0, arena.claim, *sent)  # as below a finalizer
+    views = arena.membership.mutex.threads.run(
+        1.0, arena.intake.claim, *sent
+    )  # as below a finalizer
 
     assert [b"x" * MIB, b"y" * 100] == [bytes(view) for view in views]
     assert {"free": 2, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
     with pytest.raises(StaleEnvelopeError):
-        arena.claim(*sent)
+        arena.intake.claim(*sent)
 
 
 def test_a_busy_ledger_keeps_the_index_until_its_copy_is_gone(arena):
     sent = send(arena, b"x" * MIB)
 
-    views = arena.membership.mutex.threads.run(1.0, lambda: arena.claim(*sent, is_index=True))
+    views = arena.membership.mutex.threads.run(
+        1.0, lambda: arena.intake.claim(*sent, is_index=True)
+    )
 
     assert 1 == arena.statistics().n_blocks["in_flight"]
     del views
@@ -313,7 +317,7 @@ def test_a_sender_with_a_busy_ledger_is_told(arena, monkeypatch):
 
 def test_a_private_copy_is_read_from_the_file_if_the_mapping_is_private(arena):
     """As in a forked child whose parent held the block at the fork."""
-    (array,) = arena.claim(*send(arena, b"a" * MIB))
+    (array,) = arena.intake.claim(*send(arena, b"a" * MIB))
     ((index, _),) = arena.holdings.held.items()
     arena.holdings.privatize()
     arena.membership.run(arena.ledger.mark_punched, [index])
@@ -322,7 +326,7 @@ def test_a_private_copy_is_read_from_the_file_if_the_mapping_is_private(arena):
     sent = send(arena, b"b" * MIB)  # written aside, then to the file
     assert index == sent[0][0][0]
 
-    (arrived,) = arena.claim(*sent)
+    (arrived,) = arena.intake.claim(*sent)
 
     assert (b"a" * MIB, b"b" * MIB) == (bytes(array), bytes(arrived))
     del array, arrived
@@ -338,7 +342,7 @@ def test_a_closed_arena_gives_no_leases_but_loads_what_is_on_its_way(make_arena)
 
     with pytest.raises(ArenaFullError, match="closed"):
         arena.acquire([1])
-    (view,) = arena.claim(*sent)
+    (view,) = arena.intake.claim(*sent)
     assert b"x" * MIB == bytes(view)
     assert not arena.try_destroy()
     del view
@@ -357,8 +361,8 @@ def test_closing_gives_free_pages_back_before_it_returns(make_arena):
 
 def test_pages_of_arrays_that_outlive_the_arena_go_back_when_they_die(make_arena):
     arena = make_arena()
-    (first,) = arena.claim(*send(arena, b"x" * MIB))
-    (second,) = arena.claim(*send(arena, b"y" * MIB))
+    (first,) = arena.intake.claim(*send(arena, b"x" * MIB))
+    (second,) = arena.intake.claim(*send(arena, b"y" * MIB))
     arena.close()
     arena.detach()
 
@@ -410,7 +414,7 @@ def test_attached_twice_is_two_participants(arena):
     """One process stands for two: each has its own slot and its own view of the blocks."""
     other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
     sent = send(arena, b"x" * MIB)
-    (view,) = other.claim(*sent)
+    (view,) = other.intake.claim(*sent)
 
     assert b"x" * MIB == bytes(view)
     assert arena.options == other.options
@@ -427,7 +431,7 @@ def test_what_a_dead_participant_had_is_room_for_the_next(make_arena):
     arena = make_arena(capacity=8 * MIB)
     other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
     lease = other.acquire([4 * MIB])
-    views = other.claim(*send(arena, b"x" * 3 * MIB))
+    views = other.intake.claim(*send(arena, b"x" * 3 * MIB))
     other.membership.mutex.locks.close()  # the kernel does this when a process dies
 
     arena.acquire([6 * MIB], wait_s=0).release()
@@ -444,9 +448,9 @@ def test_a_message_that_nobody_can_read_is_reclaimed(arena):
     lease.settle()
     os.write(write_fd, b"envelope")
 
-    assert 0 == arena._room.reclaim()
+    assert 0 == arena.room.reclaim()
     os.close(read_fd)
-    assert 2 == arena._room.reclaim()
+    assert 2 == arena.room.reclaim()
     assert 2 == arena.statistics().n_reclaimed
     os.close(write_fd)
 
@@ -460,13 +464,13 @@ def test_a_message_that_was_read_is_its_readers_to_keep(arena):
 
     def read():
         message = os.read(read_fd, 100)
-        assert 0 == arena._room.reclaim()
+        assert 0 == arena.room.reclaim()
         return message, lease.blocks[0]
 
-    assert b"envelope" == arena.receive(read)
-    assert 0 == arena._room.reclaim()
-    views = arena.claim(lease.blocks, lease._plan.needs)
-    assert 0 == arena._room.reclaim()
+    assert b"envelope" == arena.intake.receive(read)
+    assert 0 == arena.room.reclaim()
+    views = arena.intake.claim(lease.blocks, lease._plan.needs)
+    assert 0 == arena.room.reclaim()
     del views
     os.close(read_fd)
     os.close(write_fd)
@@ -475,8 +479,8 @@ def test_a_message_that_was_read_is_its_readers_to_keep(arena):
 def test_a_message_with_an_unknown_channel_is_kept(arena):
     sent = send(arena, b"x" * MIB)
 
-    assert 0 == arena._room.reclaim()
-    arena.claim(*sent)
+    assert 0 == arena.room.reclaim()
+    arena.intake.claim(*sent)
 
 
 def test_many_threads_send_and_receive(arena):
@@ -503,7 +507,7 @@ def test_many_threads_send_and_receive(arena):
         return lease.blocks, lease._plan
 
     def receive(blocks, plan):
-        return arena.claim(blocks, plan.needs), plan.places
+        return arena.intake.claim(blocks, plan.needs), plan.places
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:

@@ -92,7 +92,7 @@ def wait(channels, writer, nbytes):
 
 
 def claim(arena, lease):
-    arena.claim(lease.blocks, lease._plan.needs)
+    arena.intake.claim(lease.blocks, lease._plan.needs)
 
 
 def test_within_the_budget_nobody_waits(arena, channels, ends):

@@ -81,7 +81,7 @@ def _assert_sound(arena, live):
     statistics = arena.statistics()
     assert statistics.n_blocks["leased"] == 0, statistics
     # Read, and interrupted before it was loaded: kept, since the bytes may still be somewhere.
-    unread = [block for block in arena._room._in_flight() if not block[2] & layout.FOLLOWS]
+    unread = [block for block in arena.room._in_flight() if not block[2] & layout.FOLLOWS]
     assert not unread, (unread, statistics)
     assert statistics.nbytes["held"] == sum(one[1].nbytes for one in live), statistics
     for one in live:

@@ -1,0 +1,240 @@
+"""The intake: how messages come into a process, out of their channels and out of the arena.
+
+**What.** `Intake.receive` takes a message out of its channel, `claim` takes over its blocks, and
+`readdress` notes that it was sent on unloaded.
+
+**How it works.** Each future owner of a block (an array over it, the *anchor*) is made and watched
+first, and the block is written into its watch by the step that claims it: so no interrupt can lose
+one. A block that is not to stay, or cannot be seen through the mapping, is copied to ordinary
+memory and given back at once.
+
+**Lifetime.** One for each `Arena` of this process; no state but a limit.
+
+**When it cannot.** `StaleEnvelopeError` for a message that was loaded already. Without the
+ledger's lock a message is copied out unclaimed: a load never waits, and never fails for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from oobpickle import _statistics
+from oobpickle._errors import ArenaFullError, StaleEnvelopeError
+from oobpickle._holdings import Keeper, Watch
+from oobpickle._layout import H_CAPACITY, H_HELD, MAX_BLOCKS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from oobpickle._arena import Arena
+
+Block = tuple[int, int]  # index and generation
+
+
+class Intake:
+    """The receiving side of an arena."""
+
+    def __init__(self, arena: Arena) -> None:
+        self._arena = arena
+        self._data = arena.data
+        self._ledger = arena.ledger
+        self._holdings = arena.holdings
+        self._membership = arena.membership
+        self._most_held = _max_map_count() // 4
+
+    def claim(
+        self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool = False
+    ) -> list[memoryview]:
+        """Take over the blocks of one message.
+
+        Parameters
+        ----------
+        blocks : sequence of (int, int)
+            ``(index, generation)`` of each block, from the envelope.
+        needs : sequence of int
+            Bytes used of each.
+        is_index : bool
+            Whether further blocks of the same message are claimed before this one is dropped.
+
+        Returns
+        -------
+        list of memoryview
+            Writable bytes of each block: the block itself, released when the last view of it is
+            collected, or a private copy.
+
+        Raises
+        ------
+        StaleEnvelopeError
+            If a block is not in flight with that generation: loaded already, or taken back.
+        """
+        ledger, holdings = self._ledger, self._holdings
+        for (index, generation), nbytes in zip(blocks, needs, strict=True):
+            in_flight = index < MAX_BLOCKS and self._arena.is_in_flight(index, generation)
+            if not in_flight or ledger.used[index] != nbytes:
+                raise _stale(index, generation)
+        holdings.collect()
+        copying = self._copies_out(sum(needs))
+        # Each with a watch, but no block yet: an interrupt anywhere from here on loses none.
+        anchors: list[object] = [
+            Keeper() if copying else self._data.array(ledger.offset[index], nbytes)
+            for (index, _), nbytes in zip(blocks, needs, strict=True)
+        ]
+        watches = [holdings.watch(anchor, []) for anchor in anchors]
+        try:
+            position, unmapped = self._membership.run(self._claim, blocks, needs, watches, copying)
+        except (ArenaFullError, OSError):  # no lock, or somebody closed its descriptor
+            position, unmapped = -1, frozenset()
+        if position is not None:
+            for watch in watches:
+                holdings.unwatch(watch)
+            if position < 0:
+                return self._copy_unclaimed(blocks, needs, is_index=is_index)
+            raise _stale(*blocks[position])
+        views = []
+        for block, nbytes, anchor, watch in zip(blocks, needs, anchors, watches, strict=True):
+            if copying or block[0] in unmapped:
+                in_file = block[0] in unmapped
+                views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
+                holdings.unwatch(watch)
+            else:
+                self._arena.room.enter(block[0], nbytes)
+                views.append(memoryview(anchor))  # type: ignore[arg-type]
+        if self._arena.closed:
+            holdings.free_pages_at_death()
+        return views
+
+    def _claim(
+        self,
+        blocks: Sequence[Block],
+        needs: Sequence[int],
+        watches: Sequence[Watch],
+        copying: bool,
+    ) -> tuple[int | None, frozenset[int]]:
+        """Step: give back what died, then take over.
+
+        Returns the position of a stale block, and the indices whose ranges were private before, so
+        that the mapping does not show the message. Looked up here, where no thread can be forking:
+        a fork later privatizes these blocks *with* their content.
+        """
+        slot = self._membership.slot
+        self._holdings.release_pending(slot)
+        position = self._ledger.claim(blocks, needs, slot)
+        if position is not None:
+            return position, frozenset()
+        private = self._holdings.private
+        for index, _ in blocks[:1]:
+            self._holdings.adopted.pop(index, None)
+        unmapped = frozenset(index for index, _ in blocks if index in private)
+        for block, nbytes, watch in zip(blocks, needs, watches, strict=True):
+            index, generation = block
+            watch.anchored = not copying and index not in unmapped
+            watch.blocks.append(block)
+            if index not in unmapped:
+                self._holdings.held[index] = (generation, nbytes)
+            else:
+                self._holdings.leased[index] = generation  # to be copied and given back at once
+        return None, unmapped
+
+    def _copies_out(self, nbytes: int) -> bool:
+        if not self._data.mapped:
+            return True
+        if self._arena.options.copy_out is not None:
+            return self._arena.options.copy_out
+        words = self._ledger.words
+        if len(self._holdings.held) >= self._most_held:
+            return True
+        return words[H_HELD] + nbytes > words[H_CAPACITY] // 2
+
+    def _copy_claimed(self, block: Block, nbytes: int, in_file: bool, *, keep: bool) -> memoryview:
+        index = block[0]
+        copy = self._copy_of(index, nbytes, in_file=in_file)
+        if keep:
+            self._holdings.watch(copy.obj, [block])
+            return copy
+        self._arena.give_back([block])
+        if not in_file:
+            self._holdings.share_unanchored(index)
+        self._membership.count(
+            (_statistics.N_COPIED_OUT, 1), (_statistics.NBYTES_COPIED_OUT, nbytes)
+        )
+        return copy
+
+    def _copy_unclaimed(
+        self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool
+    ) -> list[memoryview]:
+        # Without the lock: nobody may change a block in flight, so look, copy, and look again.
+        words = [self._ledger.word[index] for index, _ in blocks]
+        copies = []
+        for (index, generation), nbytes, word in zip(blocks, needs, words, strict=True):
+            copy = self._copy_of(index, nbytes, in_file=index in self._holdings.private)
+            unchanged = self._ledger.word[index] == word and self._ledger.used[index] == nbytes
+            if not unchanged or not self._arena.is_in_flight(index, generation):
+                raise _stale(index, generation)
+            copies.append(copy)
+        for copy, block, word in zip(copies, blocks, words, strict=True):
+            self._holdings.consume(*block, word, when_dead=copy.obj if is_index else None)
+        return copies
+
+    def _copy_of(self, index: int, nbytes: int, *, in_file: bool) -> memoryview:
+        import numpy as np
+
+        offset = self._ledger.offset[index]
+        copy = np.empty(nbytes, np.uint8)
+        if self._data.mapped and not in_file:
+            self._arena.room.enter(index, nbytes)
+            np.copyto(copy, self._data.array(offset, nbytes))
+        else:
+            self._data.read_into(offset, memoryview(copy))
+        return memoryview(copy)
+
+    def receive(self, call: Callable[..., tuple[Any, tuple[int, int] | None]], *args: Any) -> Any:
+        """Take a message out of its channel, and keep its blocks from being reclaimed.
+
+        Parameters
+        ----------
+        call : callable
+            Reads; it returns the message, and the message's first block if that is an envelope.
+        *args : object
+            Its arguments.
+        """
+        own, token = self._membership.reader(), object()
+        if own is None:
+            return call(*args)[0]
+        done = own.readings.discard
+        try:
+            own.readings.add(token)
+            own.publish_readings()
+            message, block = call(*args)
+            if block is not None:
+                self._adopt(*block)
+            return message
+        finally:
+            done(token)  # a C call, so no interrupt comes before it
+            own.publish_readings()
+
+    def _adopt(self, index: int, generation: int) -> None:
+        if self._membership.joined:
+            self._holdings.adopted[index] = generation
+            self._ledger.adopt(index, generation, self._membership.slot)
+
+    def readdress(self, index: int, generation: int, channel: int) -> None:
+        """A message that this process has read is sent on, unloaded, into another channel."""
+        if index < MAX_BLOCKS and self._arena.is_in_flight(index, generation):
+            self._ledger.channel[index] = channel
+            if self._membership.joined:
+                self._ledger.adopt(index, generation, self._membership.slot)
+            self._holdings.adopted.pop(index, None)
+
+
+def _stale(index: int, generation: int) -> StaleEnvelopeError:
+    return StaleEnvelopeError(
+        f"block {index} is not in flight with generation {generation}: this message was loaded "
+        "already, or its sender took it back. Load each message once; keep the object instead."
+    )
+
+
+def _max_map_count() -> int:
+    try:
+        with open("/proc/sys/vm/max_map_count") as file:
+            return int(file.read())
+    except (OSError, ValueError):
+        return 65530
