@@ -238,7 +238,8 @@ class Arena:
         try:
             deadline = self._deadline(layout, wait_s)
             self._take(layout, taken, lease, deadline)
-            if self._needs_fresh(taken, layout) and self.room.look_for_lost():
+            fresh_nbytes = _fresh_nbytes(taken, layout)
+            if fresh_nbytes and self.room.look_for_lost(fresh_nbytes):
                 self._return(taken)
                 lease.blocks.clear()
                 self._take(layout, taken, lease, deadline)
@@ -251,10 +252,6 @@ class Arena:
             self.holdings.unwatch(lease.watch)
             raise
         return lease
-
-    def _needs_fresh(self, taken: list[tuple[int, int]], layout: Plan) -> bool:
-        pairs = zip(taken, layout.needs, strict=True)
-        return any(present < nbytes for (_, present), nbytes in pairs)
 
     def _return(self, taken: list[tuple[int, int]], *, punch: bool = True) -> None:
         """Give back blocks that were not written; `punch` those whose pages were not reserved."""
@@ -478,6 +475,12 @@ class Arena:
         self._pid = os.getpid()
         if not self.closed:
             self.membership.try_join()
+
+
+def _fresh_nbytes(taken: list[tuple[int, int]], layout: Plan) -> int:
+    """Return how many bytes of the needs lie in pages that leased blocks do not have yet."""
+    pairs = zip(taken, layout.needs, strict=True)
+    return sum(max(0, nbytes - present) for (_, present), nbytes in pairs)
 
 
 def _create_data(nbytes: int) -> Segment:

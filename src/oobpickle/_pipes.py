@@ -1,6 +1,6 @@
 """Questions to a pipe or socket: can what was written to it still be read?
 
-**What.** `channel_id` names a channel; `n_unread`, `is_broken` and `is_unreadable` ask the kernel
+**What.** `channel_id` names a channel; `n_unread`, `is_broken` and `unreadable` ask the kernel
 about it.
 
 **How it works.** FIONREAD on either end of a pipe, or on the reading end of a socket pair
@@ -21,7 +21,7 @@ import os
 import select
 import stat
 import struct
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 from oobpickle import _system
@@ -70,31 +70,41 @@ def is_readable(fd: int, timeout_s: float) -> bool:
     return bool(poller.poll(1000 * timeout_s))
 
 
-def is_unreadable(channel: int, pids: Collection[int], *, even_if_empty: bool = True) -> bool:
-    """Tell whether nothing that was written to the channel can be read any more.
+def unreadable(
+    channels: Collection[int], pids: Collection[int], *, even_if_empty: bool = True
+) -> set[int]:
+    """Return those of the channels from which nothing that was written can be read any more.
 
     Parameters
     ----------
-    channel : int
+    channels : collection of int
         From `channel_id`; 0 is never unreadable.
     pids : collection of int
-        Processes that may have it open besides those of this user.
+        Processes that may have them open besides those of this user.
     even_if_empty : bool
         Whether a channel in which nothing is left counts, though it is open.
     """
-    if channel == 0:
-        return False
-    for fd in _descriptors_of("self", channel):
-        if not even_if_empty:
-            return False
-        try:
-            if _ask(int(fd), _system.FIONREAD) == 0:
-                return True
-            return not channel & _SOCKET and is_broken(int(fd), channel)
-        except OSError:
-            continue  # closed by another thread a moment ago
-    others = {*pids, *_own_pids()} - {os.getpid()}
-    return not any(_may_have(pid, channel, pids) for pid in others)
+    names = {_name(channel): channel for channel in channels if channel}
+    found, left = set(), set(names.values())
+    for fd, name in _descriptors_of("self"):
+        channel = names.get(name, 0)
+        if channel in left:
+            try:
+                if even_if_empty and _is_spent(int(fd), channel):
+                    found.add(channel)
+            except OSError:
+                continue  # closed by another thread a moment ago
+            left.discard(channel)
+    if left:
+        for pid in {*pids, *_own_pids()} - {os.getpid()}:
+            left.difference_update(_may_have(pid, names, pids))
+    return found | left
+
+
+def _is_spent(fd: int, channel: int) -> bool:
+    if _ask(fd, _system.FIONREAD) == 0:
+        return True
+    return not channel & _SOCKET and is_broken(fd, channel)
 
 
 def _own_pids() -> Iterator[int]:
@@ -107,12 +117,14 @@ def _own_pids() -> Iterator[int]:
                     yield int(name)
 
 
-def _may_have(pid: int, channel: int, participants: Collection[int]) -> bool:
+def _may_have(pid: int, names: Mapping[str, int], participants: Collection[int]) -> set[int]:
+    """Return which of the named channels the process may have open."""
     try:
-        return bool(_descriptors_of(str(pid), channel))
+        return {names[name] for _, name in _descriptors_of(str(pid)) if name in names}
     except PermissionError:
         # A process that hides its descriptors: it can have one of ours if it descends from us.
-        return any(ancestor in participants for ancestor in _lineage(pid))
+        related = any(ancestor in participants for ancestor in _lineage(pid))
+        return set(names.values()) if related else set()
 
 
 def _lineage(pid: int) -> Iterator[int]:
@@ -126,17 +138,14 @@ def _lineage(pid: int) -> Iterator[int]:
             return
 
 
-def _descriptors_of(pid: str, channel: int) -> list[str]:
-    kind, inode = ("socket", channel & ~_SOCKET) if channel & _SOCKET else ("pipe", channel)
-    target = f"{kind}:[{inode}]"
-    found = []
-    try:
+def _name(channel: int) -> str:
+    """Return what /proc calls the channel."""
+    return f"socket:[{channel & ~_SOCKET}]" if channel & _SOCKET else f"pipe:[{channel}]"
+
+
+def _descriptors_of(pid: str) -> Iterator[tuple[str, str]]:
+    """Yield each descriptor of a process, and what it refers to."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process is gone
         for fd in os.listdir(f"/proc/{pid}/fd"):
-            try:
-                if os.readlink(f"/proc/{pid}/fd/{fd}") == target:
-                    found.append(fd)
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-    except (FileNotFoundError, ProcessLookupError):
-        pass  # the process is gone
-    return found
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                yield fd, os.readlink(f"/proc/{pid}/fd/{fd}")

@@ -27,13 +27,14 @@ from oobpickle._holdings import Holdings
 from oobpickle._layout import FOLLOWS, H_CLOSED
 from oobpickle._ledger import Ledger, Shortage
 from oobpickle._membership import Membership
-from oobpickle._pipes import is_unreadable
+from oobpickle._pipes import unreadable
 from oobpickle._segment import STEP_NBYTES, Segment, page_round
 from oobpickle._statistics import N_RECLAIMED, format_nbytes
 
 _MARGIN_NBYTES: Final = 256 << 20
 _FAULTS_SUFFICE_NBYTES: Final = 16 << 10
 _LOOK_EVERY_S: Final = 0.1
+_FRESH_NBYTES_PER_S: Final = 1e9  # how fast the system makes fresh pages, at best
 
 
 class Room:
@@ -49,6 +50,8 @@ class Room:
         self._touched: dict[int, tuple[int, int]] = {}
         self._allowance = 0
         self._look_again_at = 0.0
+        self._look_s = 0.0
+        self._fresh_nbytes = 0
 
     def furnish(self, index: int, nbytes: int, present_nbytes: int) -> None:
         """Make the first `nbytes` bytes of a leased block fast to write.
@@ -146,15 +149,31 @@ class Room:
             return True
         return shortage.reason == "full" and self.punch_idle(shortage.need_nbytes)
 
-    def look_for_lost(self) -> int:
-        """Free what the dead have left, at most every 0.1 s; return how many there were.
+    def look_for_lost(self, fresh_nbytes: int = 0) -> int:
+        """Free what the dead have left; return how many there were.
 
-        Asked before fresh pages are taken, so that what was left unread does not pile up.
+        After a look in vain not each time: only if that is 0.1 s ago, or took no longer than the
+        system takes to make the fresh pages that were asked for since.
+
+        Parameters
+        ----------
+        fresh_nbytes : int
+            Bytes of fresh pages about to be taken: what was left unread must not pile up.
         """
-        if time.monotonic() < self._look_again_at:
+        self._fresh_nbytes += fresh_nbytes
+        start = time.monotonic()
+        if start < self._look_again_at and (
+            self._fresh_nbytes < self._look_s * _FRESH_NBYTES_PER_S or not fresh_nbytes
+        ):
             return 0
-        self._look_again_at = time.monotonic() + _LOOK_EVERY_S
-        return self._membership.reap() + self.reclaim()
+        self._look_again_at = start + _LOOK_EVERY_S
+        self._fresh_nbytes = 0
+        n_freed = self._membership.reap() + self.reclaim()
+        now = time.monotonic()
+        self._look_s = now - start
+        if n_freed:
+            self._look_again_at = now
+        return n_freed
 
     def punch_idle(self, nbytes: int) -> bool:
         """Give pages of free blocks back to the system, `nbytes` of them or all; tell whether
@@ -202,8 +221,8 @@ class Room:
         pids = self._membership.pids() if channels else []
         # When it is closed, what was read is not noted any more: an empty channel means nothing.
         closed = self._ledger.words[H_CLOSED] != 0
-        unreadable = {c for c in channels if is_unreadable(c, pids, even_if_empty=not closed)}
-        heads = [(index, word) for index, word, channel in sent if channel in unreadable]
+        lost = unreadable(channels, pids, even_if_empty=not closed)
+        heads = [(index, word) for index, word, channel in sent if channel in lost]
         if not heads and not any(channel & FOLLOWS for _, _, channel in sent):
             return 0
         n_freed = int(self._membership.run(self._free_lost, heads))

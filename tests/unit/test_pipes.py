@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import pytest
 
-from oobpickle._pipes import channel_id, is_broken, is_readable, is_unreadable, n_unread
+from oobpickle._pipes import channel_id, is_broken, is_readable, n_unread, unreadable
 
 
 @pytest.fixture(params=["pipe", "socket"])
@@ -27,6 +27,10 @@ def ends(request):
 
 def close(ends, position):
     os.close(ends.pop(position))
+
+
+def is_unreadable(channel, pids, **options):
+    return unreadable([channel], pids, **options) == {channel}
 
 
 @contextmanager
@@ -265,6 +269,24 @@ def test_processes_that_end_meanwhile_are_no_error(ends, monkeypatch):
     monkeypatch.setattr(os, "listdir", lambda path: [*listdir(path), "4194999"])
 
     assert is_unreadable(channel, [4194998])
+
+
+def test_each_of_several_channels_has_its_own_answer():
+    pipes = [os.pipe() for _ in range(3)]
+    one, two, three = channels = [channel_id(reader) for reader, _ in pipes]
+    try:
+        for _, writer in pipes[:2]:
+            os.write(writer, b"abc")
+        os.close(pipes[1][0])
+        with process_with(*pipes[0]):
+            os.close(pipes[0][0])
+            os.close(pipes[0][1])
+
+            assert unreadable(channels, []) == {two, three}
+        assert unreadable({one, two, 0}, []) == {one, two}
+    finally:
+        for fd in (pipes[1][1], *pipes[2]):
+            os.close(fd)
 
 
 def test_something_without_a_name_can_always_be_read():
