@@ -164,11 +164,16 @@ class Payload:
         stream = bytes(view[body : body + n_stream])
         return cls(stream, [view[at : at + n] for at, n in zip(offsets, sizes, strict=True)], sizes)
 
-    def to_pickle(self) -> memoryview:
+    def to_pickle(self, *, tail: bytes = b"") -> memoryview:
         """Return an ordinary pickle of the object, with the buffers in-band.
 
         Any Python >= 3.8 that can load the stream can load it; it need not have oobpickle. The
         receiver's arrays are writable.
+
+        Parameters
+        ----------
+        tail : bytes, optional
+            What to put after the end of the pickle; loading ignores it.
         """
         # partial(loads, buffers=(bytearray, ...))(stream), written out by hand: nothing is pickled
         # twice, and each buffer is copied once.
@@ -178,14 +183,14 @@ class Payload:
         )
         tail = b"tsNtb\x8e" + struct.pack("<Q", len(self.stream))
         total = len(head) + sum(self.sizes) + 9 * len(self.sizes) + len(tail) + len(self.stream) + 3
-        whole = _empty(total)
+        whole = _empty(total + len(tail))
         at = _put(whole, 0, head)
         for nbytes, source in zip(self.sizes, self._sources, strict=True):
             at = _put(whole, at, b"\x96" + struct.pack("<Q", nbytes))
             _copy(whole[at : at + nbytes], source)
             at += nbytes
         at = _put(whole, _put(whole, at, tail), self.stream)
-        _put(whole, at, b"\x85R.")
+        _put(whole, _put(whole, at, b"\x85R."), tail)
         return whole
 
 

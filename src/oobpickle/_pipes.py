@@ -10,7 +10,7 @@ any participant still has one.
 
 **Lifetime.** No state, no descriptor is opened or kept.
 
-**When it cannot.** Where /proc does not show another process's descriptors, the channel counts as
+**When it cannot.** Where /proc does not show a process's descriptors, the channel counts as
 readable: memory is then kept, and never freed wrongly."""
 
 from __future__ import annotations
@@ -86,18 +86,21 @@ def unreadable(
     """
     names = {_name(channel): channel for channel in channels if channel}
     found, left = set(), set(names.values())
-    for fd, name in _descriptors_of("self"):
-        channel = names.get(name, 0)
-        if channel in left:
-            try:
-                if even_if_empty and _is_spent(int(fd), channel):
-                    found.add(channel)
-            except OSError:
-                continue  # closed by another thread a moment ago
-            left.discard(channel)
-    if left:
-        for pid in {*pids, *_own_pids()} - {os.getpid()}:
-            left.difference_update(_may_have(pid, names, pids))
+    try:
+        for fd, name in _descriptors_of("self"):
+            channel = names.get(name, 0)
+            if channel in left:
+                try:
+                    if even_if_empty and _is_spent(int(fd), channel):
+                        found.add(channel)
+                except OSError:
+                    continue  # closed by another thread a moment ago
+                left.discard(channel)
+        if left:
+            for pid in {*pids, *_own_pids()} - {os.getpid()}:
+                left.difference_update(_may_have(pid, names, pids))
+    except OSError:
+        return found  # no descriptor is left to look into /proc
     return found | left
 
 

@@ -14,14 +14,15 @@ does what it replaced.
   return an ordinary pickle of the same payload, and count why.
 * _send_bytes: when an envelope has left, its blocks are the receiver's.
 * _recv: while a message has left its channel and is not claimed, nobody may reclaim its
-  blocks.
+  blocks. A large message from a process that does not take part is counted.
 * Pipe, DupFd: who has an end of a channel, as far as that can be known.
 * reduction.dump: a process object that is spawned takes the arena's descriptors along.
 
 **Lifetime.** The process that installs owns the arena and closes it with the last exit. Children
 inherit the hook; they take it out when they see the arena closed.
 
-**When it cannot.** Without an arena `enabled` warns once, and everything stays as it was.
+**When it cannot.** Without an arena `enabled` warns and yields an absent one, and everything stays
+as it was.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import functools
+import io
 import multiprocessing.connection as mp_connection
 import multiprocessing.context as mp_context
 import multiprocessing.forkserver as mp_forkserver
@@ -36,6 +38,7 @@ import multiprocessing.process as mp_process
 import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
 import os
+import pickle
 import sys
 import threading
 import warnings
@@ -44,6 +47,7 @@ from types import FrameType
 from typing import IO, Any, Final
 
 from oobpickle import _envelope, _statistics
+from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena, users
 from oobpickle._channels import Channels
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
@@ -58,8 +62,13 @@ _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
 _LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 
+_PROTO: Final = pickle.PROTO[0]
+#: After the end of an in-band message whose sender takes part, and has counted it.
+_COUNTED: Final = b"\0oobpickle: counted"
+
 _hook: Hook | None = None
 _lingering: list[Arena] = []
+_absences: set[object] = set()  # of the blocks, and of an install(), that have to do without
 _guard = threading.RLock()
 
 
@@ -133,9 +142,13 @@ class Hook:
             else:
                 self._sent(envelope, channel, payload)
                 return envelope
-        n_messages, nbytes = _statistics.fallback_counters(reason)
-        arena.membership.count((n_messages, 1), (nbytes, payload.nbytes))
-        return payload.to_pickle() if payload.sizes else payload.stream
+        self.count_fallback(reason, payload.nbytes)
+        return _in_band(payload)
+
+    def count_fallback(self, reason: str, nbytes: int) -> None:
+        """Count a message of that many bytes that travels in-band for one of the reasons."""
+        n_messages_at, nbytes_at = _statistics.fallback_counters(reason)
+        self.arena.membership.count((n_messages_at, 1), (nbytes_at, nbytes))
 
     def _sent(self, envelope: Envelope, channel: int, payload: Payload) -> None:
         lease, arena = envelope.lease, self.arena
@@ -182,7 +195,12 @@ def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryvi
             return hook.send(payload, frame)
     finally:
         users.discard(token)
-    return payload.to_pickle() if payload.sizes else payload.stream
+    return _in_band(payload)
+
+
+def _in_band(payload: Payload) -> memoryview | bytes:
+    """Return a pickle that every Python can load, and that receivers need not count."""
+    return payload.to_pickle(tail=_COUNTED) if payload.sizes else payload.stream + _COUNTED
 
 
 def _drain(hook: Hook) -> None:
@@ -253,7 +271,10 @@ def _hooked_recv(original: Any) -> Any:
             # Before the length of the next message comes there is time.
             if size == _LENGTH_NBYTES and (hook := _hook) is not None and hook.arena.holdings.held:
                 _wait_draining(self._handle)
-            return original(self, size, *args)
+            message = original(self, size, *args)
+            if size > most:
+                _count_uncounted(message)
+            return message
         token = object()
         try:
             users.add(token)
@@ -274,6 +295,25 @@ def _read(identity: bytes, original: Any, *args: Any) -> tuple[Any, tuple[int, i
     with message.getbuffer() as view:
         head = bytes(view[: _envelope.HEAD_NBYTES])
     return message, _envelope.head_of(head, identity)
+
+
+def _count_uncounted(message: io.BytesIO) -> None:
+    """Count a large message that came in-band from a process that does not take part."""
+    hook = _hook
+    with message.getbuffer() as view:
+        nbytes = len(view)
+        if hook is None or nbytes < hook.threshold or bytes(view[-len(_COUNTED) :]) == _COUNTED:
+            return
+        # What `send_bytes` was given is none of our business.
+        is_pickle = view[0] == _PROTO and 2 <= view[1] <= pickle.HIGHEST_PROTOCOL
+        is_pickle = is_pickle and bytes(view[-1:]) == pickle.STOP
+    token = object()
+    try:
+        users.add(token)
+        if is_pickle and _running() is hook:
+            hook.count_fallback("channel", nbytes)
+    finally:
+        users.discard(token)
 
 
 def _wait_draining(fd: int) -> None:
@@ -370,6 +410,7 @@ def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
         hook.installed = True
         hook.put_in()
         _hook = hook
+        _absences.discard(install)
 
 
 # --- in and out
@@ -460,7 +501,7 @@ def install(
     threshold: int | None = None,
     wait_s: float | None = None,
     copy_out: bool | None = None,
-) -> Arena | None:
+) -> Arena:
     """Send large messages of this process and its children out of band from now on.
 
     Parameters
@@ -470,10 +511,10 @@ def install(
 
     Returns
     -------
-    Arena or None
-        The arena; the same one if it is installed already. ``None`` in a process that is only
-        just being started (the top level of a spawned child's main module): it takes part in its
-        parent's.
+    Arena
+        The arena; the same one if it is installed already. In a process that is only just being
+        started (the top level of a spawned child's main module) it is one without memory, since
+        that process takes part in its parent's.
 
     Raises
     ------
@@ -490,7 +531,8 @@ def install(
     with _guard:
         hook = _start(options)
         if hook is None:
-            return None
+            _absences.add(install)
+            return AbsentArena(options)
         hook.installed = True
         return hook.arena
 
@@ -502,6 +544,7 @@ def uninstall() -> None:
     Objects that were received stay valid.
     """
     with _guard:
+        _absences.discard(install)
         hook = _hook
         if hook is not None:
             hook.installed = False
@@ -516,7 +559,7 @@ def enabled(
     threshold: int | None = None,
     wait_s: float | None = None,
     copy_out: bool | None = None,
-) -> Iterator[Arena | None]:
+) -> Iterator[Arena]:
     """Send the large buffers of multiprocessing messages through shared memory inside the block.
 
     Parameters
@@ -537,9 +580,10 @@ def enabled(
 
     Yields
     ------
-    Arena or None
-        The arena; nested uses yield the same. ``None`` where the system offers no shared memory:
-        then one `FallbackWarning` says so, and everything works as without oobpickle.
+    Arena
+        The arena; nested uses yield the same. Where the system offers no shared memory, a
+        `FallbackWarning` says so, everything works as without oobpickle, and what is yielded is an
+        arena without memory, whose statistics are zeros.
 
     Raises
     ------
@@ -575,7 +619,12 @@ def enabled(
         if hook is not None:
             hook.n_users += 1
     if hook is None:
-        yield None
+        absence = AbsentArena(options)
+        _absences.add(absence)
+        try:
+            yield absence
+        finally:
+            _absences.discard(absence)
         return
     try:
         yield hook.arena
@@ -602,9 +651,14 @@ def statistics() -> Statistics:
     Raises
     ------
     ArenaError
-        If none is in use in this process.
+        If this process is not inside `enabled`, and `install` was not called.
     """
     hook = _running()
-    if hook is None:
-        raise ArenaError("oobpickle is not enabled in this process. Call it inside enabled().")
-    return hook.arena.statistics()
+    if hook is not None:
+        return hook.arena.statistics()
+    if _absences:
+        return _statistics.nothing()
+    raise ArenaError(
+        "oobpickle is not enabled in this process. Call it inside enabled(); after the block, "
+        "call statistics() of the arena that it yielded."
+    )

@@ -300,15 +300,18 @@ def _touch(view: memoryview) -> None:
 
 def _open_nameless(name: str) -> tuple[int, str]:
     wanted = os.environ.get(BACKING_VARIABLE, "")
+    openers = {"memfd": _open_memfd, "shm": _open_shm, "tmp": _open_tmp}
+    if wanted and wanted not in openers:
+        raise ArenaError(f"{BACKING_VARIABLE} is {wanted!r}, expected one of {', '.join(openers)}")
     problems = []
-    for backing, opener in (("memfd", _open_memfd), ("shm", _open_shm), ("tmp", _open_tmp)):
+    for backing, opener in openers.items():
         if wanted and backing != wanted:
             continue
         try:
             return opener(name), backing
         except OSError as error:
             problems.append(f"{backing}: {error.strerror}")
-    raise ArenaError(f"no shared memory on this system ({'; '.join(problems) or wanted})")
+    raise ArenaError(f"no shared memory on this system ({'; '.join(problems)})")
 
 
 def _open_memfd(name: str) -> int:

@@ -25,8 +25,9 @@ REASONS: Final[dict[str, str]] = {
     "space": "the system refused to reserve pages; see the limits of the mount",
     "table": "the table of blocks was full; send fewer, larger arrays",
     "busy": "the ledger's lock could not be had in time; is a worker stopped?",
-    "channel": "the receiver may not take part: the channel was not made by multiprocessing inside "
-    "enabled(); make pools and queues inside the block",
+    "channel": "the process at the other end may not take part: its pipe was not made by "
+    "multiprocessing inside enabled(); make pools and queues inside the block (managers and "
+    "Listener/Client cannot use it)",
     "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
 }
 
@@ -154,6 +155,19 @@ def summed(
         nbytes=nbytes,
         nbytes_resident=nbytes_resident,
         capacity=capacity,
+    )
+
+
+def nothing() -> Statistics:
+    """Return the statistics of an arena that does not exist: zeros."""
+    states = dict.fromkeys(("free", "leased", "in_flight", "held"), 0)
+    return summed(
+        [0] * (_FALLBACKS_AT + 2 * len(REASONS)),
+        n_participants=0,
+        n_blocks=states,
+        nbytes=states,
+        nbytes_resident=0,
+        capacity=0,
     )
 
 

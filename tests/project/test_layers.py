@@ -25,7 +25,7 @@ LEVELS = {
         "_statistics",
         "_options",
     },
-    3: {"_lease", "_holdings", "_room", "_fork", "_intake", "_arena"},
+    3: {"_lease", "_holdings", "_room", "_fork", "_intake", "_arena", "_absent"},
     4: {"_envelope"},
     5: {"_channels", "_reduction"},
     6: {"__init__"},

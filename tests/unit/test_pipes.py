@@ -1,6 +1,7 @@
 """Pipes: what the kernel says about bytes that nobody has read yet."""
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -287,6 +288,21 @@ def test_each_of_several_channels_has_its_own_answer():
     finally:
         for fd in (pipes[1][1], *pipes[2]):
             os.close(fd)
+
+
+def test_without_a_descriptor_to_look_everything_can_be_read(ends):
+    channel = channel_id(ends[0])
+    close(ends, 0)
+    close(ends, 0)
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+    try:
+        answer = unreadable([channel], [])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+    assert answer == set()
+    assert unreadable([channel], []) == {channel}
 
 
 def test_something_without_a_name_can_always_be_read():

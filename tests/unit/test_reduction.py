@@ -1,5 +1,6 @@
 """The hook: what it replaces, what it sends where, and its undo. One process; no pools."""
 
+import contextlib
 import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
@@ -7,12 +8,13 @@ import multiprocessing.reduction
 import pickle
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 import oobpickle
-from oobpickle import ArenaError, FallbackWarning, _reduction
+from oobpickle import ArenaError, ArenaFullError, Fallback, FallbackWarning, _reduction
 from oobpickle._envelope import Envelope
 
 MIB = 1 << 20
@@ -236,6 +238,58 @@ def test_a_full_arena_falls_back_and_says_so():
         np.testing.assert_array_equal(BIG, array)
 
 
+@pytest.fixture
+def older():
+    """A pipe older than any block: both ends, the reading one first."""
+    reader, writer = multiprocessing.Pipe(False)
+    with reader, writer:
+        yield reader, writer
+
+
+def while_reading(receive, send):
+    """Return what is received while it is sent: no pipe has room for so much."""
+    with ThreadPoolExecutor(1) as executor:
+        received = executor.submit(receive)
+        send()
+        return received.result(20)
+
+
+@pytest.mark.parametrize(
+    ("obj", "n_counted"),
+    [(BIG, 1), (b"x" * MIB, 1), (b"x" * 1000, 0), (np.zeros(1000), 0)],
+    ids=["array", "bytes", "small", "small array"],
+)
+def test_what_comes_in_band_from_somebody_who_does_not_take_part_is_counted(older, obj, n_counted):
+    reader, writer = older
+    pickled = multiprocessing.reduction.ForkingPickler.dumps(obj)  # as without the hook
+    warned = pytest.warns(FallbackWarning) if n_counted else contextlib.nullcontext()
+    with warned, oobpickle.enabled() as arena:
+        arrived = while_reading(reader.recv, lambda: writer.send_bytes(pickled))
+        fallbacks = dict(arena.statistics().fallbacks)
+
+    np.testing.assert_array_equal(obj, arrived)
+    assert fallbacks == ({"channel": Fallback(1, len(pickled))} if n_counted else {})
+
+
+@pytest.mark.parametrize("obj", [BIG, "x" * MIB], ids=["buffers", "stream"])
+def test_what_its_sender_has_counted_is_not_counted_twice(older, obj):
+    reader, writer = older
+    with pytest.warns(FallbackWarning, match="^1 message"), oobpickle.enabled() as arena:
+        arrived = while_reading(reader.recv, lambda: writer.send(obj))
+        assert arena.statistics().n_fallbacks == 1
+
+    np.testing.assert_array_equal(obj, arrived)
+
+
+@pytest.mark.parametrize("head", [b"", b"\x80\x05", b"\x80\x20"])
+def test_bytes_that_are_no_pickle_are_not_counted(older, head):
+    reader, writer = older
+    data = head + bytes(MIB) + (b"." if head == b"\x80\x20" else b"")
+    with oobpickle.enabled() as arena:
+        assert data == while_reading(reader.recv_bytes, lambda: writer.send_bytes(data))
+        assert arena.statistics().n_fallbacks == 0
+
+
 def test_a_connection_handed_to_a_running_process_stays_in_band():
     with oobpickle.enabled():
         reader, writer = multiprocessing.Pipe(False)
@@ -330,10 +384,19 @@ def test_without_shared_memory_everything_stays_as_it_was(monkeypatch):
     monkeypatch.setenv("OOBPICKLE_BACKING", "none")
     before = replaced_objects()
     with (
-        pytest.warns(FallbackWarning, match="not in use.*no shared memory"),
-        oobpickle.enabled() as arena,
+        pytest.warns(FallbackWarning, match="not in use.*OOBPICKLE_BACKING is 'none'"),
+        oobpickle.enabled(threshold=7) as arena,
     ):
-        assert arena is None
         assert before == replaced_objects()
+        assert (arena.closed, arena.options.threshold) == (True, 7)
+        arena.trim()
+        with pytest.raises(ArenaFullError, match="no arena"):
+            arena.acquire([1])
+        done = arena.statistics()
+        assert done == oobpickle.statistics()
+        assert (done.n_messages_out_of_band, done.n_fallbacks, done.nbytes["held"]) == (0, 0, 0)
+    assert arena.statistics() == done
+    with pytest.raises(ArenaError, match="not enabled"):
+        oobpickle.statistics()
     with pytest.raises(ArenaError):
         oobpickle.install()

@@ -13,6 +13,7 @@ import inside
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
+from oobpickle._absent import AbsentArena
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -28,7 +29,7 @@ def _echo(received):
 
 @contextlib.contextmanager
 def _enabled_with_warnings(**options):
-    """Yield the arena, or None, and the list of FallbackWarnings."""
+    """Yield the arena and the list of FallbackWarnings."""
     found = []
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -59,6 +60,10 @@ def _address_space_nbytes():
 # --- address space and file size
 
 
+def _is_absent(arena):
+    return isinstance(arena, AbsentArena)
+
+
 def address_space():
     """From plenty to nearly nothing: in use or not, one warning at most, and the data arrives."""
     outcomes = set()
@@ -68,11 +73,11 @@ def address_space():
             _limit(resource.RLIMIT_AS, _address_space_nbytes() + nbytes)
             with _enabled_with_warnings() as (arena, caught):
                 _answers()  # not a Pool: its threads need more than the smallest of these limits
-                if arena is not None:
+                if not _is_absent(arena):
                     statistics = arena.statistics()
                     assert statistics.n_messages_out_of_band > 0, statistics
-            assert len(caught) == (arena is None), [str(w.message) for w in caught]
-            os._exit(10 + (arena is None))
+            assert len(caught) == _is_absent(arena), [str(w.message) for w in caught]
+            os._exit(10 + _is_absent(arena))
 
         pid = fork(child)
         outcomes.add(eventually(lambda pid=pid: inside.exit_of(pid), within_s=30)[0])
@@ -122,8 +127,8 @@ def file_size():
             _limit(resource.RLIMIT_FSIZE, nbytes)  # with 0 a Pool finds no semaphore anyway
             with _enabled_with_warnings() as (arena, caught):
                 _answers()
-            assert len(caught) == (arena is None), [str(w.message) for w in caught]
-            os._exit(10 + (arena is None))
+            assert len(caught) == _is_absent(arena), [str(w.message) for w in caught]
+            os._exit(10 + _is_absent(arena))
 
         pid = fork(child)
         outcomes.add(eventually(lambda pid=pid: inside.exit_of(pid), within_s=30)[0])
@@ -186,10 +191,10 @@ def descriptors_of_the_owner():
                 small = message(1, 50_000)
                 write.send(small)
                 verify(read.recv(), 1)
-            assert len(caught) == (arena is None), [str(w.message) for w in caught]
+            assert len(caught) == _is_absent(arena), [str(w.message) for w in caught]
             _limit(resource.RLIMIT_NOFILE, 256)
             assert inside.our_descriptors() == []
-            os._exit(10 + (arena is None))
+            os._exit(10 + _is_absent(arena))
 
         pid = fork(child)
         outcomes.append(eventually(lambda pid=pid: inside.exit_of(pid), within_s=30)[0])
@@ -421,8 +426,9 @@ def backing(kind):
 
 def backing_none():
     with _enabled_with_warnings() as (arena, caught):
-        assert arena is None
+        assert _is_absent(arena)
         _round_trips()
+        assert arena.statistics() == oobpickle.statistics()
     assert len(caught) == 1
     assert "not in use" in str(caught[0].message)
     with contextlib.suppress(oobpickle.ArenaError):

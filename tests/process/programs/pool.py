@@ -611,7 +611,9 @@ def pool_before_inside_and_after_a_block(method):
         with oobpickle.enabled() as arena:
             for seed in range(4):
                 assert older.apply(_echo, (Model(seed),)).check().seed == seed
-            assert set(arena.statistics().fallbacks) == {"channel"}
+            (fallback,) = arena.statistics().fallbacks.values()  # tasks and results
+            assert fallback.n_messages == 8, fallback
+            assert 8 * 1_000_000 < fallback.nbytes < 8 * 3_000_000, fallback
             pool = context.Pool(1)
             assert pool.apply(_echo, (Model(7),)).check().seed == 7
             assert arena.statistics().n_messages_out_of_band == 2
@@ -625,6 +627,7 @@ def pool_before_inside_and_after_a_block(method):
             with warnings.catch_warnings():
                 assert one.apply(_echo, (Model(9),)).check().seed == 9
         assert arena.statistics().n_messages_out_of_band == 2
+        assert arena.statistics().fallbacks["channel"].n_messages == 4
         for one in (older, pool, third):
             one.close()
             one.join()
