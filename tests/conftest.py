@@ -96,15 +96,15 @@ def pytest_collection_finish():
 def _nothing_is_left():
     """No test leaves files, descriptors of ours, children or threads behind."""
     import oobpickle
-    from oobpickle import _reduction
+    from oobpickle import _hook
 
     files, descriptors = _shared_files(), _our_descriptors()
     children, threads = _children(), set(threading.enumerate())
     yield
     assert not is_installed(), "the test left oobpickle installed"
-    if _reduction._lingering:
+    if _hook.lingering:
         gc.collect()
-        _reduction._sweep()  # what the next enabled() would do
+        _hook.sweep()  # what the next enabled() would do
     eventually(lambda: not (_shared_files() - files))
     eventually(lambda: _are_open(descriptors))
     eventually(lambda: not _unexpected_children(children))
@@ -114,6 +114,6 @@ def _nothing_is_left():
 
 def is_installed():
     """Whether this process has the hook in place."""
-    from oobpickle import _reduction
+    from oobpickle import _hook
 
-    return _reduction._hook is not None
+    return _hook.current is not None

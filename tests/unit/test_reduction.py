@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import oobpickle
-from oobpickle import ArenaError, ArenaFullError, Fallback, FallbackWarning, _reduction
+from oobpickle import ArenaError, ArenaFullError, Fallback, FallbackWarning, _hook
 from oobpickle._envelope import Envelope
 
 MIB = 1 << 20
@@ -293,7 +293,7 @@ def test_bytes_that_are_no_pickle_are_not_counted(older, head):
 def test_a_connection_handed_to_a_running_process_stays_in_band():
     with oobpickle.enabled():
         reader, writer = multiprocessing.Pipe(False)
-        hook = _reduction._hook
+        hook = _hook.current
         with reader, writer:
             assert hook.channels.known(writer.fileno())
             multiprocessing.reduction.DupFd(reader.fileno())

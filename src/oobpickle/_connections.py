@@ -1,0 +1,254 @@
+"""Connections: what a message goes through on its way into a channel and out of it.
+
+**What.** Replacements for the name ``_ForkingPickler`` in ``multiprocessing.connection`` and
+``.queues``, and for ``Connection._send_bytes`` and ``._recv``.
+
+**How it works.** On the class, since pools bind the methods early. ::
+
+    dumps        serialize; below the threshold that is the message; else pack it into the arena and
+                 return an envelope; if that cannot be, an ordinary pickle of the same payload, and
+                 count why
+    _send_bytes  when an envelope has left, its blocks are the receiver's
+    _recv        while a message has left its channel and is not claimed, nobody may reclaim its
+                 blocks; a large message from a process that does not take part is counted
+
+**Lifetime.** Each replacement asks at call time whether the hook is in, and else does what it
+replaced.
+
+**When it cannot.** A message travels in-band, as it would have without the hook.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import pickle
+import sys
+from types import FrameType
+from typing import Any, Final
+
+from oobpickle import _envelope, _hook, _statistics
+from oobpickle._arena import users
+from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
+from oobpickle._errors import ArenaFullError
+from oobpickle._hook import Hook, running
+from oobpickle._payload import Payload
+from oobpickle._pipes import is_readable
+from oobpickle._serializer import serialize
+
+_LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
+_TICK_S: Final = 0.02
+_LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
+_PROTO: Final = pickle.PROTO[0]
+#: After the end of an in-band message whose sender takes part, and has counted it.
+_COUNTED: Final = b"\0oobpickle: counted"
+
+
+def hooked_pickler(original: Any) -> Any:
+    class HookedPickler(original):  # type: ignore[misc]
+        """The pickler of multiprocessing, with large messages out of band."""
+
+        @classmethod
+        def dumps(cls, obj: object, protocol: int | None = None) -> Any:
+            # Every message comes here: what is above `_send` is all that it costs a small one.
+            hook = _hook.current
+            if hook is None or hook.arena.closed or protocol is not None:
+                running()
+                return original.dumps(obj, protocol)
+            if hook.arena.holdings.owes(_LARGE_NBYTES):
+                _drain(hook)  # the answer to this message can then use the room
+            payload = serialize(obj, original._extra_reducers, hook.threshold)
+            if payload.sizes or len(payload.stream) >= hook.threshold:
+                return _send(hook, payload, sys._getframe(1))
+            return payload.stream
+
+    return HookedPickler
+
+
+def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
+    """Return the bytes to write for a payload at or above the threshold."""
+    token = object()
+    try:
+        users.add(token)
+        if running() is hook:
+            return _send_through(hook, payload, frame)
+    finally:
+        users.discard(token)
+    return _in_band(payload)
+
+
+def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
+    arena, reason = hook.arena, "channel"
+    fd = _descriptor_in(frame)
+    channel = 0 if fd is None else hook.channels.known(fd)
+    if fd is not None and channel:
+        hook.channels.wait_for_budget(fd, channel, payload.nbytes)
+        try:
+            envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
+        except ArenaFullError as error:
+            reason = error.reason
+        except OSError:
+            reason = "space"
+        else:
+            _count_sent(hook, envelope, channel, payload)
+            return envelope
+    hook.count_fallback(reason, payload.nbytes)
+    return _in_band(payload)
+
+
+def _count_sent(hook: Hook, envelope: Envelope, channel: int, payload: Payload) -> None:
+    lease = envelope.lease
+    if lease.blocks:
+        hook.channels.sent(channel, lease.blocks[0], payload.nbytes)
+    hook.arena.membership.count(
+        (_statistics.N_MESSAGES, 1),
+        (_statistics.N_BUFFERS, len(lease.destinations)),
+        (_statistics.NBYTES, payload.nbytes),
+    )
+    if _hook.current is not hook:
+        lease.depart()  # uninstalled meanwhile: nobody will say when it has left
+
+
+def _in_band(payload: Payload) -> memoryview | bytes:
+    """Return a pickle that every Python can load, and that receivers need not count."""
+    return payload.to_pickle(tail=_COUNTED) if payload.sizes else payload.stream + _COUNTED
+
+
+def _drain(hook: Hook) -> None:
+    token = object()
+    try:
+        users.add(token)
+        if running() is hook:
+            hook.arena.drain()
+    finally:
+        users.discard(token)
+
+
+def hooked_send_bytes(original: Any) -> Any:
+    most = _envelope.MAX_NBYTES
+
+    def _send_bytes(self: Any, buf: Any) -> None:
+        n = len(buf)
+        if n % MODULUS != MARK or n > most:
+            original(self, buf)
+            return
+        envelope = buf if type(buf) is Envelope else getattr(buf, "obj", None)
+        token = object()
+        if type(envelope) is not Envelope:
+            if bytes(buf[:PREFIX_NBYTES]) == PREFIX:
+                _readdress(buf, self._handle)
+            original(self, buf)
+            return
+        try:
+            users.add(token)
+            envelope.lease.depart()
+            original(self, buf)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                envelope.lease.release()  # no reader is left
+            raise
+        finally:
+            try:
+                # After any other error a reader may have it: its blocks are reclaimed.
+                envelope.lease.settle()
+            finally:
+                users.discard(token)
+
+    return _send_bytes
+
+
+def _readdress(message: Any, fd: int) -> None:
+    """The bytes of an envelope are sent on as they are: it waits in another channel from now on."""
+    token = object()
+    try:
+        users.add(token)
+        hook = running()
+        if hook is not None:
+            head = bytes(message[: _envelope.HEAD_NBYTES])
+            block = _envelope.head_of(head, hook.arena.identity)
+            if block is not None:
+                hook.arena.intake.readdress(*block, hook.channels.known(fd))
+    finally:
+        users.discard(token)
+
+
+def hooked_recv(original: Any) -> Any:
+    most = _envelope.MAX_NBYTES
+
+    def _recv(self: Any, size: int, *args: Any) -> Any:
+        # Comes after the length of the message was read, with the message itself still unread in
+        # the channel; so a process that waits for a message does not count as reading one.
+        if size % MODULUS != MARK or size > most:
+            # Before the length of the next message comes there is time.
+            if (
+                size == _LENGTH_NBYTES
+                and (hook := _hook.current) is not None
+                and hook.arena.holdings.held
+            ):
+                _wait_draining(self._handle)
+            message = original(self, size, *args)
+            if size > most:
+                _count_uncounted(message)
+            return message
+        token = object()
+        try:
+            users.add(token)
+            hook = running()
+            if hook is None:
+                return original(self, size, *args)
+            arena = hook.arena
+            return arena.intake.receive(_read, arena.identity, original, self, size, *args)
+        finally:
+            users.discard(token)
+
+    return _recv
+
+
+def _read(identity: bytes, original: Any, *args: Any) -> tuple[Any, tuple[int, int] | None]:
+    """Read a message; return it, and its first block if it is an envelope of the arena."""
+    message = original(*args)
+    with message.getbuffer() as view:
+        head = bytes(view[: _envelope.HEAD_NBYTES])
+    return message, _envelope.head_of(head, identity)
+
+
+def _count_uncounted(message: io.BytesIO) -> None:
+    """Count a large message that came in-band from a process that does not take part."""
+    hook = _hook.current
+    with message.getbuffer() as view:
+        nbytes = len(view)
+        if hook is None or nbytes < hook.threshold or bytes(view[-len(_COUNTED) :]) == _COUNTED:
+            return
+        # What `send_bytes` was given is none of our business.
+        is_pickle = view[0] == _PROTO and 2 <= view[1] <= pickle.HIGHEST_PROTOCOL
+        is_pickle = is_pickle and bytes(view[-1:]) == pickle.STOP
+    token = object()
+    try:
+        users.add(token)
+        if is_pickle and running() is hook:
+            hook.count_fallback("channel", nbytes)
+    finally:
+        users.discard(token)
+
+
+def _wait_draining(fd: int) -> None:
+    """Wait for the next message, giving back what dies meanwhile: others may wait for the room.
+
+    It is done here because a finalizer in Python would swallow a Ctrl-C.
+    """
+    while (hook := _hook.current) is not None and hook.arena.holdings.held:
+        _drain(hook)
+        if not os.get_blocking(fd) or is_readable(fd, _TICK_S):
+            return
+
+
+def _descriptor_in(frame: FrameType | None) -> int | None:
+    """Return the descriptor of the connection that the caller of ``dumps`` is about to use."""
+    names = {} if frame is None else frame.f_locals
+    connection = names.get("self")
+    if connection is None:
+        connection = getattr(names.get("send_bytes"), "__self__", None)  # Queue._feed
+    connection = getattr(connection, "_writer", connection)  # SimpleQueue.put
+    handle = getattr(connection, "_handle", None)
+    return handle if isinstance(handle, int) else None

@@ -1,0 +1,142 @@
+"""The hook of this process: which arena its messages go through, and what was replaced for it.
+
+**What.** `Hook`, the one that is in (`current`), and `start` and `stop`.
+
+**How it works.** Whoever sends or receives looks at `current`; `running` is the same after a look
+whether the owner has closed the arena meanwhile, and if so takes the hook out.
+
+**Lifetime.** The process that installs owns the arena and closes it with the last exit. Children
+inherit the hook; they take it out when they see the arena closed. An arena that is still needed by
+an object lingers until a `sweep` finds that it is not.
+
+**When it cannot.** It cannot fail.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any, Final
+
+from oobpickle import _envelope, _statistics
+from oobpickle._arena import Arena
+from oobpickle._channels import Channels
+from oobpickle._options import Options
+
+#: Who has the object, its name there, and what makes its replacement from it.
+Replacement = tuple[Any, str, Callable[[Any], Any]]
+
+current: Hook | None = None
+lingering: Final[list[Arena]] = []
+guard: Final = threading.RLock()
+
+
+class Hook:
+    """One arena in place under multiprocessing in this process.
+
+    Parameters
+    ----------
+    arena : Arena
+        What messages go through.
+    channels : Channels
+        Where they may go.
+    said : Options
+        What later uses are compared with: what was said here, with the defaults filled in.
+    is_owner : bool
+        Whether this process made the arena and closes it.
+    inherit : callable
+        What a child that is being started calls to take part: with the arena's descriptors, and
+        `Channels.to_bytes`.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        channels: Channels,
+        said: Options,
+        *,
+        is_owner: bool,
+        inherit: Callable[..., None],
+    ) -> None:
+        self.arena = arena
+        self.said = said
+        self.channels = channels
+        self.threshold = arena.options.threshold or 0
+        self.n_users = 0  # enabled() blocks that are open
+        self.installed = False  # install() was called
+        self.leaving = False
+        self.inherit = inherit
+        self._is_owner = is_owner
+        self._epoch = arena.holdings.epoch
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this very process, not one that was forked from it, made the arena."""
+        return self._is_owner and self.arena.holdings.epoch == self._epoch
+
+    def put_in(self, replacements: Iterable[Replacement]) -> None:
+        """Replace objects of the standard library; `take_out` is the undo."""
+        for owner, name, make in replacements:
+            original = getattr(owner, name)
+            ours = make(original)
+            self._replaced.append((owner, name, ours, original))
+            setattr(owner, name, ours)
+
+    def take_out(self) -> None:
+        """Restore what was there, unless somebody has put something else in its place since."""
+        while self._replaced:
+            owner, name, ours, original = self._replaced.pop()
+            if getattr(owner, name) is ours:
+                setattr(owner, name, original)
+
+    def count_fallback(self, reason: str, nbytes: int) -> None:
+        """Count a message of that many bytes that travels in-band for one of the reasons."""
+        n_messages_at, nbytes_at = _statistics.fallback_counters(reason)
+        self.arena.membership.count((n_messages_at, 1), (nbytes_at, nbytes))
+
+
+def running() -> Hook | None:
+    """Return the hook, if its arena is open; take it out if the owner has closed the arena."""
+    hook = current
+    if hook is None or not hook.arena.closed:
+        return hook
+    if guard.acquire(blocking=False):  # else somebody is putting it in or taking it out
+        try:
+            stop(hook)
+        finally:
+            guard.release()
+    return None
+
+
+def start(hook: Hook, replacements: Iterable[Replacement]) -> None:
+    """Put the hook in."""
+    global current
+    hook.put_in(replacements)
+    current = hook
+
+
+def stop(hook: Hook) -> None:
+    """Take the hook out, if it is in, and close the arena if this process owns it."""
+    global current
+    if current is hook and not hook.leaving:
+        hook.leaving = True
+        # While it is closed the hook still says which messages this process is about to read.
+        if hook.is_owner:
+            hook.arena.close()
+        elif not hook.arena.closed:
+            # It goes on receiving without saying when: so nothing may be reclaimed while it lives.
+            hook.arena.membership.read_for_ever()
+        current = None
+        hook.arena.detach()
+        hook.take_out()
+        lingering.append(hook.arena)
+        sweep()
+
+
+def sweep() -> None:
+    """Unmap the arenas of earlier blocks that nobody needs any more."""
+    for arena in list(lingering):
+        if arena.try_destroy():
+            lingering.remove(arena)
+            _envelope.forget(arena)
