@@ -19,7 +19,6 @@ caller then sends in-band."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
 import stat
@@ -27,8 +26,9 @@ import struct
 import time
 from typing import TYPE_CHECKING, Final
 
-from oobpickle import _fork, _statistics, _system
+from oobpickle import _copying, _fork, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings
 from oobpickle._intake import Intake
 from oobpickle._layout import (
@@ -88,6 +88,8 @@ class Arena:
         Capacity, threshold, wait_s and copy_out in force.
     """
 
+    _kept = True
+
     def __init__(self, data: Segment, table: Segment, handle: int) -> None:
         words = table.words()
         if (words[H_MAGIC], words[H_VERSION]) != (MAGIC, VERSION):
@@ -107,7 +109,9 @@ class Arena:
         self.options = Options.read(words)
         self._capacity = words[H_CAPACITY]
         self._pid = os.getpid()
-        self._final: Statistics | None = None
+        self._inside_step = False
+        self._kept = data.kept
+        self._final: Statistics | None = None  # valid once it is retired
         self.intake = Intake(self)
         _fork.watch(self)
 
@@ -131,12 +135,25 @@ class Arena:
             segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
             _write_header(segments[1].words(), options, segments[0].nbytes)
             arena = cls(segments[0], segments[1], segments[2].fd)
+            segments.pop().kept = True
             arena.membership.join()
-        except (OSError, ArenaFullError) as error:
+        except BaseException as error:
             for segment in segments:
                 segment.close()
+            pass_on_foreign(error)
+            if not isinstance(error, (OSError, ArenaFullError)):
+                raise
             raise ArenaError(f"the arena cannot be created: {error}") from error
         return arena
+
+    def keep(self) -> None:
+        """From now on it ends by `try_destroy`, not when it is dropped."""
+        self._kept = self.data.kept = self._table.kept = True
+
+    def __del__(self) -> None:
+        if not self._kept:  # made by `create`, and interrupted before anybody used it
+            with ignoring(OSError):
+                self.membership.close()
 
     @classmethod
     def attach(cls, data_fd: int, ledger_fd: int, locks_fd: int) -> Arena:
@@ -334,7 +351,8 @@ class Arena:
                 freed = self.membership.run(self._release)
                 if freed and self.closed:
                     self.room.punch_idle(_EVERYTHING)
-            except (ArenaFullError, OSError):
+            except (ArenaFullError, OSError) as error:
+                pass_on_foreign(error)
                 return
             holdings.collect()
 
@@ -351,12 +369,21 @@ class Arena:
         Statistics
             A frozen snapshot; bytes and counts.
         """
-        if self._final is not None:
+        token = object()
+        try:
+            users.add(token)
+            return self._statistics()
+        finally:
+            users.discard(token)
+
+    def _statistics(self) -> Statistics:
+        if self.membership.retired and self._final is not None:
             return self._final
         self.drain()
         try:
             counters, census = self.membership.run(self._look)
-        except (ArenaFullError, OSError):
+        except (ArenaFullError, OSError) as error:
+            pass_on_foreign(error)
             counters, census = self._look()
         return _statistics.summed(
             counters,
@@ -374,10 +401,16 @@ class Arena:
 
     def trim(self) -> None:
         """Give the pages of all free blocks back to the system."""
-        self.drain()
-        self.membership.reap()
-        self.room.reclaim()
-        self.room.punch_idle(_EVERYTHING)
+        token = object()
+        try:
+            users.add(token)
+            if not self.membership.retired:
+                self.drain()
+                self.membership.reap()
+                self.room.reclaim()
+                self.room.punch_idle(_EVERYTHING)
+        finally:
+            users.discard(token)
 
     def close(self) -> None:
         """End the arena: nothing new is sent; free memory is back with the system on return.
@@ -391,7 +424,8 @@ class Arena:
             self.room.reclaim()  # before it is closed: after that nobody says when he reads
             self._words[H_CLOSED] = 1
             self.room.punch_idle(_EVERYTHING)
-        except (ArenaFullError, OSError):
+        except (ArenaFullError, OSError) as error:
+            pass_on_foreign(error)
             self._words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes
 
     def detach(self) -> None:
@@ -406,26 +440,32 @@ class Arena:
         That is when it is closed, this process is the last in it, no array, lease or message is
         left, and no thread is inside an operation (`users`).
         """
-        if self._final is not None or not self.closed:
+        if not self.closed:
             return False
+        if self.membership.retired:
+            self._destroy()  # an earlier call was interrupted
+            return True
         self.drain()
         try:
             self.membership.reap()
             self.room.reclaim()
             self.room.punch_idle(_EVERYTHING)
-            final = self.statistics()
+            self._final = self._statistics()
             if not self.membership.run(self._retire):
                 return False
-        except (ArenaFullError, OSError):
+        except (ArenaFullError, OSError) as error:
+            pass_on_foreign(error)
             return False
-        self._final = final
+        self._destroy()
+        return True
+
+    def _destroy(self) -> None:
         _fork.unwatch(self)
         self._words = memoryview(bytearray(self._words[:HEADER_WORDS])).cast("Q")
         self.membership.close()
         self.ledger.close()
         self.data.close()
         self._table.close()
-        return True
 
     def _retire(self) -> bool:
         """Step: the last one, if nobody needs the arena."""
@@ -445,6 +485,7 @@ class Arena:
         """
         if not self.membership.joined:
             return
+        self._inside_step = self.membership.mutex.threads.in_use_below
         self.drain()
         self.holdings.enter_fork()
         self.membership.mutex.threads.enter_fork()
@@ -454,8 +495,8 @@ class Arena:
             (_statistics.NBYTES_PRIVATIZED, nbytes),
             (_statistics.N_LEFT_SHARED, n_shared),
         )
-        if self.holdings.has_returns:
-            with contextlib.suppress(ArenaFullError, OSError):  # then the next step accounts
+        if self.holdings.has_returns and not self._inside_step:
+            with ignoring(ArenaFullError, OSError):  # then the next step accounts
                 self.membership.mutex.run_owned(HURRIED_S, self._release)
 
     def after_fork_in_parent(self) -> None:
@@ -471,7 +512,13 @@ class Arena:
         self.membership.reset_in_child()
         self.holdings.reset_in_child()
         self.room.forget()
+        _copying.forget()
         users.clear()  # of threads that do not exist here
+        if self._inside_step:
+            # A signal handler or finalizer has forked in the middle of a step: that goes on in the
+            # parent, and must not go on here too.
+            self.membership.retire_in_child()
+            self._table.isolate()
         self._pid = os.getpid()
         if not self.closed:
             self.membership.try_join()

@@ -23,6 +23,7 @@ from collections import OrderedDict, deque
 from typing import Final
 
 from oobpickle._arena import Arena
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._pipes import channel_id, is_broken, n_unread
 
 _MOST_CHANNELS: Final = 1 << 14
@@ -88,7 +89,8 @@ class Channels:
             try:
                 if n_unread(fd, channel) == 0 or is_broken(fd, channel):
                     return
-            except OSError:
+            except OSError as error:
+                pass_on_foreign(error)
                 return  # closed meanwhile: the send itself will say so
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)

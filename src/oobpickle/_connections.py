@@ -32,6 +32,7 @@ from oobpickle import _envelope, _hook, _statistics
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaFullError
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._hook import Hook, running
 from oobpickle._payload import Payload
 from oobpickle._pipes import is_readable
@@ -88,7 +89,8 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
             envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
         except ArenaFullError as error:
             reason = error.reason
-        except OSError:
+        except OSError as error:
+            pass_on_foreign(error)
             reason = "space"
         else:
             _count_sent(hook, envelope, channel, payload)

@@ -8,18 +8,20 @@ in time; the caller takes pieces until none is left, and then waits for the help
 cores that share a memory bus spend more time in sum than one, so there is a helper only while a
 core is idle: in a pool that is busy, throughput counts.
 
-**Lifetime.** The helper lives for one copy. It never writes after `copy_array` has returned or
-raised, since the destination may belong to somebody else then.
+**Lifetime.** The helper lives for one copy. It never writes after `copy_array` has returned. After
+an interrupt it may: so memory that must not be written any more is not passed on while `is_busy`.
 
 **When it cannot.** Without a second core, or a second thread, the caller copies everything."""
 
 from __future__ import annotations
 
 import _thread
-import contextlib
 import os
 import threading
+import weakref
 from typing import TYPE_CHECKING, Any, Final
+
+from oobpickle._foreign import pass_on_foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -30,6 +32,33 @@ _LEAST_NBYTES: Final = 32 << 20
 _PIECE_NBYTES: Final = 8 << 20
 
 
+class _Job:
+    """The pieces of one copy that nobody has taken yet.
+
+    Alive as long as anybody may write; longer, if the traceback of an interrupt is kept.
+    """
+
+    __slots__ = ("__weakref__", "has_helper", "pieces")
+
+    def __init__(self, pieces: list[tuple[Array, Array]]) -> None:
+        self.pieces = pieces
+        self.has_helper = True
+
+
+_jobs: Final[set[weakref.ref[_Job]]] = set()
+
+
+def is_busy() -> bool:
+    """Tell whether a copy of this process, also one that was interrupted, may still be writing."""
+    jobs = [reference() for reference in list(_jobs)] if _jobs else []
+    return any(job is not None and job.has_helper for job in jobs)
+
+
+def forget() -> None:
+    """In a forked child: the threads that copied do not exist here."""
+    _jobs.clear()
+
+
 def copy_array(destination: Array, source: Array) -> None:
     """Copy; the GIL is released meanwhile."""
     import numpy as np
@@ -37,14 +66,15 @@ def copy_array(destination: Array, source: Array) -> None:
     if destination.nbytes < _LEAST_NBYTES or not _is_a_core_idle():
         np.copyto(destination, source)
         return
-    _copy_with_helper(_pieces(destination, source))
+    _copy_with_helper(_Job(_pieces(destination, source)))
 
 
 def _is_a_core_idle() -> bool:
     try:
         with open("/proc/loadavg") as file:  # 0.01 0.05 0.01 running/all last-pid
             running = int(file.read().split()[3].partition("/")[0])
-    except (OSError, ValueError, IndexError):
+    except (OSError, ValueError, IndexError) as error:
+        pass_on_foreign(error)
         return False
     return running < len(os.sched_getaffinity(0))
 
@@ -56,25 +86,33 @@ def _pieces(destination: Array, source: Array) -> list[tuple[Array, Array]]:
     return [(destination[at : at + step], source[at : at + step]) for at in starts]
 
 
-def _copy_with_helper(pieces: list[tuple[Array, Array]]) -> None:
+def _copy_with_helper(job: _Job) -> None:
+    # The job dies with this frame and with the helper's, whatever interrupts the one or the other.
+    _jobs.add(weakref.ref(job, _jobs.discard))
     helping = threading.Lock()
     try:
-        with contextlib.suppress(RuntimeError):  # no thread to be had
-            _thread.start_new_thread(_help, (pieces, helping))
-        _copy_pieces(pieces)
+        try:
+            _thread.start_new_thread(_help, (job, helping))
+        except RuntimeError:  # no thread to be had
+            job.has_helper = False
+        _copy_pieces(job)
     finally:
-        pieces.clear()  # from here on the helper finds none; it may have one
+        job.pieces.clear()  # from here on the helper finds none; it may have one
         _wait_for(helping)
 
 
-def _help(pieces: list[tuple[Array, Array]], helping: threading.Lock) -> None:
+def _help(job: _Job, helping: threading.Lock) -> None:
     with helping:
-        _copy_pieces(pieces)
+        try:
+            _copy_pieces(job)
+        finally:
+            job.has_helper = False
 
 
-def _copy_pieces(pieces: list[tuple[Array, Array]]) -> None:
+def _copy_pieces(job: _Job) -> None:
     import numpy as np
 
+    pieces = job.pieces
     while pieces:
         try:
             destination, source = pieces.pop()

@@ -34,6 +34,7 @@ from typing import Any, Final, NamedTuple, Protocol
 from oobpickle import _faults
 from oobpickle._arena import Arena, users
 from oobpickle._errors import ArenaError, EnvelopeError
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._layout import OWN_BLOCK_NBYTES, plan
 from oobpickle._payload import Payload
 from oobpickle._statistics import N_LOADED
@@ -204,11 +205,13 @@ def _arena_named(name: bytes) -> Arena:
         try:
             arena = Arena.find(name)
         except (ArenaError, OSError) as error:
+            pass_on_foreign(error)
             raise EnvelopeError(
                 f"this message lies in arena {name.hex()[:8]}, which process {os.getpid()} does "
                 f"not take part in and cannot reach: {error}. Receive it in a process that was "
                 "started inside enabled()."
             ) from error
+        arena.membership.read_for_ever()  # there is no hook to say when this process reads
         introduce(arena)
     return arena
 
@@ -240,6 +243,7 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
 
 def introduce(arena: Arena) -> None:
     """Let this process load envelopes of the arena."""
+    arena.keep()
     _arenas[arena.identity] = arena
 
 

@@ -54,9 +54,29 @@ def unwatch(arena: Arena) -> None:
     _arenas.discard(arena)
 
 
-# By thread, since several may fork at the same time: what interrupted its hooks.
-_interrupts_of: dict[int, BaseException | None] = {}
-_finished: set[int] = set()
+class _Fork:
+    """A fork that a thread is in the middle of.
+
+    Attributes
+    ----------
+    ready : bool
+        Both *before* hooks were called.
+    finished : bool
+        The first *after* hook was called.
+    interrupt : BaseException or None
+        What came in between.
+    """
+
+    __slots__ = ("finished", "interrupt", "ready")
+
+    def __init__(self) -> None:
+        self.ready = self.finished = False
+        self.interrupt: BaseException | None = None
+
+
+# By thread, since several may fork at the same time. A list of them, since a signal handler may
+# fork below the hooks of a fork.
+_forks: dict[int, list[_Fork]] = {}
 _MOST_INTERRUPTS: Final = 100
 
 
@@ -74,27 +94,41 @@ def _each(call: Callable[[Arena], None]) -> BaseException | None:
 
 
 def _before() -> None:
-    _interrupts_of[get_ident()] = _each(_prepare)
+    fork = _Fork()
+    _forks.setdefault(get_ident(), []).append(fork)
+    fork.interrupt = _each(_prepare)
 
 
 def _before_again() -> None:
-    me = get_ident()
-    missed = None if me in _interrupts_of else _what_was_missed()
-    _interrupts_of[me] = _each(_prepare) or missed or _interrupts_of.get(me)
+    forks, missed = _forks.setdefault(get_ident(), []), None
+    if not forks or forks[-1].ready:
+        forks.append(_Fork())
+        missed = _what_was_missed()
+    fork = forks[-1]
+    fork.ready = True
+    fork.interrupt = _each(_prepare) or missed or fork.interrupt
 
 
 def _after() -> None:
-    me = get_ident()
-    _interrupts_of[me] = _each(_finish) or _interrupts_of.get(me)
-    _finished.add(me)
+    forks = _forks.get(get_ident(), [])
+    if len(forks) <= 1:  # else the fork around this one still needs the locks
+        interrupt = _each(_finish)
+        if forks:
+            forks[-1].interrupt = interrupt or forks[-1].interrupt
+    if forks:
+        forks[-1].finished = True
 
 
 def _after_again() -> None:
-    me = get_ident()
-    missed = None if me in _finished else _what_was_missed()
-    _finished.discard(me)
-    _deliver(_each(_finish) or _interrupts_of.pop(me, None) or missed)
-    _interrupts_of.pop(me, None)
+    forks = _forks.get(get_ident(), [])
+    fork = forks.pop() if forks else _Fork()
+    missed = None if fork.finished else _what_was_missed()
+    if forks:
+        interrupt = None
+    else:
+        _forks.pop(get_ident(), None)
+        interrupt = _each(_finish)
+    _deliver(interrupt or fork.interrupt or missed)
 
 
 def _in_child() -> None:
@@ -103,8 +137,7 @@ def _in_child() -> None:
 
 def _in_child_again() -> None:
     _each(_begin)
-    _interrupts_of.clear()  # the parent's: a signal is delivered to one process
-    _finished.clear()
+    _forks.clear()  # the parent's, and so are the interrupts: a signal is delivered to one process
 
 
 def _what_was_missed() -> BaseException | None:

@@ -21,6 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, NamedTuple
 
+from oobpickle._foreign import pass_on_foreign
+
 _UNLIMITED: Final = 1 << 60
 
 
@@ -55,8 +57,8 @@ def _meminfo(key: str, otherwise: str) -> int:
             for line in file:
                 if line.startswith(key + ":"):
                     return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    except OSError as error:
+        pass_on_foreign(error)
     return os.sysconf(otherwise) * os.sysconf("SC_PAGE_SIZE")
 
 
@@ -84,7 +86,8 @@ def _hierarchies() -> Iterator[tuple[Path, str, _Files]]:
     try:
         memberships = Path("/proc/self/cgroup").read_text().splitlines()
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        pass_on_foreign(error)
         return
     groups = {}
     for line in memberships:
@@ -107,14 +110,16 @@ def _hierarchies() -> Iterator[tuple[Path, str, _Files]]:
 def _read_number(path: Path) -> int | None:
     try:
         return int(path.read_text())
-    except (OSError, ValueError):  # no such file; "max"
+    except (OSError, ValueError) as error:  # no such file; "max"
+        pass_on_foreign(error)
         return None
 
 
 def _cache_nbytes(directory: Path, files: _Files) -> int:
     try:
         lines = (directory / "memory.stat").read_text().splitlines()
-    except OSError:
+    except OSError as error:
+        pass_on_foreign(error)
         return 0
     pairs = (line.split() for line in lines)
     return sum(int(value) for key, value in pairs if key in files.cache_keys)

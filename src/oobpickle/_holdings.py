@@ -27,7 +27,8 @@ from collections import deque
 from collections.abc import Iterable
 from typing import Any
 
-from oobpickle import _faults
+from oobpickle import _copying, _faults
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._lease import Lease
 from oobpickle._ledger import Ledger
 from oobpickle._mutex import LedgerBusyError, ThreadLock
@@ -226,6 +227,8 @@ class Holdings:
         while dropped:
             watch = dropped[0]
             is_own = watch.epoch == self.epoch
+            if is_own and not watch.anchored and _copying.is_busy():
+                return  # perhaps an interrupted copy into this lease; it goes on for moments only
             for index, generation in watch.blocks if watch.anchored else ():
                 if is_own:
                     # Before it is mapped shared: a fork in another thread must not undo that.
@@ -254,7 +257,8 @@ class Holdings:
         if nbytes is not None:
             try:
                 self._data.share(self._ledger.offset[index], nbytes)
-            except OSError:
+            except OSError as error:
+                pass_on_foreign(error)
                 return  # stays private here; what is sent in this block is copied from the file
             self._complete.discard(index)
             self.private.pop(index, None)
@@ -299,15 +303,18 @@ class Holdings:
             # In the book first: an interrupt after the mapping must not lose that it is private.
             resume = index in self.private
             self.private[index] = nbytes
+            offset, resident = self._ledger.offset[index], self._ledger.resident[index]
             try:
-                offset, resident = self._ledger.offset[index], self._ledger.resident[index]
                 self._data.privatize(offset, nbytes, resume=resume)
                 self._complete.add(index)
                 if resident > page_round(nbytes):  # of a larger message before
-                    with contextlib.suppress(OSError):
+                    with ignoring(OSError):
                         tail = page_round(nbytes)
                         self._data.punch(offset + tail, resident - tail)
-            except OSError:
+            except OSError as error:
+                pass_on_foreign(error)
+                if self._data.is_private(offset):
+                    raise  # of a signal handler, and too late to undo it: call again
                 self.private.pop(index, None)
                 n_failed += 1
                 continue

@@ -16,17 +16,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from oobpickle import _envelope, _statistics
 from oobpickle._arena import Arena
 from oobpickle._channels import Channels
 from oobpickle._options import Options
 
+T = TypeVar("T")
+
 #: Who has the object, its name there, and what makes its replacement from it.
 Replacement = tuple[Any, str, Callable[[Any], Any]]
 
 current: Hook | None = None
+_MOST_INTERRUPTS: Final = 100
 lingering: Final[list[Arena]] = []
 guard: Final = threading.RLock()
 
@@ -62,7 +65,7 @@ class Hook:
         self.said = said
         self.channels = channels
         self.threshold = arena.options.threshold or 0
-        self.n_users = 0  # enabled() blocks that are open
+        self.blocks: set[object] = set()  # a token of each enabled() block that is open
         self.installed = False  # install() was called
         self.leaving = False
         self.inherit = inherit
@@ -86,9 +89,10 @@ class Hook:
     def take_out(self) -> None:
         """Restore what was there, unless somebody has put something else in its place since."""
         while self._replaced:
-            owner, name, ours, original = self._replaced.pop()
+            owner, name, ours, original = self._replaced[-1]
             if getattr(owner, name) is ours:
                 setattr(owner, name, original)
+            self._replaced.pop()
 
     def count_fallback(self, reason: str, nbytes: int) -> None:
         """Count a message of that many bytes that travels in-band for one of the reasons."""
@@ -112,26 +116,60 @@ def running() -> Hook | None:
 def start(hook: Hook, replacements: Iterable[Replacement]) -> None:
     """Put the hook in."""
     global current
-    hook.put_in(replacements)
-    current = hook
+    try:
+        _envelope.introduce(hook.arena)
+        hook.put_in(replacements)
+        current = hook
+    except BaseException:  # a Ctrl-C
+        current = hook
+        stop(hook)
+        raise
 
 
 def stop(hook: Hook) -> None:
-    """Take the hook out, if it is in, and close the arena if this process owns it."""
+    """Take the hook out, if it is in, and close the arena if this process owns it.
+
+    Whatever interrupts it, it is done when this returns or raises.
+    """
+    if current is not hook or hook.leaving:
+        return
+    uninterrupted(_leave, hook)
+
+
+def uninterrupted(call: Callable[..., T], *args: Any) -> T:
+    """Return ``call(*args)``, made again for as long as something interrupts it.
+
+    A Ctrl-C that came meanwhile is raised when it is done.
+    """
+    interrupt: BaseException | None = None
+    for _ in range(_MOST_INTERRUPTS):
+        try:
+            result = call(*args)
+            break
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+    return result
+
+
+def _leave(hook: Hook) -> None:
+    """Do what is still to do."""
     global current
-    if current is hook and not hook.leaving:
-        hook.leaving = True
+    hook.leaving = True
+    arena = hook.arena
+    if arena not in lingering:
         # While it is closed the hook still says which messages this process is about to read.
         if hook.is_owner:
-            hook.arena.close()
-        elif not hook.arena.closed:
-            # It goes on receiving without saying when: so nothing may be reclaimed while it lives.
-            hook.arena.membership.read_for_ever()
+            arena.close()
+        elif not arena.closed:
+            # It goes on receiving without saying when: so nothing is reclaimed while it lives.
+            arena.membership.read_for_ever()
         current = None
-        hook.arena.detach()
+        arena.detach()
         hook.take_out()
-        lingering.append(hook.arena)
-        sweep()
+        lingering.append(arena)
+    sweep()
 
 
 def sweep() -> None:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from oobpickle import _statistics
 from oobpickle._errors import ArenaFullError, StaleEnvelopeError
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._holdings import Keeper, Watch
 from oobpickle._layout import H_CAPACITY, H_HELD, MAX_BLOCKS
 
@@ -81,7 +82,8 @@ class Intake:
         watches = [holdings.watch(anchor, []) for anchor in anchors]
         try:
             position, unmapped = self._membership.run(self._claim, blocks, needs, watches, copying)
-        except (ArenaFullError, OSError):  # no lock, or somebody closed its descriptor
+        except (ArenaFullError, OSError) as error:  # no lock, or somebody closed its descriptor
+            pass_on_foreign(error)
             position, unmapped = -1, frozenset()
         if position is not None:
             for watch in watches:
@@ -236,5 +238,6 @@ def _max_map_count() -> int:
     try:
         with open("/proc/sys/vm/max_map_count") as file:
             return int(file.read())
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        pass_on_foreign(error)
         return 65530

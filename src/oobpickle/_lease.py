@@ -18,7 +18,6 @@ the mapping; its buffers are collected aside and written to the file by `seal`."
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 from oobpickle import _faults
@@ -101,7 +100,7 @@ class Lease:
         """
         arena = self._arena
         for index, aside in self._aside:
-            os.pwrite(arena.data.fd, aside, arena.ledger.offset[index])
+            arena.data.write(arena.ledger.offset[index], memoryview(aside))
         _faults.reach("lease.written")
         arena.ledger.seal(self.blocks, arena.membership.slot, channel)
         self.sealed = True

@@ -21,7 +21,6 @@ and never unlock (`abandon`).
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import os
@@ -29,6 +28,7 @@ from typing import Final
 
 from oobpickle import _system
 from oobpickle._errors import ArenaError
+from oobpickle._foreign import ignoring, pass_on_foreign
 
 _LEDGER_BYTE: Final = 0
 
@@ -56,7 +56,7 @@ class LockFile:
         self._unlock = _system.flock_argument(lock=False, byte=_LEDGER_BYTE)
         self._address = 0
         # Without the page we only lose the protection against closerange.
-        with contextlib.suppress(OSError):
+        with ignoring(OSError):
             page = _system.PAGE_NBYTES
             self._address = _system.map_memory(self.fd, 0, page, flags=_system.MAP_SHARED)
             _system.advise(self._address, page, _system.MADV_DONTFORK)
@@ -77,7 +77,8 @@ class LockFile:
         """
         try:
             intact = _file_of(self.fd) == self._file
-        except OSError:
+        except OSError as error:
+            pass_on_foreign(error)
             intact = False
         if not intact:
             raise ArenaError(
@@ -111,7 +112,7 @@ class LockFile:
         self._close_fd()
 
     def _close_fd(self) -> None:
-        with contextlib.suppress(OSError):
+        with ignoring(OSError):
             if _file_of(self.fd) == self._file:
                 os.close(self.fd)
         self.fd = -1

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from oobpickle._errors import ArenaFullError
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._layout import H_STRANGERS
 from oobpickle._ledger import Ledger
 from oobpickle._locks import LockFile
@@ -52,6 +53,7 @@ class Membership:
         self._mutex: LedgerMutex | None = None
         self._own: OwnRow | None = None
         self._patient_at = 0.0
+        self._reads_for_ever = False
         self.retired = False
 
     # --- joining
@@ -66,18 +68,23 @@ class Membership:
         ArenaFullError
             If the lock or a slot cannot be had.
         """
+        if self.retired:
+            raise ArenaFullError("this process takes no part in the arena any more", "detached")
         if self._mutex is None:
             self._mutex = LedgerMutex(LockFile(self.handle), self._ledger.words, self._repair)
         slot = self._mutex.run(BUSY_S, self._participants.join, self._mutex.locks)
         if slot is None:
             raise ArenaFullError("no slot is left for another participant", "detached")
         self._own = OwnRow(self._ledger.words, slot)
+        if self._reads_for_ever:
+            self.read_for_ever()
 
     def try_join(self) -> bool:
         """Become a participant if possible."""
         try:
             self.join()
-        except (OSError, ArenaFullError):
+        except (OSError, ArenaFullError) as error:
+            pass_on_foreign(error)
             return False
         return True
 
@@ -172,12 +179,22 @@ class Membership:
         return self._own
 
     def read_for_ever(self) -> None:
-        """From now on this process reads without saying when: nothing is reclaimed any more."""
-        if self._own is not None:
-            self._own.readings.add(self)
-            self._own.publish_readings()
+        """From now on this process, and what it forks, reads without saying when.
+
+        Nothing is reclaimed while one of them lives.
+        """
+        self._reads_for_ever = True
+        own = self.reader()
+        if own is not None:
+            own.readings.add(self)
+            own.publish_readings()
 
     # --- forking and ending
+
+    def retire_in_child(self) -> None:
+        """Never join, in a child that was forked inside a step; say that it may read."""
+        self._ledger.words[H_STRANGERS] = 1
+        self.retired = True
 
     def reset_in_child(self) -> None:
         """Give up, in a forked child, what is the parent's; `join` comes next."""
@@ -192,4 +209,6 @@ class Membership:
             self._mutex.locks.close()
         self._mutex = None
         self._own = None
-        os.close(self.handle)
+        handle, self.handle = self.handle, -1
+        if handle >= 0:
+            os.close(handle)

@@ -55,6 +55,7 @@ class ThreadLock:
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
+        self._inside = 0  # the thread that is in `run`
         self._fork: int | None = None  # what `fork_wheel` showed when a fork took the lock
 
     def run(self, timeout_s: float, call: Callable[..., Any], *args: Any) -> Any:
@@ -69,15 +70,24 @@ class ThreadLock:
         if lock._is_owned() and not self._heal():  # type: ignore[attr-defined]
             raise LedgerBusyError("in use by this very thread, below a finalizer", is_own=True)
         release = lock.release
+        me = threading.get_ident()
         try:
             if not lock.acquire(timeout=timeout_s):
                 raise LedgerBusyError(f"in use by another thread for {timeout_s} s")
+            self._inside = me
             return call(*args)
         finally:
+            if self._inside == me:
+                self._inside = 0
             try:  # noqa: SIM105 - a context manager would let an interrupt in before the release
                 release()
             except RuntimeError:
                 pass  # not ours: the wait for it timed out
+
+    @property
+    def in_use_below(self) -> bool:
+        """Whether this thread is inside `run`, in whose middle a signal handler or finalizer is."""
+        return self._inside == threading.get_ident()
 
     def enter_fork(self) -> None:
         """Keep the other threads of this process out until `leave_fork`.
@@ -85,13 +95,15 @@ class ThreadLock:
         Again after an interrupt; and not for ever: a thread whose own fork hooks were aborted may
         have the lock and not come back.
         """
+        if self.in_use_below:
+            return  # the lock is kept already, and is not the fork's to release
         if not self._lock._is_owned():  # type: ignore[attr-defined]
             self._lock.acquire(timeout=_LONGEST_FORK_S)
         self._fork = fork_wheel[0]
 
     def leave_fork(self) -> None:
         """Let the other threads in again (in the parent), if `enter_fork` kept them out."""
-        if self._lock._is_owned():  # type: ignore[attr-defined]
+        if self._lock._is_owned() and not self.in_use_below:  # type: ignore[attr-defined]
             self._fork = None
             self._lock.release()
 
@@ -105,6 +117,7 @@ class ThreadLock:
     def reset_in_child(self) -> None:
         """Start anew in a forked child, where the other threads do not exist."""
         self._lock = threading.RLock()
+        self._inside = 0
         self._fork = None
 
 

@@ -25,6 +25,7 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
 from oobpickle import _system
+from oobpickle._foreign import ignoring, pass_on_foreign
 
 _SOCKET: Final = 1 << 63
 
@@ -93,13 +94,20 @@ def unreadable(
                 try:
                     if even_if_empty and _is_spent(int(fd), channel):
                         found.add(channel)
-                except OSError:
+                except OSError as error:
+                    pass_on_foreign(error)
                     continue  # closed by another thread a moment ago
                 left.discard(channel)
-        if left:
-            for pid in {*pids, *_own_pids()} - {os.getpid()}:
-                left.difference_update(_may_have(pid, names, pids))
-    except OSError:
+        # Twice: a descriptor may be on its way from one process to another.
+        for _ in range(2):
+            if left:
+                others = {*pids, *_own_pids()}
+                for pid in others - {os.getpid()}:
+                    left.difference_update(_may_have(pid, names, pids))
+                if left and any(_is_receiving(pid, pids) for pid in others):
+                    return found
+    except OSError as error:
+        pass_on_foreign(error)
         return found  # no descriptor is left to look into /proc
     return found | left
 
@@ -115,7 +123,7 @@ def _own_pids() -> Iterator[int]:
     me = os.geteuid()
     for name in os.listdir("/proc"):
         if name.isdigit():
-            with contextlib.suppress(OSError):
+            with ignoring(OSError):
                 if os.stat(f"/proc/{name}").st_uid == me:
                     yield int(name)
 
@@ -125,9 +133,31 @@ def _may_have(pid: int, names: Mapping[str, int], participants: Collection[int])
     try:
         return {names[name] for _, name in _descriptors_of(str(pid)) if name in names}
     except PermissionError:
-        # A process that hides its descriptors: it can have one of ours if it descends from us.
-        related = any(ancestor in participants for ancestor in _lineage(pid))
-        return set(names.values()) if related else set()
+        return set(names.values()) if _is_related(pid, participants) else set()
+
+
+def _is_receiving(pid: int, participants: Collection[int]) -> bool:
+    """Tell whether descriptors wait in a socket of the process (SCM_RIGHTS), where nobody has
+    them."""
+    try:
+        sockets = [fd for fd, name in _descriptors_of(str(pid)) if name.startswith("socket:")]
+        return any(_n_waiting(pid, fd) for fd in sockets)
+    except PermissionError:
+        return _is_related(pid, participants)
+
+
+def _n_waiting(pid: int, fd: str) -> int:
+    try:
+        with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+            lines = [line for line in file if line.startswith("scm_fds:")]  # Linux 5.11
+    except (FileNotFoundError, ProcessLookupError):
+        lines = []
+    return sum(int(line.split()[1]) for line in lines)
+
+
+def _is_related(pid: int, participants: Collection[int]) -> bool:
+    """Tell whether a process that hides its descriptors can have some of ours: as a descendant."""
+    return any(ancestor in participants for ancestor in _lineage(pid))
 
 
 def _lineage(pid: int) -> Iterator[int]:
@@ -137,7 +167,8 @@ def _lineage(pid: int) -> Iterator[int]:
         try:
             with open(f"/proc/{pid}/stat") as file:
                 pid = int(file.read().rpartition(")")[2].split()[1])
-        except OSError:
+        except OSError as error:
+            pass_on_foreign(error)
             return
 
 

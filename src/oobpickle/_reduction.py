@@ -24,12 +24,13 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from oobpickle import _envelope, _hook, _statistics
+from oobpickle import _hook, _statistics
 from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
 from oobpickle._channels import Channels
 from oobpickle._connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._errors import ArenaError, FallbackWarning
+from oobpickle._foreign import ignoring
 from oobpickle._hook import Hook, Replacement, running
 from oobpickle._options import Options
 from oobpickle._processes import hooked_dump, hooked_dup_fd, hooked_pipe, is_being_started
@@ -55,9 +56,8 @@ def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
     """In a child that is being started: take part in the parent's arena."""
     descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
-    with contextlib.suppress(ArenaError, OSError):
+    with ignoring(ArenaError, OSError):
         arena = Arena.attach(*descriptors)
-        _envelope.introduce(arena)
         known = Channels(arena, channels)
         hook = Hook(arena, known, arena.options, is_owner=False, inherit=_inherit)
         hook.installed = True
@@ -70,19 +70,26 @@ def _reset_guard_in_children() -> None:
     os.register_at_fork(after_in_child=_hook.guard._at_fork_reinit)  # type: ignore[attr-defined]
 
 
-def _start(options: Options) -> Hook | None:
-    """Return the running hook, or put one in; ``None`` if this process has to do without."""
+def _start(options: Options, token: object = None) -> Hook | None:
+    """Return the running hook, or put one in; ``None`` if this process has to do without.
+
+    A `token` is noted among its open blocks: before it is put in, so that no interrupt can leave a
+    hook without block.
+    """
     hook = running()
     if hook is not None:
         options.check_compatible(hook.said)
+        if token is not None:
+            hook.blocks.add(token)
         return hook
     if is_being_started():
         return None
     _reset_guard_in_children()
     _hook.sweep()
     arena = Arena.create(options)
-    _envelope.introduce(arena)
     hook = Hook(arena, Channels(arena), options.resolve(), is_owner=True, inherit=_inherit)
+    if token is not None:
+        hook.blocks.add(token)
     _hook.start(hook, _replacements())
     return hook
 
@@ -140,7 +147,7 @@ def uninstall() -> None:
         hook = _hook.current
         if hook is not None:
             hook.installed = False
-            if hook.n_users == 0:
+            if not hook.blocks:
                 _hook.stop(hook)
 
 
@@ -197,40 +204,43 @@ def enabled(
     2
     """
     options = Options(capacity, threshold, wait_s, copy_out)
+    token = object()
+    fallbacks: dict[str, _statistics.Fallback] = {}
+    try:
+        yield _enter(options, token)
+    finally:
+        fallbacks = _hook.uninterrupted(_leave, token)
+        if fallbacks:
+            warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=3)
+
+
+def _enter(options: Options, token: object) -> Arena:
     with _hook.guard:
+        hook = None
         try:
-            hook = _start(options)
+            hook = _start(options, token)
         except ArenaError as error:
             warnings.warn(
                 f"oobpickle is not in use: {str(error).rstrip('.')}. "
                 "Messages travel as without it.",
                 FallbackWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-            hook = None
         if hook is not None:
-            hook.n_users += 1
-    if hook is None:
-        absence = AbsentArena(options)
-        _absences.add(absence)
-        try:
-            yield absence
-        finally:
-            _absences.discard(absence)
-        return
-    try:
-        yield hook.arena
-    finally:
-        fallbacks = _leave(hook)
-        if fallbacks:
-            warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=3)
+            return hook.arena
+        _absences.add(token)
+        return AbsentArena(options)
 
 
-def _leave(hook: Hook) -> dict[str, _statistics.Fallback]:
+def _leave(token: object) -> dict[str, _statistics.Fallback]:
     """Leave one block; return what to warn of, if it was the last one of the owner."""
     with _hook.guard:
-        hook.n_users -= 1
-        if hook.n_users or hook.installed or _hook.current is not hook:
+        _absences.discard(token)
+        hook = _hook.current
+        if hook is None or token not in hook.blocks:
+            return {}
+        if len(hook.blocks) > 1 or hook.installed:
+            hook.blocks.discard(token)
             return {}
         is_owner = hook.is_owner
         _hook.stop(hook)

@@ -16,13 +16,13 @@ by the system)."""
 
 from __future__ import annotations
 
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import Final
 
 from oobpickle import _faults, _headroom
 from oobpickle._errors import ArenaFullError
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings
 from oobpickle._layout import FOLLOWS, H_CLOSED
 from oobpickle._ledger import Ledger, Shortage
@@ -81,6 +81,7 @@ class Room:
             try:
                 self._data.reserve(start, step)
             except OSError as error:
+                pass_on_foreign(error)
                 raise ArenaFullError(
                     f"the system refused {format_nbytes(step)} of pages: {error}. "
                     "See the limits of the mount, or pass a smaller capacity.",
@@ -179,24 +180,31 @@ class Room:
         """Give pages of free blocks back to the system, `nbytes` of them or all; tell whether
         any."""
         taken: list[int] = []
+        punched: list[int] = []
         try:
             self._membership.run(self._take_idle, nbytes, taken)
             for index in taken:
-                # Where the mount cannot punch, the pages stay, and the account is wrong by them.
-                with contextlib.suppress(OSError):
-                    self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
+                punched.append(index)  # before: nobody may believe in pages that are gone
+                self._punch(index)
         finally:
             if taken:
-                self._membership.run(self._finish_punch, taken)
+                if len(punched) < len(taken):
+                    self._punch(punched[-1])  # again: an interrupt may have come before it
+                self._membership.run(self._finish_punch, taken, punched)
         return bool(taken)
+
+    def _punch(self, index: int) -> None:
+        # Where the mount cannot punch, the pages stay, and the account is wrong by them.
+        with ignoring(OSError):
+            self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
 
     def _take_idle(self, nbytes: int, taken: list[int]) -> None:
         self._ledger.take_idle(nbytes, self._membership.slot, taken)
         for index in taken:
             self._holdings.leased[index] = self._ledger.generation[index]
 
-    def _finish_punch(self, taken: list[int]) -> None:
-        self._ledger.mark_punched(taken)
+    def _finish_punch(self, taken: list[int], punched: list[int]) -> None:
+        self._ledger.mark_punched(punched)
         for index in taken:
             block = (index, self._ledger.generation[index])
             self._ledger.release([block], self._membership.slot)
@@ -205,7 +213,7 @@ class Room:
     def punch_unreserved(self, indices: Sequence[int]) -> None:
         """Take leased blocks off the account whose pages were counted but not all reserved."""
         # Without the lock the account stays too high until the blocks are punched again.
-        with contextlib.suppress(ArenaFullError, OSError):
+        with ignoring(ArenaFullError, OSError):
             for index in indices:
                 self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
             self._membership.run(self._ledger.mark_punched, indices)

@@ -26,7 +26,6 @@ instead of touching a stranger's file."""
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import resource
@@ -37,6 +36,7 @@ from typing import TYPE_CHECKING, Final
 
 from oobpickle import _faults, _system
 from oobpickle._errors import ArenaError
+from oobpickle._foreign import ignoring, pass_on_foreign
 
 if TYPE_CHECKING:
     import numpy as np
@@ -70,11 +70,15 @@ class Segment:
         Size of the file and of the mapping, bytes.
     mapped : bool
         Whether the file is mapped here.
+    kept : bool
+        Whether it stays open and mapped if the segment is dropped without `close`. At first it does
+        not, if this process has created the file: an interrupt must not leave it behind.
     """
 
-    __slots__ = ("_address", "_identity", "_view", "backing", "fd", "nbytes")
+    __slots__ = ("_address", "_identity", "_view", "backing", "fd", "kept", "nbytes")
 
     def __init__(self, fd: int, nbytes: int, backing: str, *, map_it: bool = True) -> None:
+        self.kept = True
         self.fd = fd
         self.nbytes = nbytes
         self.backing = backing
@@ -100,9 +104,12 @@ class Segment:
             os.ftruncate(fd, nbytes)
             if backing == "memfd":
                 _seal(fd)
-            return cls(fd, nbytes, backing, map_it=map_it)
+            segment = cls(fd, nbytes, backing, map_it=map_it)
+            segment.kept = False
+            return segment
         except OSError as error:
             os.close(fd)
+            pass_on_foreign(error)
             raise ArenaError(
                 error.errno,
                 f"cannot create the {name} file of {nbytes} bytes ({backing}): {error.strerror}. "
@@ -116,7 +123,8 @@ class Segment:
         nbytes = os.fstat(fd).st_size
         try:
             return cls(fd, nbytes, "inherited")
-        except OSError:
+        except OSError as error:
+            pass_on_foreign(error)
             return cls(fd, nbytes, "inherited", map_it=False)
 
     @property
@@ -197,6 +205,13 @@ class Segment:
                 raise ArenaError(f"end of file at {offset + done} of {self.nbytes} bytes")
             done += n
 
+    def write(self, offset: int, source: memoryview) -> None:
+        """Write `source` to the *file*, whatever this process has mapped over the range."""
+        self._check_identity()
+        done, total = 0, source.nbytes
+        while done < total:
+            done += os.pwrite(self.fd, source[done : done + STEP_NBYTES], offset + done)
+
     def privatize(self, offset: int, nbytes: int, *, resume: bool = False) -> None:
         """Turn the range into ordinary private memory of this process, at its address.
 
@@ -220,7 +235,7 @@ class Segment:
         nbytes = page_round(nbytes)
         address = self._address + offset
         self._check_identity()
-        if not (resume and _is_private(address)):
+        if not (resume and self.is_private(offset)):
             flags = _system.MAP_PRIVATE | _system.MAP_FIXED | _system.MAP_NORESERVE
             _system.map_memory(self.fd, offset, nbytes, flags=flags, address=address)
         self._advise(offset, nbytes)
@@ -229,8 +244,24 @@ class Segment:
             if not _system.advise(address + start, n, _system.MADV_POPULATE_WRITE):
                 _touch(self.view()[offset + start : offset + start + n])
             _faults.reach("segment.populated")
-            with contextlib.suppress(OSError):  # the range is private, whatever becomes of the file
+            with ignoring(OSError):  # the range is private, whatever becomes of the file
                 _system.punch_hole(self.fd, offset + start, n)
+
+    def is_private(self, offset: int) -> bool:
+        """Tell whether the page at `offset` is private memory of this process."""
+        address = self._address + offset
+        with open("/proc/self/maps") as file:
+            for line in file:
+                span, permissions, _ = line.split(" ", 2)
+                start, end = (int(part, 16) for part in span.split("-"))
+                if start <= address < end:
+                    return permissions.endswith("p")
+        return False
+
+    def isolate(self) -> None:
+        """Map the whole file so that nobody sees what this process writes from now on."""
+        flags = _system.MAP_PRIVATE | _system.MAP_FIXED | _system.MAP_NORESERVE
+        _system.map_memory(self.fd, 0, self.nbytes, flags=flags, address=self._address)
 
     def share(self, offset: int, nbytes: int) -> None:
         """Map a privatized range from the file again; its private pages are gone."""
@@ -266,10 +297,15 @@ class Segment:
             os.close(self.fd)
         self.fd = -1
 
+    def __del__(self) -> None:
+        if not self.kept:
+            self.close()
+
     def _is_ours(self) -> bool:
         try:
             status = os.fstat(self.fd)
-        except OSError:
+        except OSError as error:
+            pass_on_foreign(error)
             return False
         return (status.st_dev, status.st_ino) == self._identity
 
@@ -279,16 +315,6 @@ class Segment:
                 f"descriptor {self.fd} of the arena was closed in process {os.getpid()}. "
                 "Do not close descriptors that you did not open (os.closerange)."
             )
-
-
-def _is_private(address: int) -> bool:
-    with open("/proc/self/maps") as file:
-        for line in file:
-            span, permissions, _ = line.split(" ", 2)
-            start, end = (int(part, 16) for part in span.split("-"))
-            if start <= address < end:
-                return permissions.endswith("p")
-    return False
 
 
 def _touch(view: memoryview) -> None:
@@ -310,6 +336,7 @@ def _open_nameless(name: str) -> tuple[int, str]:
         try:
             return opener(name), backing
         except OSError as error:
+            pass_on_foreign(error)
             problems.append(f"{backing}: {error.strerror}")
     raise ArenaError(f"no shared memory on this system ({'; '.join(problems)})")
 
@@ -318,7 +345,8 @@ def _open_memfd(name: str) -> int:
     flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
     try:
         return os.memfd_create(f"oobpickle-{name}", flags | _MFD_NOEXEC_SEAL)
-    except OSError:  # kernels before 6.3 do not know the flag
+    except OSError as error:  # kernels before 6.3 do not know the flag
+        pass_on_foreign(error)
         return os.memfd_create(f"oobpickle-{name}", flags)
 
 
@@ -333,7 +361,8 @@ def _open_tmp(name: str) -> int:
 def _open_unlinked(directory: str) -> int:
     try:
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError:  # O_TMPFILE is not for every file system
+    except OSError as error:  # O_TMPFILE is not for every file system
+        pass_on_foreign(error)
         fd, path = tempfile.mkstemp(dir=directory)
         os.unlink(path)
         os.set_inheritable(fd, False)

@@ -12,7 +12,7 @@ SOURCE = Path(oobpickle.__file__).parent
 
 #: The level of each module; a new one has to be given its place here.
 LEVELS = {
-    0: {"_errors", "_faults", "_system", "_interrupts"},
+    0: {"_errors", "_foreign", "_faults", "_system", "_interrupts"},
     1: {"_copying", "_reducers", "_segment", "_headroom", "_locks", "_layout", "_pipes"},
     2: {
         "_payload",
@@ -32,7 +32,7 @@ LEVELS = {
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 #: The column that knows pickle; all else below the seam knows memory, but for what serves both.
-COMMON = {"_errors", "_copying"}
+COMMON = {"_errors", "_foreign", "_copying"}
 PICKLE = {"_reducers", "_payload", "_into", "_serializer"}
 SEAM = 4
 MEMORY = {m for m, level in LEVEL_OF.items() if level < SEAM} - PICKLE - COMMON
