@@ -32,6 +32,7 @@ from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings
 from oobpickle._intake import Intake
 from oobpickle._layout import (
+    BLOCKS_AT,
     GENERATION_MASK,
     GENERATION_SHIFT,
     H_CAPACITY,
@@ -39,11 +40,14 @@ from oobpickle._layout import (
     H_DATA_NBYTES,
     H_IDENTITY,
     H_MAGIC,
+    H_N_BLOCKS,
     H_VERSION,
     HEADER_WORDS,
     IN_FLIGHT,
     LEDGER_NBYTES,
     MAGIC,
+    MAX_BLOCKS,
+    N_COLUMNS,
     STATE_MASK,
     VERSION,
     Plan,
@@ -67,6 +71,7 @@ _FIRST_PAUSE_S: Final = 0.2e-3
 _LAST_PAUSE_S: Final = 5e-3
 _STEP_BLOCKS: Final = 64  # blocks per step, so that nobody waits long for the lock
 _EVERYTHING: Final = 1 << 62
+_ROWS_AHEAD: Final = 448  # with a step, one page of each column
 _ADDRESS: Final = struct.Struct("<4I")
 
 Block = tuple[int, int]  # index and generation
@@ -110,6 +115,8 @@ class Arena:
         self._capacity = words[H_CAPACITY]
         self._pid = os.getpid()
         self._inside_step = False
+        self._askers: set[object] = set()  # tokens, as in `users`, for this arena
+        self._n_rows = 0  # of the ledger that have pages
         self._kept = data.kept
         self._final: Statistics | None = None  # valid once it is retired
         self.intake = Intake(self)
@@ -128,16 +135,22 @@ class Arena:
             raise ArenaError("this needs 64-bit Linux with /proc")
         options = options.resolve()
         segments: list[Segment] = []
+        arena = None
         try:
             segments.append(_create_data(largest_file_nbytes(_DATA_NBYTES)))
             options = options.within(segments[0].nbytes)
             segments.append(Segment.create(LEDGER_NBYTES, "ledger"))
+            if segments[1].backing != "memfd":  # a mount can be full: then its pages fault fatally
+                segments[1].reserve(0, 8 * BLOCKS_AT)
             segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
             _write_header(segments[1].words(), options, segments[0].nbytes)
             arena = cls(segments[0], segments[1], segments[2].fd)
             segments.pop().kept = True
+            arena._reserve_rows(0)
             arena.membership.join()
         except BaseException as error:
+            if arena is not None:
+                arena.membership.close()
             for segment in segments:
                 segment.close()
             pass_on_foreign(error)
@@ -292,6 +305,7 @@ class Arena:
         while len(taken) < len(needs):
             step = needs[len(taken) : len(taken) + _STEP_BLOCKS]
             self.holdings.collect()
+            self._reserve_rows(len(step))
             shortage = self.membership.run(self._exchange, step, taken, lease)
             if shortage is None or self.room.make(shortage, again=pause_s > _FIRST_PAUSE_S):
                 continue
@@ -299,6 +313,21 @@ class Arena:
                 raise self._full(shortage)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+
+    def _reserve_rows(self, n_more: int) -> None:
+        """Give the next rows of the ledger their pages: on a full mount a fault would be fatal."""
+        n_rows = self._words[H_N_BLOCKS] + n_more + 1  # whoever rebuilds looks one further
+        if n_rows <= self._n_rows or n_rows > MAX_BLOCKS:
+            return
+        first, n_rows = self._n_rows, min(MAX_BLOCKS, n_rows + _ROWS_AHEAD)
+        try:
+            for column in range(N_COLUMNS):
+                start = BLOCKS_AT + column * MAX_BLOCKS + first
+                self._table.reserve(8 * start, 8 * (n_rows - first))
+        except OSError as error:
+            pass_on_foreign(error)
+            raise ArenaFullError(f"no room for the table of blocks: {error}", "space") from error
+        self._n_rows = n_rows
 
     def _exchange(
         self, needs: list[int], taken: list[tuple[int, int]], lease: Lease
@@ -371,10 +400,10 @@ class Arena:
         """
         token = object()
         try:
-            users.add(token)
+            self._askers.add(token)
             return self._statistics()
         finally:
-            users.discard(token)
+            self._askers.discard(token)
 
     def _statistics(self) -> Statistics:
         if self.membership.retired and self._final is not None:
@@ -403,14 +432,14 @@ class Arena:
         """Give the pages of all free blocks back to the system."""
         token = object()
         try:
-            users.add(token)
+            self._askers.add(token)
             if not self.membership.retired:
                 self.drain()
                 self.membership.reap()
                 self.room.reclaim()
                 self.room.punch_idle(_EVERYTHING)
         finally:
-            users.discard(token)
+            self._askers.discard(token)
 
     def close(self) -> None:
         """End the arena: nothing new is sent; free memory is back with the system on return.
@@ -471,7 +500,13 @@ class Arena:
         """Step: the last one, if nobody needs the arena."""
         in_use = {state: n for state, n in self.ledger.census().n_blocks.items() if n}
         in_use.pop("free", None)
-        if users or in_use or self.membership.n_others() or not self.holdings.is_empty:
+        if (
+            users
+            or self._askers
+            or in_use
+            or self.membership.n_others()
+            or not self.holdings.is_empty
+        ):
             return False
         self.membership.retired = True
         return True
@@ -513,6 +548,7 @@ class Arena:
         self.holdings.reset_in_child()
         self.room.forget()
         _copying.forget()
+        self._askers.clear()
         users.clear()  # of threads that do not exist here
         if self._inside_step:
             # A signal handler or finalizer has forked in the middle of a step: that goes on in the

@@ -27,6 +27,7 @@ from oobpickle._foreign import pass_on_foreign
 from oobpickle._pipes import channel_id, is_broken, n_unread
 
 _MOST_CHANNELS: Final = 1 << 14
+_FEW_CHANNELS: Final = 64
 _LEAST_BUDGET_NBYTES: Final = 1 << 20  # what a pipe or socket can be made to hold by itself
 _FIRST_PAUSE_S: Final = 0.1e-3
 _LAST_PAUSE_S: Final = 5e-3
@@ -44,6 +45,7 @@ class Channels:
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
         self._epoch = arena.holdings.epoch
         self._sent: dict[int, deque[Message]] = {}
+        self._prune_at = _FEW_CHANNELS
 
     def to_bytes(self) -> bytes:
         """Return what a spawned child needs to know."""
@@ -74,6 +76,11 @@ class Channels:
     def sent(self, channel: int, block: tuple[int, int], nbytes: int) -> None:
         """Note a message of this process that is on its way."""
         self._sent.setdefault(channel, deque()).append((*block, nbytes))
+        if len(self._sent) > self._prune_at:
+            for other in list(self._sent):
+                if self._unread_nbytes(other) == 0:
+                    self._sent.pop(other, None)
+            self._prune_at = max(_FEW_CHANNELS, 2 * len(self._sent))
 
     def wait_for_budget(self, fd: int, channel: int, nbytes: int) -> None:
         """Wait while too much of this process's own is unread in the channel.

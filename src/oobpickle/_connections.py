@@ -57,8 +57,8 @@ def hooked_pickler(original: Any) -> Any:
             if hook is None or hook.arena.closed or protocol is not None:
                 running()
                 return original.dumps(obj, protocol)
-            if hook.arena.holdings.owes(_LARGE_NBYTES):
-                _drain(hook)  # the answer to this message can then use the room
+            if hook.arena.holdings.has_dropped:
+                _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
             payload = serialize(obj, original._extra_reducers, hook.threshold)
             if payload.sizes or len(payload.stream) >= hook.threshold:
                 return _send(hook, payload, sys._getframe(1))
@@ -117,11 +117,12 @@ def _in_band(payload: Payload) -> memoryview | bytes:
     return payload.to_pickle(tail=_COUNTED) if payload.sizes else payload.stream + _COUNTED
 
 
-def _drain(hook: Hook) -> None:
+def _drain(hook: Hook, nbytes: int = 0) -> None:
+    """Give back what has died, if it is at least so many bytes."""
     token = object()
     try:
         users.add(token)
-        if running() is hook:
+        if running() is hook and (not nbytes or hook.arena.holdings.owes(nbytes)):
             hook.arena.drain()
     finally:
         users.discard(token)

@@ -184,17 +184,28 @@ def unpack_envelope(data: bytes) -> Any:
     StaleEnvelopeError
         If the message was loaded already, or taken back.
     """
-    parsed = _parse(data)
     token = object()
     try:
         users.add(token)
+        parsed = _parse(data)
         arena = _arena_named(parsed.name)
         buffers, stream = _claim(arena, parsed)
         arena.membership.count((N_LOADED, 1))
         _faults.reach("envelope.claimed")
         return pickle.loads(stream, buffers=buffers)
+    except EnvelopeError:
+        raise
+    except BaseException:  # if of a signal handler, nobody has the message any more
+        _discard(data)
+        raise
     finally:
         users.discard(token)
+
+
+def _discard(data: bytes) -> None:
+    arena = _arenas.get(data[_CRC_FROM : _CRC_FROM + 16])
+    if arena is not None:
+        arena.intake.discard(*struct.unpack_from("<2Q", data, _HEADER.size))
 
 
 def _arena_named(name: bytes) -> Arena:

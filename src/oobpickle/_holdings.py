@@ -172,10 +172,13 @@ class Holdings:
         """Whether `release_pending` has something to do."""
         return bool(self._pending or self._unlocked or self._punched)
 
+    @property
+    def has_dropped(self) -> bool:
+        """Whether something has died and was not collected yet."""
+        return bool(self._dropped)
+
     def owes(self, nbytes: int) -> bool:
-        """Whether at least so many bytes of blocks have died and were not collected yet."""
-        if not self._dropped:
-            return False
+        """Whether that is at least so many bytes of blocks."""
         used = self._ledger.used
         blocks = [block for watch in list(self._dropped) for block in watch.blocks]
         return sum(used[index] for index, _ in blocks) >= nbytes
@@ -189,6 +192,12 @@ class Holdings:
     def known(self) -> set[int]:
         """Return the indices of all blocks that this process knows to be its own."""
         return {*self.leased, *self.held, *self._returning}
+
+    def give_back_punched(self, blocks: Iterable[tuple[int, int]]) -> None:
+        """Queue leased blocks for release whose pages have gone back to the system."""
+        for index, generation in blocks:
+            self._punched.append(index)
+            self.give_back([(index, generation)])
 
     def give_back(self, blocks: Iterable[tuple[int, int]]) -> None:
         """Queue blocks for release."""

@@ -15,6 +15,7 @@ an object lingers until a `sweep` finds that it is not.
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
@@ -32,6 +33,12 @@ current: Hook | None = None
 _MOST_INTERRUPTS: Final = 100
 lingering: Final[list[Arena]] = []
 guard: Final = threading.RLock()
+
+
+class Block:
+    """An `enabled` block."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Hook:
@@ -65,7 +72,8 @@ class Hook:
         self.said = said
         self.channels = channels
         self.threshold = arena.options.threshold or 0
-        self.blocks: set[object] = set()  # a token of each enabled() block that is open
+        # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.
+        self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()
         self.installed = False  # install() was called
         self.leaving = False
         self.inherit = inherit

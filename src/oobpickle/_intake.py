@@ -202,6 +202,7 @@ class Intake:
         if own is None:
             return call(*args)[0]
         done = own.readings.discard
+        block = None
         try:
             own.readings.add(token)
             own.publish_readings()
@@ -209,6 +210,10 @@ class Intake:
             if block is not None:
                 self._adopt(*block)
             return message
+        except BaseException:
+            if block is not None:
+                self.discard(*block)
+            raise
         finally:
             done(token)  # a C call, so no interrupt comes before it
             own.publish_readings()
@@ -217,6 +222,13 @@ class Intake:
         if self._membership.joined:
             self._holdings.adopted[index] = generation
             self._ledger.adopt(index, generation, self._membership.slot)
+
+    def discard(self, index: int, generation: int) -> None:
+        """Give back a message that was read and will never be loaded."""
+        if self._holdings.adopted.pop(index, None) == generation:
+            word = self._ledger.word[index]
+            if self._arena.is_in_flight(index, generation):
+                self._holdings.consume(index, generation, word, when_dead=None)
 
     def readdress(self, index: int, generation: int, channel: int) -> None:
         """A message that this process has read is sent on, unloaded, into another channel."""

@@ -181,15 +181,17 @@ class Payload:
             b"\x80\x05cfunctools\npartial\nc_pickle\nloads\n\x85R"
             b"(c_pickle\nloads\n)}\x8c\x07buffers("
         )
-        tail = b"tsNtb\x8e" + struct.pack("<Q", len(self.stream))
-        total = len(head) + sum(self.sizes) + 9 * len(self.sizes) + len(tail) + len(self.stream) + 3
+        middle = b"tsNtb\x8e" + struct.pack("<Q", len(self.stream))
+        total = (
+            len(head) + sum(self.sizes) + 9 * len(self.sizes) + len(middle) + len(self.stream) + 3
+        )
         whole = _empty(total + len(tail))
         at = _put(whole, 0, head)
         for nbytes, source in zip(self.sizes, self._sources, strict=True):
             at = _put(whole, at, b"\x96" + struct.pack("<Q", nbytes))
             _copy(whole[at : at + nbytes], source)
             at += nbytes
-        at = _put(whole, _put(whole, at, tail), self.stream)
+        at = _put(whole, _put(whole, at, middle), self.stream)
         _put(whole, _put(whole, at, b"\x85R."), tail)
         return whole
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import multiprocessing.connection as mp_connection
+import multiprocessing.process as mp_process
 import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
 import os
@@ -31,7 +32,7 @@ from oobpickle._channels import Channels
 from oobpickle._connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._errors import ArenaError, FallbackWarning
 from oobpickle._foreign import ignoring
-from oobpickle._hook import Hook, Replacement, running
+from oobpickle._hook import Block, Hook, Replacement, running
 from oobpickle._options import Options
 from oobpickle._processes import hooked_dump, hooked_dup_fd, hooked_pipe, is_being_started
 from oobpickle._statistics import Statistics, describe_fallbacks
@@ -70,17 +71,16 @@ def _reset_guard_in_children() -> None:
     os.register_at_fork(after_in_child=_hook.guard._at_fork_reinit)  # type: ignore[attr-defined]
 
 
-def _start(options: Options, token: object = None) -> Hook | None:
+def _start(options: Options, block: Block | None = None) -> Hook | None:
     """Return the running hook, or put one in; ``None`` if this process has to do without.
 
-    A `token` is noted among its open blocks: before it is put in, so that no interrupt can leave a
-    hook without block.
+    The `block` is noted before it is put in, so that no interrupt can leave a hook without one.
     """
     hook = running()
     if hook is not None:
         options.check_compatible(hook.said)
-        if token is not None:
-            hook.blocks.add(token)
+        if block is not None:
+            hook.blocks.add(block)
         return hook
     if is_being_started():
         return None
@@ -88,8 +88,8 @@ def _start(options: Options, token: object = None) -> Hook | None:
     _hook.sweep()
     arena = Arena.create(options)
     hook = Hook(arena, Channels(arena), options.resolve(), is_owner=True, inherit=_inherit)
-    if token is not None:
-        hook.blocks.add(token)
+    if block is not None:
+        hook.blocks.add(block)
     _hook.start(hook, _replacements())
     return hook
 
@@ -204,21 +204,21 @@ def enabled(
     2
     """
     options = Options(capacity, threshold, wait_s, copy_out)
-    token = object()
+    block = Block()
     fallbacks: dict[str, _statistics.Fallback] = {}
     try:
-        yield _enter(options, token)
+        yield _enter(options, block)
     finally:
-        fallbacks = _hook.uninterrupted(_leave, token)
+        fallbacks = _hook.uninterrupted(_leave, block)
         if fallbacks:
             warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=3)
 
 
-def _enter(options: Options, token: object) -> Arena:
+def _enter(options: Options, block: Block) -> Arena:
     with _hook.guard:
         hook = None
         try:
-            hook = _start(options, token)
+            hook = _start(options, block)
         except ArenaError as error:
             warnings.warn(
                 f"oobpickle is not in use: {str(error).rstrip('.')}. "
@@ -228,19 +228,19 @@ def _enter(options: Options, token: object) -> Arena:
             )
         if hook is not None:
             return hook.arena
-        _absences.add(token)
+        _absences.add(block)
         return AbsentArena(options)
 
 
-def _leave(token: object) -> dict[str, _statistics.Fallback]:
+def _leave(block: Block) -> dict[str, _statistics.Fallback]:
     """Leave one block; return what to warn of, if it was the last one of the owner."""
     with _hook.guard:
-        _absences.discard(token)
+        _absences.discard(block)
         hook = _hook.current
-        if hook is None or token not in hook.blocks:
+        if hook is None or block not in hook.blocks:
             return {}
         if len(hook.blocks) > 1 or hook.installed:
-            hook.blocks.discard(token)
+            hook.blocks.discard(block)
             return {}
         is_owner = hook.is_owner
         _hook.stop(hook)
@@ -253,12 +253,13 @@ def statistics() -> Statistics:
     Raises
     ------
     ArenaError
-        If this process is not inside `enabled`, and `install` was not called.
+        If this process is not inside `enabled`, and `install` was not called. In a child process
+        without arena there are zeros instead.
     """
     hook = running()
     if hook is not None:
         return hook.arena.statistics()
-    if _absences:
+    if _absences or mp_process.parent_process() is not None:  # perhaps the parent has to do without
         return _statistics.nothing()
     raise ArenaError(
         "oobpickle is not enabled in this process. Call it inside enabled(); after the block, "

@@ -190,7 +190,11 @@ class Room:
             if taken:
                 if len(punched) < len(taken):
                     self._punch(punched[-1])  # again: an interrupt may have come before it
-                self._membership.run(self._finish_punch, taken, punched)
+                generation = self._ledger.generation
+                blocks = [(index, generation[index]) for index in taken]
+                self._holdings.give_back_punched(blocks[: len(punched)])
+                self._holdings.give_back(blocks[len(punched) :])
+                self._membership.run(self._holdings.release_pending, self._membership.slot)
         return bool(taken)
 
     def _punch(self, index: int) -> None:
@@ -202,13 +206,6 @@ class Room:
         self._ledger.take_idle(nbytes, self._membership.slot, taken)
         for index in taken:
             self._holdings.leased[index] = self._ledger.generation[index]
-
-    def _finish_punch(self, taken: list[int], punched: list[int]) -> None:
-        self._ledger.mark_punched(punched)
-        for index in taken:
-            block = (index, self._ledger.generation[index])
-            self._ledger.release([block], self._membership.slot)
-            self._holdings.forget(*block)
 
     def punch_unreserved(self, indices: Sequence[int]) -> None:
         """Take leased blocks off the account whose pages were counted but not all reserved."""

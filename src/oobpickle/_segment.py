@@ -77,15 +77,18 @@ class Segment:
 
     __slots__ = ("_address", "_identity", "_view", "backing", "fd", "kept", "nbytes")
 
-    def __init__(self, fd: int, nbytes: int, backing: str, *, map_it: bool = True) -> None:
+    def __init__(
+        self, fd: int, nbytes: int, backing: str, *, map_it: bool = True, kept: bool = True
+    ) -> None:
         self.kept = True
+        self._address = 0
+        self._view: memoryview | None = None
         self.fd = fd
         self.nbytes = nbytes
         self.backing = backing
         status = os.fstat(fd)
         self._identity = (status.st_dev, status.st_ino)
-        self._address = 0
-        self._view: memoryview | None = None
+        self.kept = kept  # from here on `close` has what it needs
         if map_it:
             self._map()
 
@@ -104,12 +107,12 @@ class Segment:
             os.ftruncate(fd, nbytes)
             if backing == "memfd":
                 _seal(fd)
-            segment = cls(fd, nbytes, backing, map_it=map_it)
-            segment.kept = False
-            return segment
-        except OSError as error:
+            return cls(fd, nbytes, backing, map_it=map_it, kept=False)
+        except BaseException as error:
             os.close(fd)
             pass_on_foreign(error)
+            if not isinstance(error, OSError):
+                raise
             raise ArenaError(
                 error.errno,
                 f"cannot create the {name} file of {nbytes} bytes ({backing}): {error.strerror}. "

@@ -339,6 +339,15 @@ def test_a_later_version_is_refused_with_both_numbers():
 # --- to_pickle
 
 
+@pytest.mark.parametrize("obj", [np.arange(1000), {"a": 1}], ids=["buffers", "none"])
+def test_a_tail_comes_after_the_pickle_and_is_ignored(obj):
+    payload = oobpickle.dumps(obj)
+    whole = bytes(payload.to_pickle(tail=b"the tail"))
+
+    assert whole == bytes(payload.to_pickle()) + b"the tail"
+    np.testing.assert_equal(pickle.loads(whole), obj)
+
+
 PROGRAM = """
 import pickle, sys
 sys.modules["oobpickle"] = None  # importing it fails, wherever it is installed
