@@ -193,11 +193,9 @@ class Holdings:
         """Return the indices of all blocks that this process knows to be its own."""
         return {*self.leased, *self.held, *self._returning}
 
-    def give_back_punched(self, blocks: Iterable[tuple[int, int]]) -> None:
-        """Queue leased blocks for release whose pages have gone back to the system."""
-        for index, generation in blocks:
-            self._punched.append(index)
-            self.give_back([(index, generation)])
+    def note_punched(self, index: int) -> None:
+        """Queue a leased block for the account: its pages have gone back to the system."""
+        self._punched.append(index)
 
     def give_back(self, blocks: Iterable[tuple[int, int]]) -> None:
         """Queue blocks for release."""

@@ -51,10 +51,17 @@ class LockFile:
 
     def __init__(self, handle: int) -> None:
         self.fd = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
-        self._file = _file_of(self.fd)
+        self._address = 0
+        self._file = file_of(self.fd)
+        try:
+            self._prepare()
+        except BaseException:  # a Ctrl-C
+            self.close()
+            raise
+
+    def _prepare(self) -> None:
         self._lock = _system.flock_argument(lock=True, byte=_LEDGER_BYTE)
         self._unlock = _system.flock_argument(lock=False, byte=_LEDGER_BYTE)
-        self._address = 0
         # Without the page we only lose the protection against closerange.
         with ignoring(OSError):
             page = _system.PAGE_NBYTES
@@ -76,7 +83,7 @@ class LockFile:
             nobody.
         """
         try:
-            intact = _file_of(self.fd) == self._file
+            intact = file_of(self.fd) == self._file
         except OSError as error:
             pass_on_foreign(error)
             intact = False
@@ -113,11 +120,12 @@ class LockFile:
 
     def _close_fd(self) -> None:
         with ignoring(OSError):
-            if _file_of(self.fd) == self._file:
+            if file_of(self.fd) == self._file:
                 os.close(self.fd)
         self.fd = -1
 
 
-def _file_of(fd: int) -> tuple[int, int]:
+def file_of(fd: int) -> tuple[int, int]:
+    """Return what tells the file behind a descriptor from every other one."""
     status = os.fstat(fd)
     return status.st_dev, status.st_ino

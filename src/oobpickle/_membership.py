@@ -20,10 +20,10 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from oobpickle._errors import ArenaFullError
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._layout import H_STRANGERS
 from oobpickle._ledger import Ledger
-from oobpickle._locks import LockFile
+from oobpickle._locks import LockFile, file_of
 from oobpickle._mutex import LedgerBusyError, LedgerMutex
 from oobpickle._participants import OwnRow, Participants
 
@@ -47,6 +47,7 @@ class Membership:
 
     def __init__(self, ledger: Ledger, handle: int, repair: Callable[[], None]) -> None:
         self.handle = handle
+        self._file = file_of(handle)
         self._ledger = ledger
         self._repair = repair
         self._participants = Participants(ledger)
@@ -71,7 +72,12 @@ class Membership:
         if self.retired:
             raise ArenaFullError("this process takes no part in the arena any more", "detached")
         if self._mutex is None:
-            self._mutex = LedgerMutex(LockFile(self.handle), self._ledger.words, self._repair)
+            locks = LockFile(self.handle)
+            try:
+                self._mutex = LedgerMutex(locks, self._ledger.words, self._repair)
+            except BaseException:  # a Ctrl-C
+                locks.close()
+                raise
         slot = self._mutex.run(BUSY_S, self._participants.join, self._mutex.locks)
         if slot is None:
             raise ArenaFullError("no slot is left for another participant", "detached")
@@ -209,6 +215,7 @@ class Membership:
             self._mutex.locks.close()
         self._mutex = None
         self._own = None
-        handle, self.handle = self.handle, -1
-        if handle >= 0:
-            os.close(handle)
+        with ignoring(OSError):  # closed already, by an earlier call that was interrupted
+            if file_of(self.handle) == self._file:
+                os.close(self.handle)
+        self.handle = -1

@@ -23,7 +23,7 @@ from typing import Final
 from oobpickle import _faults, _headroom
 from oobpickle._errors import ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
-from oobpickle._holdings import Holdings
+from oobpickle._holdings import Holdings, Keeper
 from oobpickle._layout import FOLLOWS, H_CLOSED
 from oobpickle._ledger import Ledger, Shortage
 from oobpickle._membership import Membership
@@ -179,33 +179,38 @@ class Room:
     def punch_idle(self, nbytes: int) -> bool:
         """Give pages of free blocks back to the system, `nbytes` of them or all; tell whether
         any."""
-        taken: list[int] = []
-        punched: list[int] = []
+        keeper = Keeper()
+        watch = self._holdings.watch(keeper, [])
+        blocks = watch.blocks
         try:
-            self._membership.run(self._take_idle, nbytes, taken)
-            for index in taken:
-                punched.append(index)  # before: nobody may believe in pages that are gone
-                self._punch(index)
+            self._membership.run(self._take_idle, nbytes, blocks)
+            for index, _ in blocks:
+                try:
+                    self._punch(index)
+                except BaseException:
+                    self._punch(index)  # an interrupt may have come before it, or after
+                    raise
+                finally:
+                    self._holdings.note_punched(index)
         finally:
-            if taken:
-                if len(punched) < len(taken):
-                    self._punch(punched[-1])  # again: an interrupt may have come before it
-                generation = self._ledger.generation
-                blocks = [(index, generation[index]) for index in taken]
-                self._holdings.give_back_punched(blocks[: len(punched)])
-                self._holdings.give_back(blocks[len(punched) :])
+            self._holdings.give_back(blocks)
+            self._holdings.unwatch(watch)
+            if blocks:
                 self._membership.run(self._holdings.release_pending, self._membership.slot)
-        return bool(taken)
+        return bool(blocks)
+
+    def _take_idle(self, nbytes: int, blocks: list[tuple[int, int]]) -> None:
+        taken: list[int] = []
+        self._ledger.take_idle(nbytes, self._membership.slot, taken)
+        for index in taken:
+            generation = self._ledger.generation[index]
+            self._holdings.leased[index] = generation
+            blocks.append((index, generation))
 
     def _punch(self, index: int) -> None:
         # Where the mount cannot punch, the pages stay, and the account is wrong by them.
         with ignoring(OSError):
             self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
-
-    def _take_idle(self, nbytes: int, taken: list[int]) -> None:
-        self._ledger.take_idle(nbytes, self._membership.slot, taken)
-        for index in taken:
-            self._holdings.leased[index] = self._ledger.generation[index]
 
     def punch_unreserved(self, indices: Sequence[int]) -> None:
         """Take leased blocks off the account whose pages were counted but not all reserved."""

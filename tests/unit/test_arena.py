@@ -1,5 +1,6 @@
 """The arena in one process: senders, receivers, room, ends."""
 
+import errno
 import gc
 import os
 import threading
@@ -10,7 +11,7 @@ import pytest
 from ledger_tools import assert_in_order
 from oobpickle import ArenaError, ArenaFullError, StaleEnvelopeError, _fork, _headroom
 from oobpickle._arena import Arena
-from oobpickle._layout import H_HELD
+from oobpickle._layout import BLOCKS_AT, H_HELD, H_N_BLOCKS
 from oobpickle._options import Options
 
 MIB = 1 << 20
@@ -28,7 +29,7 @@ def make_arena():
     yield make
     gc.collect()
     for arena in arenas:
-        if arena._final is not None:
+        if arena.membership.retired:
             continue
         arena.drain()
         arena.membership.run(assert_in_order, arena.ledger)
@@ -372,6 +373,34 @@ def test_pages_of_arrays_that_outlive_the_arena_go_back_when_they_die(make_arena
     assert b"y" * MIB == bytes(second)
     del second
     assert 0 == arena.data.resident_nbytes()
+
+
+@pytest.mark.parametrize("backing", ["tmp", "memfd"])
+def test_on_a_mount_that_may_be_full_the_ledger_has_its_pages_first(
+    make_arena, monkeypatch, backing
+):
+    monkeypatch.setenv("OOBPICKLE_BACKING", backing)
+    arena = make_arena()
+    arena.acquire([100]).release()
+
+    rows = 10 * 4096
+    participants = 8 * BLOCKS_AT
+    assert arena._table.resident_nbytes() >= rows + (participants if backing == "tmp" else 0)
+
+
+def test_no_room_for_the_table_is_a_full_arena(arena, monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    arena.ledger.words[H_N_BLOCKS] = 0
+    arena._n_rows = 0
+    monkeypatch.setattr(arena._table.__class__, "reserve", refuse)
+    with pytest.raises(ArenaFullError, match=r"no room for the table.*No space") as caught:
+        arena.acquire([100])
+
+    assert "space" == caught.value.reason
+    monkeypatch.undo()
+    arena.acquire([100]).release()
 
 
 def test_statistics_outlive_the_memory():

@@ -120,6 +120,15 @@ def test_over_the_budget_a_sender_waits_until_its_own_is_loaded(arena, channels,
     claim(arena, second)
 
 
+def test_channels_whose_messages_were_loaded_are_not_remembered(arena, channels):
+    for number in range(1000):
+        lease = arena.acquire([100])
+        channels.sent(number, lease.blocks[0], 100)
+        lease.release()
+
+    assert len(channels._sent) < 200
+
+
 def test_a_sender_does_not_wait_for_what_was_read(arena, channels, ends):
     reader, writer = ends
     channels.note(reader.fileno(), writer.fileno())

@@ -2,6 +2,7 @@
 
 import ctypes
 import fcntl
+import gc
 import os
 import resource
 import subprocess
@@ -220,6 +221,36 @@ def test_what_one_writes_the_other_reads(segment, other):
 
     assert segment.array(MIB, 100).tolist() == [7] * 5 + [8] + [7] * 94
     assert address_of(segment) != address_of(other)
+
+
+def test_much_is_written_in_as_many_calls_as_it_takes(segment, monkeypatch):
+    """One pwrite(2) writes 2 GiB - 4096 at most."""
+    pwrite, n_calls = os.pwrite, []
+
+    def write_some(fd, data, offset):
+        n_calls.append(offset)
+        return pwrite(fd, data[:100_000], offset)
+
+    monkeypatch.setattr(os, "pwrite", write_some)
+    data = os.urandom(MIB)
+    segment.write(4096, memoryview(data))
+
+    assert len(n_calls) == 11
+    found = memoryview(bytearray(MIB))
+    segment.read_into(4096, found)
+    assert found == data
+
+
+def test_a_file_that_was_dropped_before_it_was_kept_is_closed():
+    before = os.listdir("/proc/self/fd")
+    segment = Segment.create(NBYTES, "tests")
+    address = segment._address
+    del segment
+    gc.collect()
+
+    assert before == os.listdir("/proc/self/fd")
+    with open("/proc/self/maps") as maps:
+        assert f"{address:x}-" not in maps.read()
 
 
 def test_arrays_are_exact_and_their_base_is_none(segment):

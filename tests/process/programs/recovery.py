@@ -3,11 +3,15 @@
 import contextlib
 import gc
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import random
 import signal
+import socket
+import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -16,6 +20,7 @@ import inside
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
+from oobpickle import _intake
 from oobpickle import _layout as layout
 
 MIB = 1 << 20
@@ -407,6 +412,133 @@ def _take_all_room_twice(arena, n_at_least):
         for lease in leases:
             lease.release()
         arena.trim()
+
+
+def reader_on_its_way_in_a_socket():
+    """While the reading end is passed on (SCM_RIGHTS), no process has a descriptor of it."""
+    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    read, write = _pipe()
+    one, other = socket.socketpair()
+    write.send(message(1))
+    socket.send_fds(one, [b"x"], [read.fileno()])
+    read.close()
+    write.close()
+    _take_all_room_twice(arena, n_at_least=14)
+    _, (fd,), _, _ = socket.recv_fds(other, 1, 1)
+    verify(multiprocessing.connection.Connection(fd, writable=False).recv(), 1)
+    one.close()
+    other.close()
+    _assert_empty(arena)
+
+
+def descendant_of_a_process_that_reads_without_saying():
+    """A child has uninstalled, forks and ends: its child still reads without saying when."""
+    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    read, write = _pipe()
+    report, answer = multiprocessing.Pipe(duplex=False)
+    has_read, go_on = Token(), Token()
+
+    def child():
+        oobpickle.uninstall()
+        fork(grandchild)
+
+    def grandchild():
+        raw = read.recv_bytes()
+        has_read.give()
+        go_on.take()
+        answer.send(verify(pickle.loads(raw))[0])
+
+    reap(fork(child))
+    read.close()
+    write.send(message(5))
+    has_read.take()
+    _take_all_room_twice(arena, n_at_least=14)
+    go_on.give()
+    assert report.recv() == 5
+
+
+_FOREIGN = """
+import os, pickle, sys
+from multiprocessing.connection import Connection
+read, go, say = Connection(int(sys.argv[1]), writable=False), int(sys.argv[2]), int(sys.argv[3])
+for _ in range(3):
+    raw = read.recv_bytes()
+    os.write(say, b"r")
+    os.read(go, 1)
+    os.write(say, bytes([pickle.loads(raw)[0]]))
+"""
+
+
+def program_that_inherited_a_connection():
+    """It finds the arena with its first message; from then on nothing of it is reclaimed."""
+    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    read, write = _pipe()
+    (go, go_on), (has_read, say) = os.pipe(), os.pipe()
+    fds = read.fileno(), go, say
+    program = subprocess.Popen([sys.executable, "-c", _FOREIGN, *map(str, fds)], pass_fds=fds)
+    read.close()
+    for seed in range(3):
+        write.send(message(seed))
+        assert os.read(has_read, 1) == b"r"
+        if seed > 0:
+            _take_all_room_twice(arena, n_at_least=14)
+        os.write(go_on, b"x")
+        assert os.read(has_read, 1) == bytes([seed])
+    assert program.wait(20) == 0
+
+
+def message_whose_load_is_interrupted():
+    """Nobody has it any more: its memory comes back."""
+    arena = oobpickle.install(capacity=16 * MIB)
+    read, write = _pipe()
+    claim = _intake.Intake.claim
+
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    for seed in range(40):
+        write.send([message(seed), message(seed, 300_000)])
+        _intake.Intake.claim = interrupted
+        with contextlib.suppress(KeyboardInterrupt):
+            read.recv()
+            raise AssertionError("loaded")
+        _intake.Intake.claim = claim
+    assert arena.statistics().n_fallbacks == 0
+    _assert_empty(arena)
+
+
+def statistics_are_asked_for_while_blocks_are_left():
+    arenas, errors, done = [], [], threading.Event()
+
+    def ask():
+        while not done.is_set():
+            for arena in arenas[-2:]:
+                try:
+                    assert arena.statistics().n_fallbacks == 0
+                    arena.trim()
+                except oobpickle.ArenaFullError:
+                    pass  # busy
+                except BaseException as error:
+                    errors.append(error)
+
+    threads = [threading.Thread(target=ask) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        for seed in range(30):
+            with oobpickle.enabled(capacity=16 * MIB) as arena:
+                arenas.append(arena)
+                read, write = _pipe()
+                write.send(message(seed))
+                verify(read.recv(), seed)
+    finally:
+        done.set()
+        for thread in threads:
+            thread.join()
+    assert not errors, errors
+    with oobpickle.enabled():
+        pass
+    assert all(arena.membership.retired for arena in arenas)
 
 
 def message_read_after_the_block_was_left():

@@ -1,0 +1,394 @@
+"""Signal handlers of the program that raise, fork and send, wherever they strike."""
+
+import contextlib
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+import warnings
+
+import inside
+import numpy as np
+from inside import content, message, reap, verify
+
+import oobpickle
+from oobpickle import _copying, _faults, _hook, _reduction
+
+MIB = 1 << 20
+LIBRARY = os.path.dirname(oobpickle.__file__)
+#: Between the last statement of a `try` and the first of its `finally` no signal is delivered; and
+#: after a call that opens something nothing can be done before it is stored.
+UNREACHABLE = {("_segment.py", "create"), ("_reduction.py", "enabled"), ("_mutex.py", "run")}
+
+
+def _pipe():
+    return multiprocessing.Pipe(duplex=False)
+
+
+class _Deadline(TimeoutError):
+    """What alarms raise: an OSError, which must not be taken for one of a system call."""
+
+
+@contextlib.contextmanager
+def _handler(handle):
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+
+
+def _strike(*_):
+    raise _Deadline
+
+
+@contextlib.contextmanager
+def _signal_at(point, hit=1):
+    """Send this process a SIGUSR1 when it reaches a fault point for the `hit`-th time."""
+    original, n_hits = _faults.reach, 0
+
+    def reach(reached):
+        nonlocal n_hits
+        n_hits += reached == point
+        if reached == point and n_hits == hit:
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+    _faults.reach = reach
+    try:
+        yield
+    finally:
+        _faults.reach = original
+
+
+# --- handlers that raise
+
+
+def an_alarm_ends_the_wait_for_room():
+    with (
+        oobpickle.enabled(capacity=16 * MIB, wait_s=60, copy_out=False) as arena,
+        _handler(_strike),
+    ):
+        read, write = _pipe()
+        write.send(message(1, 12 * MIB))
+        held = verify(read.recv(), 1)
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        try:
+            write.send(message(2, 8 * MIB))
+            raise AssertionError("sent")
+        except _Deadline:
+            pass
+        verify(held, 1)
+        assert arena.statistics().n_fallbacks == 0
+        assert arena.statistics().n_blocks["leased"] == 0
+        del held
+        write.send(message(3, 8 * MIB))
+        verify(read.recv(), 3)
+
+
+def an_alarm_within_the_turning_of_held_blocks_into_ordinary_memory():
+    """Between its steps of 64 MiB: what was copied already must not be mapped anew."""
+    for hit in (1, 2, 3):
+        with oobpickle.enabled(capacity=512 * MIB) as arena, _handler(_strike):
+            read, write = _pipe()
+            write.send(message(1, 160 * MIB))
+            held = verify(read.recv(), 1)
+            with _signal_at("segment.populated", hit):
+                pid = inside.fork(verify, held, 1)
+            verify(held, 1)
+            reap(pid)
+            assert arena.statistics().n_left_shared == 0
+            del held
+
+
+class _Tracer:
+    """Raises a `_Deadline` at the `strike_at`-th line of the library that is run."""
+
+    def __init__(self, strike_at):
+        self.n_lines = 0
+        self.where = None
+        self._strike_at = strike_at
+
+    def __call__(self, frame, event, _):
+        if not frame.f_code.co_filename.startswith(LIBRARY):
+            return None
+        if event == "line":
+            self.n_lines += 1
+            if self.n_lines == self._strike_at:
+                self.where = os.path.basename(frame.f_code.co_filename), frame.f_code.co_name
+                raise _Deadline
+        return self
+
+
+def _objects():
+    """Return what oobpickle replaces."""
+    return [getattr(owner, name) for owner, name, _ in _reduction._replacements()]
+
+
+def _descriptors():
+    return set(os.listdir("/proc/self/fd"))
+
+
+def _at_lines(run, n_places=90):
+    """Run it in a child each, with an exception at places all over; return where sth. was left."""
+    n_lines = int(_in_child(_n_lines, run))
+    places = np.unique(np.linspace(1, n_lines, n_places).astype(int)).tolist()
+    left = [_in_child(_left_behind, run, place) for place in places]
+    assert len(left) >= n_places // 2
+    return [one for one in left if one]
+
+
+def _in_child(call, *args):
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        answer = "failed"
+        try:
+            answer = str(call(*args))
+        except BaseException:
+            answer = traceback.format_exc()
+        finally:
+            os.write(write, answer.encode())
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as file:
+        answer = file.read()
+    reap(pid)
+    return answer
+
+
+def _n_lines(run):
+    tracer = _Tracer(0)
+    run(tracer)
+    return tracer.n_lines
+
+
+def _left_behind(run, strike_at):
+    before, descriptors = _objects(), _descriptors()
+    tracer = _Tracer(strike_at)
+    with contextlib.suppress(_Deadline):
+        run(tracer)
+    if tracer.where is None:
+        return ""  # other processes of the machine make it longer or shorter
+    gc.collect()
+    with oobpickle.enabled():
+        pass
+    gc.collect()
+    clean = before == _objects() and _hook.current is None
+    clean = clean and len(_descriptors()) <= len(descriptors)
+    return "" if clean or tracer.where in UNREACHABLE else (strike_at, tracer.where)
+
+
+def entering_a_block_is_interrupted_at_any_line():
+    def run(trace):
+        try:
+            sys.settrace(trace)
+            with oobpickle.enabled():
+                sys.settrace(None)
+        finally:
+            sys.settrace(None)
+
+    left = _at_lines(run)
+    assert not left, left
+
+
+def leaving_a_block_is_interrupted_at_any_line():
+    def run(trace):
+        try:
+            with oobpickle.enabled():
+                read, write = _pipe()
+                write.send(message(1))
+                verify(read.recv(), 1)
+                read.close()
+                write.close()
+                sys.settrace(trace)
+        finally:
+            sys.settrace(None)
+
+    left = _at_lines(run)
+    assert not left, left
+
+
+def memory_is_given_back_though_leaving_is_interrupted():
+    n_calls = 0
+    with _handler(_strike), contextlib.suppress(_Deadline), oobpickle.enabled() as arena:
+        read, write = _pipe()
+        for seed in range(3):
+            write.send(message(seed, (seed + 1) * 3_000_000))
+            verify(read.recv(), seed)
+        original = type(arena.data).punch
+
+        def punch(segment, *args):
+            nonlocal n_calls
+            n_calls += 1
+            if n_calls in (1, 4, 7):
+                os.kill(os.getpid(), signal.SIGUSR1)
+            original(segment, *args)
+
+        type(arena.data).punch = punch
+    type(arena.data).punch = original
+    assert _hook.current is None
+    statistics = arena.statistics()
+    assert statistics.nbytes["free"] == statistics.nbytes_resident == 0, statistics
+    assert statistics.n_blocks["leased"] == 0, statistics
+
+
+def a_copy_goes_on_after_its_sender_was_interrupted():
+    """The helper's piece is still being written when `send` has raised: nobody gets that memory."""
+    _copying._is_a_core_idle = lambda: True
+    main, gate, begun = threading.get_ident(), threading.Event(), threading.Event()
+    copyto, armed = np.copyto, True
+
+    def slow_copyto(destination, source):
+        if armed and threading.get_ident() == main:
+            assert begun.wait(20)
+            copyto(destination, source)
+            raise _Deadline
+        if armed:
+            begun.set()
+            assert gate.wait(20)
+        copyto(destination, source)
+
+    def give_up(_):
+        raise _Deadline
+
+    with oobpickle.enabled(capacity=512 * MIB) as arena:
+        read, write = _pipe()
+        wait_for, _copying._wait_for = _copying._wait_for, give_up
+        np.copyto = slow_copyto
+        try:
+            write.send(np.full(64 * MIB, 7, np.uint8))
+            raise AssertionError("sent")
+        except _Deadline:
+            pass
+        _copying._wait_for, armed = wait_for, False
+        gc.collect()
+        assert _copying.is_busy()
+        write.send(np.full(64 * MIB, 9, np.uint8))
+        received = read.recv()
+        gate.set()
+        inside.eventually(lambda: not _copying.is_busy())
+        assert (received == 9).all()
+        del received
+        arena.trim()
+        assert arena.statistics().n_blocks["leased"] == 0
+
+
+# --- handlers that fork
+
+
+def _fork_and_wait(*_):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+
+def a_handler_forks_within_a_step():
+    for point in ("ledger.claim.committed", "ledger.lease.committed", "ledger.release.committed"):
+        with oobpickle.enabled(capacity=64 * MIB) as arena, _handler(_fork_and_wait):
+            read, write = _pipe()
+            for seed in range(3):
+                write.send(message(seed))
+                verify(read.recv(), seed)
+            write.send(message(7))
+            held = verify(read.recv(), 7)
+            write.send(message(8))
+            with _signal_at(point):
+                mine = read.recv()
+                arena.drain()
+                write.send(message(9))
+            write.send(message(10))
+            kept = [read.recv(), read.recv()]
+            verify(held, 7)
+            verify(mine, 8)
+            verify(kept[0], 9)
+            verify(kept[1], 10)
+            inside.assert_ledger_consistent(arena)
+            del kept, mine, held
+
+
+def a_child_that_was_forked_within_a_step_changes_nothing_here():
+    """It goes on with the step when the handler returns; and then it sends, in-band."""
+    report, answer = _pipe()
+    pid = 0
+
+    def fork_and_go_on(*_):
+        nonlocal pid
+        pid = os.fork()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with oobpickle.enabled(capacity=64 * MIB) as arena, _handler(fork_and_go_on):
+            read, write = _pipe()
+            write.send(message(1))
+            with _signal_at("ledger.claim.committed"):
+                held = read.recv()
+            if pid == 0:
+                status = 1
+                try:
+                    answer.send(message(2, 100_000))
+                    status = 0
+                finally:
+                    os._exit(status)
+            verify(report.recv(), 2)
+            reap(pid)
+            verify(held, 1)
+            for seed in range(3):
+                write.send(message(seed))
+                verify(read.recv(), seed)
+            verify(held, 1)
+            inside.assert_ledger_consistent(arena)
+            del held
+
+
+def a_handler_forks_below_the_hooks_of_a_fork():
+    """The locks of the outer fork are kept: no other thread receives until it is over."""
+    go, received, held = threading.Event(), threading.Event(), []
+
+    def before():  # registered first: runs last before fork(2)
+        if not go.is_set():
+            go.set()
+            os.kill(os.getpid(), signal.SIGUSR1)
+            received.wait(1)  # in vain, if it is right
+
+    os.register_at_fork(before=before)
+    with oobpickle.enabled(capacity=64 * MIB) as arena, _handler(_fork_and_wait):
+        read, write = _pipe()
+        write.send(message(1))
+
+        def receive():
+            assert go.wait(20)
+            held.append(read.recv())
+            received.set()
+
+        thread = threading.Thread(target=receive)
+        thread.start()
+        written, seen = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            status = 1
+            try:
+                assert os.read(written, 1) == b"x"
+                for one in held:
+                    verify(one, 1)
+                status = 0
+            finally:
+                os._exit(status)
+        thread.join(20)
+        held[0][1][:] = 2
+        os.write(seen, b"x")
+        reap(pid)
+        held[0][1][:] = content(1, held[0][1].nbytes)
+        write.send(message(2))
+        verify(read.recv(), 2)
+        inside.assert_ledger_consistent(arena)
+        del held[:]
+
+
+if __name__ == "__main__":
+    inside.main()
