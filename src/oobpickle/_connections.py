@@ -59,7 +59,7 @@ def hooked_pickler(original: Any) -> Any:
                 return original.dumps(obj, protocol)
             if hook.arena.holdings.has_dropped:
                 _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
-            payload = serialize(obj, original._extra_reducers, hook.threshold)
+            payload = serialize(obj, original._extra_reducers, hook.threshold, by_value=True)
             if payload.sizes or len(payload.stream) >= hook.threshold:
                 return _send(hook, payload, sys._getframe(1))
             return payload.stream

@@ -14,6 +14,7 @@ replaced.
 
 from __future__ import annotations
 
+import copyreg
 import multiprocessing.context as mp_context
 import multiprocessing.forkserver as mp_forkserver
 import multiprocessing.process as mp_process
@@ -22,7 +23,9 @@ import sys
 from types import FrameType
 from typing import IO, Any
 
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._hook import Hook, running
+from oobpickle._serializer import REFUSALS, write_by_value
 
 
 def hooked_pipe(original: Any) -> Any:
@@ -40,11 +43,33 @@ def hooked_dump(original: Any) -> Any:
     def dump(obj: object, file: IO[bytes], protocol: int | None = None) -> None:
         hook = running()
         starting = isinstance(obj, mp_process.BaseProcess)
-        if hook is not None and starting and mp_context.get_spawning_popen() is not None:
-            obj = Inheriting(Inheritance(hook), obj)
-        original(obj, file, protocol)
+        popen: Any = mp_context.get_spawning_popen()
+        if hook is None or not starting or popen is None:
+            original(obj, file, protocol)
+            return
+        obj = Inheriting(Inheritance(hook), obj)
+        at, n_fds = file.tell(), len(popen._fds)
+        try:
+            original(obj, file, protocol)
+        except REFUSALS:
+            file.seek(at)
+            file.truncate()
+            del popen._fds[n_fds:]
+            pickler: Any = mp_reduction.ForkingPickler
+            reducers = {**copyreg.dispatch_table, **pickler._extra_reducers}
+            if not _write_by_value(obj, file, protocol, reducers):
+                raise
 
     return dump
+
+
+def _write_by_value(obj: object, file: IO[bytes], *args: Any) -> bool:
+    try:
+        write_by_value(obj, file, *args)
+    except Exception as error:  # then the plain pickler's error is the one to be seen
+        pass_on_foreign(error)
+        return False
+    return True
 
 
 def hooked_dup_fd(original: Any) -> Any:

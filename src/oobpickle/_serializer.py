@@ -4,11 +4,13 @@
 
 **How it works.** ``pickle.Pickler`` in C with protocol 5, a merged dispatch table and the sink's
 callback (PEP 574). The order in which reducers are found is the standard library's: exact builtin
-types, then the dispatch table, then ``__reduce_ex__``.
+types, then the dispatch table, then ``__reduce_ex__``. The hook also has what that pickler refuses
+(lambdas, classes that no module has) taken apart by cloudpickle, which is asked second: it costs
+several times more.
 
 **Lifetime.** No state. A payload refers to the object's memory until it is written.
 
-**When it cannot.** What the plain pickler refuses is refused here, with the plain pickler's error.
+**When it cannot.** What is refused by both is refused here, with the plain pickler's error.
 """
 
 from __future__ import annotations
@@ -16,10 +18,12 @@ from __future__ import annotations
 import copyreg
 import io
 import pickle
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from collections import ChainMap
+from collections.abc import Callable, Mapping, Sequence
+from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from oobpickle._errors import PayloadError
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._into import load_into
 from oobpickle._payload import Payload, check_sizes, fresh_destinations
 from oobpickle._reducers import Reducer, Sink
@@ -64,14 +68,37 @@ def dumps(obj: object) -> Payload:
     return serialize(obj, {}, 0)
 
 
-def serialize(obj: object, reducers: dict[type, Reducer], threshold: int) -> Payload:
-    """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes."""
+def serialize(
+    obj: object, reducers: dict[type, Reducer], threshold: int, *, by_value: bool = False
+) -> Payload:
+    """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes.
+
+    With `by_value`, what the plain pickler refuses goes to cloudpickle: functions and classes that
+    cannot be found by their names, modules.
+    """
+    try:
+        return _serialize(_dump, obj, reducers, threshold)
+    except REFUSALS:
+        if by_value:
+            try:
+                return _serialize(_dump_by_value, obj, reducers, threshold)
+            except Exception as error:
+                pass_on_foreign(error)
+        raise
+
+
+#: What the plain pickler raises when it meets something that it cannot take.
+REFUSALS: Final = (pickle.PicklingError, AttributeError, TypeError)
+_Dump = Callable[[object, dict[type, Reducer], Sink], bytes]
+
+
+def _serialize(dump: _Dump, obj: object, reducers: dict[type, Reducer], threshold: int) -> Payload:
     sink = Sink(threshold)
-    stream = _dump(obj, reducers, sink)
+    stream = dump(obj, reducers, sink)
     if len(sink.sources) > 1 and sink.has_overlap():
         # Perhaps scratch memory that a reducer has used again: the one case of reducing twice.
         sink = Sink(threshold, copying=True)
-        stream = _dump(obj, reducers, sink)
+        stream = dump(obj, reducers, sink)
     return Payload(stream, sink.sources, sink.sizes)
 
 
@@ -81,6 +108,44 @@ def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes:
     pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
     pickler.dump(obj)
     return file.getvalue()
+
+
+def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes:
+    file = io.BytesIO()
+    table = sink.dispatch_table(copyreg.dispatch_table, reducers)
+    write_by_value(obj, file, 5, table, sink.take)
+    return file.getvalue()
+
+
+def write_by_value(
+    obj: object,
+    file: IO[bytes],
+    protocol: int | None,
+    reducers: Mapping[type, Reducer],
+    take: Callable[[pickle.PickleBuffer], Any] | None = None,
+) -> None:
+    """Pickle into a file with cloudpickle.
+
+    Parameters
+    ----------
+    obj : object
+        What the plain pickler has refused.
+    file : binary file
+        Where to.
+    protocol : int or None
+        Of pickle; ``None`` for cloudpickle's default.
+    reducers : mapping of type to reducer
+        They come before cloudpickle's own.
+    take : callable, optional
+        The ``buffer_callback`` of PEP 574.
+    """
+    import cloudpickle  # type: ignore[import-untyped]
+
+    pickler = cloudpickle.Pickler(file, protocol, buffer_callback=take)
+    table = ChainMap(dict(reducers), pickler.dispatch_table)
+    # The class has an attribute of that name, which hides the pickler's own.
+    pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
+    pickler.dump(obj)
 
 
 @overload

@@ -18,6 +18,85 @@ def crossed(obj):
     return oobpickle.loads(oobpickle.dumps(obj))
 
 
+# --- by value
+
+
+def local_object(array):
+    class Local:
+        def __init__(self):
+            self.array = array
+
+    return Local()
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 40], ids=["out of band", "in band"])
+def test_what_plain_pickle_refuses_is_taken_by_value(threshold):
+    array = np.arange(1000.0)
+    obj = [local_object(array), lambda: array, array]
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        serialize(obj, {}, threshold)
+    payload = serialize(obj, {}, threshold, by_value=True)
+    one, function, third = oobpickle.loads(payload)
+
+    assert payload.sizes == ([] if threshold else [8000])
+    assert one.array is third
+    assert function() is third
+    assert type(one) is type(obj[0])
+    np.testing.assert_array_equal(array, third)
+    assert third.flags.writeable
+
+
+def test_registered_reducers_come_before_those_by_value():
+    class Local:
+        pass
+
+    payload = serialize([Local(), lambda: 1], {Local: lambda _: (int, (7,))}, 0, by_value=True)
+
+    assert oobpickle.loads(payload)[0] == 7
+
+
+class Counts:
+    n_reduced = 0
+
+    def __reduce__(self):
+        Counts.n_reduced += 1
+        return Counts, ()
+
+
+def test_what_plain_pickle_takes_is_not_asked_about_twice():
+    Counts.n_reduced = 0
+    serialize(Counts(), {}, 0, by_value=True)
+
+    assert Counts.n_reduced == 1
+
+
+LOCK = threading.Lock()
+
+
+@pytest.mark.parametrize("bad", [LOCK, lambda lock=LOCK: lock], ids=["lock", "lambda"])
+def test_what_both_refuse_has_the_error_of_plain_pickle(bad):
+    with pytest.raises(Exception) as plain:
+        pickle.dumps(bad, 5)
+    with pytest.raises(plain.type) as caught:
+        serialize(bad, {}, 0, by_value=True)
+
+    assert str(plain.value) == str(caught.value)
+
+
+def test_an_alarm_during_the_second_attempt_reaches_the_program():
+    class Slow:
+        def __reduce__(self):
+            if Slow.armed:
+                raise TimeoutError("alarm")
+            Slow.armed = True
+            return int, ()
+
+        armed = False
+
+    with pytest.raises(TimeoutError, match="alarm"):
+        serialize([Slow(), lambda: 1], {}, 0, by_value=True)
+
+
 # --- arrays
 
 

@@ -501,6 +501,63 @@ def errors_arrive_as_today():
         inside.assert_ledger_consistent(arena)
 
 
+def _call(function, *args):
+    return function(*args)
+
+
+def _call_into(function, connection):
+    connection.send(function())
+
+
+def what_only_cloudpickle_can_take(method):
+    """Lambdas, closures and local classes, with the arrays in them out of band."""
+    context = multiprocessing.get_context(method)
+    big = content(3, 1_000_000)
+
+    class Local:
+        def __init__(self, seed):
+            self.model = Model(seed)
+
+    def make(seed):
+        return Local(seed), big
+
+    with oobpickle.enabled() as arena, context.Pool(1) as pool:
+        assert pool.map(lambda x: 2 * x, range(5)) == [0, 2, 4, 6, 8]
+        one, returned = pool.apply(_call, (make, 4))
+        assert type(one) is Local
+        one.model.check()
+        assert (returned == content(3, 1_000_000)).all()
+        assert returned.flags.writeable
+        done = arena.statistics()
+        assert done.n_fallbacks == 0, done
+        assert done.n_messages_out_of_band == 2, done
+        assert done.nbytes_out_of_band >= 2 * big.nbytes + one.model.nbytes()
+        lock = threading.Lock()
+        for bad in (_Unpicklable(), lambda: lock):
+            plain = _assert_raises(Exception, pickle.dumps, bad)
+            error = _assert_raises(type(plain), pool.apply, _call, (bad,))
+            assert type(error) is type(plain), (error, plain)
+        read, write = context.Pipe(duplex=False)
+        process = context.Process(target=_call_into, args=(lambda: big[:3].tolist(), write))
+        process.start()
+        assert read.recv() == big[:3].tolist()
+        process.join()
+        assert process.exitcode == 0
+        process = context.Process(target=_call, args=(_Unpicklable(),))
+        if method != "fork":
+            _assert_raises(TypeError, process.start)
+        process = context.Process(target=_put_back, args=(write, Model(2)))
+        process.start()
+        read.recv().check()
+        process.join()
+        del one, returned
+    assert pickle.dumps(3) == pickle.dumps(3)
+
+
+def _put_back(connection, model):
+    connection.send(model)
+
+
 def _assert_raises(kind, call, *args):
     try:
         call(*args)
