@@ -3,8 +3,11 @@
 import gc
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,19 @@ def _nothing_is_left():
     eventually(lambda: not _unexpected_children(children))
     eventually(lambda: not [t for t in set(threading.enumerate()) - threads if t.is_alive()])
     assert oobpickle.__version__
+
+
+@contextmanager
+def process_with(*fds):
+    """A process that has the descriptors open, and does nothing until the block is left."""
+    command = [sys.executable, "-I", "-S", "-c", "import sys; print(flush=True); sys.stdin.read()"]
+    with subprocess.Popen(
+        command, pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout.readline() == b"\n"
+        yield child.pid
+        child.stdin.close()
+        child.wait()
 
 
 def is_installed():

@@ -5,7 +5,9 @@ the messages that this process has in flight in each.
 
 **How it works.** An envelope is of use only to a participant, and a load that fails can hang a
 pool for ever, so the sender decides. Whoever has an end of a channel made while the arena was
-there was started while it was there, and inherited it. A tiny envelope also takes away the
+there was started while it was there, and inherited it. Of any other channel (an older one, the
+connection of a manager) the kernel says which processes can read there; if all of them take part,
+so will all that they start, so that one look is enough. A tiny envelope also takes away the
 back-pressure of a full pipe; so a sender over its budget waits as long as an earlier message of
 its own is unread, where a plain pipe would have made it wait for the same.
 
@@ -20,13 +22,14 @@ import contextlib
 import time
 from array import array
 from collections import OrderedDict, deque
-from typing import Final
+from typing import Any, Final
 
 from oobpickle._arena import Arena
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._pipes import channel_id, is_broken, n_unread
+from oobpickle._pipes import channel_id, is_broken, n_unread, readers, reading_end
 
 _MOST_CHANNELS: Final = 1 << 14
+_LOOK_PAUSES: Final = 10  # a look in vain is not repeated for ten times as long as it took
 _FEW_CHANNELS: Final = 64
 _LEAST_BUDGET_NBYTES: Final = 1 << 20  # what a pipe or socket can be made to hold by itself
 _FIRST_PAUSE_S: Final = 0.1e-3
@@ -44,6 +47,9 @@ class Channels:
         # From the end that writes to the end that reads.
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
         self._epoch = arena.holdings.epoch
+        self._found: OrderedDict[int, int] = OrderedDict()  # like `_made`: all readers take part
+        self._handed: OrderedDict[int, None] = OrderedDict()  # ends of which that cannot be known
+        self._look_again_at: dict[int, float] = {}
         self._sent: dict[int, deque[Message]] = {}
         self._prune_at = _FEW_CHANNELS
 
@@ -57,21 +63,44 @@ class Channels:
         one, other = channel_id(one_fd), channel_id(other_fd)
         self._made[one] = other
         self._made[other] = one
-        while len(self._made) > _MOST_CHANNELS:
-            self._made.popitem(last=False)
+        for end in (one, other):  # of one that is gone, by the same number
+            self._found.pop(end, None)
+            self._handed.pop(end, None)
+        _bound(self._made)
 
     def forget(self, fd: int) -> None:
         """An end is handed to a process that may not take part: messages stay in-band."""
-        other = self._made.pop(channel_id(fd), None)
-        if other is not None:
-            self._made.pop(other, None)
+        own = channel_id(fd)
+        for end in (own, self._made.get(own) or reading_end(fd)):
+            self._made.pop(end, None)
+            self._found.pop(end, None)
+            self._handed[end] = None
+        _bound(self._handed)
 
     def known(self, fd: int) -> int:
         """Return the channel in which a message written to `fd` is read, if all readers take part.
 
         Else 0.
         """
-        return self._made.get(channel_id(fd), 0)
+        own = channel_id(fd)
+        return self._made.get(own) or self._found.get(own) or self._look(fd, own)
+
+    def _look(self, fd: int, own: int) -> int:
+        start = time.monotonic()
+        if own == 0 or own in self._handed or start < self._look_again_at.get(own, 0.0):
+            return 0
+        channel = reading_end(fd)
+        able = readers(channel) if channel else set()
+        now = time.monotonic()
+        if able and able <= self._arena.membership.living():
+            self._look_again_at.pop(own, None)
+            self._found[own] = channel
+            _bound(self._found)
+            return channel
+        self._look_again_at[own] = now + _LOOK_PAUSES * (now - start)
+        if len(self._look_again_at) > _MOST_CHANNELS:
+            self._look_again_at.clear()
+        return 0
 
     def sent(self, channel: int, block: tuple[int, int], nbytes: int) -> None:
         """Note a message of this process that is on its way."""
@@ -111,3 +140,9 @@ class Channels:
             while not self._arena.is_in_flight(*messages[0][:2]):
                 messages.popleft()
         return sum(nbytes for _, _, nbytes in tuple(messages))
+
+
+def _bound(ends: OrderedDict[int, Any]) -> None:
+    """Forget the oldest of too many."""
+    while len(ends) > _MOST_CHANNELS:
+        ends.popitem(last=False)

@@ -158,6 +158,12 @@ class Membership:
         """Return how many other participants there are, living or not yet reaped."""
         return len(self.others())
 
+    def living(self) -> set[int]:
+        """Return the pids of all that take part, this process among them, by the proof of life."""
+        if self._own is None:
+            return set()
+        return self._participants.living(self.mutex.locks, self._own.slot)
+
     def anyone_reads(self) -> bool:
         """Tell whether anybody is in the middle of reading a message, or may be unnoticed."""
         return self._ledger.words[H_STRANGERS] != 0 or any(

@@ -23,6 +23,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from oobpickle import _faults
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._layout import (
     BANK_WORDS,
     H_BANK,
@@ -36,6 +37,7 @@ from oobpickle._layout import (
     P_COUNTERS,
     P_INCARNATION,
     P_PID,
+    P_PID_NAMESPACE,
     P_READING,
     P_STATE,
     PARTICIPANT_WORDS,
@@ -76,6 +78,7 @@ class Participants:
         words[H_INCARNATION] += 1
         words[row + P_INCARNATION] = words[H_INCARNATION]
         words[row + P_PID] = os.getpid()
+        words[row + P_PID_NAMESPACE] = pid_namespace()
         words[H_N_SLOTS] = max(n_slots, slot + 1)
         words[row + P_STATE] = JOINED
         _faults.reach("participants.joined")
@@ -136,12 +139,33 @@ class Participants:
         rows = (self._row(slot) for slot in range(self.words[H_N_SLOTS]))
         return [self.words[row + P_PID] for row in rows if self.words[row + P_STATE] == JOINED]
 
+    def living(self, locks: LockFile, own_slot: int) -> set[int]:
+        """Return the pids, in this process's namespace, of all that take part and are alive."""
+        found, namespace = {os.getpid()}, pid_namespace()
+        for slot in range(self.words[H_N_SLOTS]):
+            row = self._row(slot)
+            joined = slot != own_slot and self.words[row + P_STATE] == JOINED
+            if joined and self.words[row + P_PID_NAMESPACE] == namespace:
+                pid = self.words[row + P_PID]
+                if locks.is_alive(slot):
+                    found.add(pid)
+        return found
+
     def readers(self) -> Iterable[tuple[int, int]]:
         """Yield ``(slot, number of messages it is in the middle of reading)``."""
         for slot in range(self.words[H_N_SLOTS]):
             row = self._row(slot)
             if self.words[row + P_STATE] == JOINED:
                 yield slot, self.words[row + P_READING]
+
+
+def pid_namespace() -> int:
+    """Return what tells this process's pid namespace from others."""
+    try:
+        return os.stat("/proc/self/ns/pid").st_ino
+    except OSError as error:
+        pass_on_foreign(error)
+        return 0
 
 
 class OwnRow:

@@ -1,12 +1,13 @@
 """Questions to a pipe or socket: can what was written to it still be read?
 
-**What.** `channel_id` names a channel; `n_unread`, `is_broken` and `unreadable` ask the kernel
-about it.
+**What.** `channel_id` names a channel, `reading_end` the one in which a message will be read;
+`n_unread`, `is_broken`, `unreadable` and `readers` ask the kernel about it.
 
 **How it works.** FIONREAD on either end of a pipe, or on the reading end of a socket pair
 (SIOCOUTQ on the other), counts the bytes that were written and not read; POLLERR on a write end
 says that no reader exists anywhere. A process that has no descriptor of the channel looks whether
-any participant still has one.
+any participant still has one. The socket at the other end of a Unix connection is named by
+``sock_diag(7)``.
 
 **Lifetime.** No state, no descriptor is opened or kept.
 
@@ -19,6 +20,7 @@ import contextlib
 import fcntl
 import os
 import select
+import socket
 import stat
 import struct
 from collections.abc import Collection, Iterator, Mapping
@@ -28,6 +30,19 @@ from oobpickle import _system
 from oobpickle._foreign import ignoring, pass_on_foreign
 
 _SOCKET: Final = 1 << 63
+
+# sock_diag(7)
+_NETLINK_SOCK_DIAG: Final = 4
+_SOCK_DIAG_BY_FAMILY: Final = 20
+_NLM_F_REQUEST: Final = 1
+_UDIAG_SHOW_PEER: Final = 4
+_UNIX_DIAG_PEER: Final = 2
+_ANY: Final = 0xFFFFFFFF
+_NETLINK: Final = struct.Struct("<IHHII")
+_UNIX_DIAG_REQUEST: Final = struct.Struct("<IHHIIBBHIIIII")
+_UNIX_DIAG_NBYTES: Final = 16
+_DIAG_NBYTES: Final = 4096
+_DIAG_TIMEOUT_S: Final = 0.1
 
 
 def channel_id(fd: int) -> int:
@@ -42,6 +57,58 @@ def channel_id(fd: int) -> int:
     if stat.S_ISSOCK(status.st_mode):
         return status.st_ino | _SOCKET
     return 0
+
+
+def reading_end(fd: int) -> int:
+    """Return the channel in which what is written to `fd` is read; 0 if that cannot be known."""
+    channel = channel_id(fd)
+    if not channel & _SOCKET:
+        return channel
+    peer = _peer_of(channel & ~_SOCKET)
+    return peer | _SOCKET if peer else 0
+
+
+def _peer_of(inode: int) -> int:
+    """Return the inode of the Unix socket that is connected to the one with `inode`; else 0."""
+    request = _UNIX_DIAG_REQUEST.pack(
+        *(_UNIX_DIAG_REQUEST.size, _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST, 1, 0),
+        *(socket.AF_UNIX, 0, 0, _ANY, inode & _ANY, _UDIAG_SHOW_PEER, _ANY, _ANY),
+    )
+    try:
+        with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, _NETLINK_SOCK_DIAG) as diag:
+            diag.settimeout(_DIAG_TIMEOUT_S)
+            diag.send(request)
+            answer = diag.recv(_DIAG_NBYTES)
+    except OSError as error:  # not on this system, or no descriptor
+        pass_on_foreign(error)
+        return 0
+    nbytes, kind = struct.unpack_from("<IH", answer)
+    if kind != _SOCK_DIAG_BY_FAMILY:
+        return 0  # an error: it is no Unix socket
+    at = _NETLINK.size + _UNIX_DIAG_NBYTES
+    while at + 8 <= nbytes:
+        length, attribute, value = struct.unpack_from("<HHI", answer, at)
+        if attribute == _UNIX_DIAG_PEER:
+            return int(value)
+        at += max(4, -(-length // 4) * 4)
+    return 0
+
+
+def readers(channel: int) -> set[int]:
+    """Return the processes of this user that can read from the channel."""
+    name = _name(channel)
+    found = set()
+    for pid in _own_pids():
+        with ignoring(PermissionError):  # not ours to send to, then
+            for fd, target in _descriptors_of(str(pid)):
+                if target == name and (channel & _SOCKET or _is_for_reading(pid, fd)):
+                    found.add(pid)
+    return found
+
+
+def _is_for_reading(pid: int, fd: str) -> bool:
+    flags = [int(text, 8) for text in _info_of(pid, fd, "flags:")]
+    return any(flag & os.O_ACCMODE != os.O_WRONLY for flag in flags)
 
 
 def n_unread(fd: int, channel: int) -> int:
@@ -147,12 +214,15 @@ def _is_receiving(pid: int, participants: Collection[int]) -> bool:
 
 
 def _n_waiting(pid: int, fd: str) -> int:
+    return sum(int(text) for text in _info_of(pid, fd, "scm_fds:"))  # Linux 5.11
+
+
+def _info_of(pid: int, fd: str, key: str) -> list[str]:
     try:
         with open(f"/proc/{pid}/fdinfo/{fd}") as file:
-            lines = [line for line in file if line.startswith("scm_fds:")]  # Linux 5.11
+            return [line.split()[1] for line in file if line.startswith(key)]
     except (FileNotFoundError, ProcessLookupError):
-        lines = []
-    return sum(int(line.split()[1]) for line in lines)
+        return []
 
 
 def _is_related(pid: int, participants: Collection[int]) -> bool:

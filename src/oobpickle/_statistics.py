@@ -25,9 +25,8 @@ REASONS: Final[dict[str, str]] = {
     "space": "the system refused to reserve pages; see the limits of the mount",
     "table": "the table of blocks was full; send fewer, larger arrays",
     "busy": "the ledger's lock could not be had in time; is a worker stopped?",
-    "channel": "the process at the other end may not take part: its pipe was not made by "
-    "multiprocessing inside enabled(); make pools and queues inside the block (managers and "
-    "Listener/Client cannot use it)",
+    "channel": "a process that can read there does not take part: it is older than enabled(), or "
+    "another program; make pools, queues and managers inside the block",
     "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
 }
 

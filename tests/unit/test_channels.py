@@ -6,10 +6,23 @@ import threading
 
 import pytest
 
+from conftest import eventually, process_with
 from oobpickle import _channels
 from oobpickle._arena import Arena
 from oobpickle._channels import Channels
+from oobpickle._layout import (
+    H_N_SLOTS,
+    HEADER_WORDS,
+    JOINED,
+    P_PID,
+    P_PID_NAMESPACE,
+    P_STATE,
+    PARTICIPANT_WORDS,
+    VACANT,
+)
+from oobpickle._locks import LockFile
 from oobpickle._options import Options
+from oobpickle._participants import pid_namespace
 from oobpickle._pipes import channel_id
 
 MIB = 1 << 20
@@ -36,12 +49,71 @@ def ends(request):
         yield reader, writer
 
 
-def test_a_channel_is_unknown_until_it_is_noted(channels, ends):
+@pytest.fixture
+def foreign(ends):
+    """A process that does not take part and has the reading end open."""
+    with process_with(ends[0].fileno()):
+        yield
+
+
+def test_a_channel_with_a_foreign_reader_is_unknown_until_it_is_noted(channels, ends, foreign):
     reader, writer = ends
 
     assert 0 == channels.known(writer.fileno())
     channels.note(reader.fileno(), writer.fileno())
     assert channel_id(reader.fileno()) == channels.known(writer.fileno())
+
+
+def test_a_channel_whose_readers_all_take_part_is_known_after_one_look(channels, ends, monkeypatch):
+    reader, writer = ends
+    expected = channel_id(reader.fileno())
+
+    assert expected == channels.known(writer.fileno())
+    monkeypatch.setattr(_channels, "readers", None)
+    assert expected == channels.known(writer.fileno())
+
+
+def test_a_look_in_vain_is_repeated_when_it_costs_little(channels, ends, monkeypatch):
+    reader, writer = ends
+    with process_with(reader.fileno()):
+        assert 0 == channels.known(writer.fileno())
+    eventually(lambda: channels.known(writer.fileno()) == channel_id(reader.fileno()))
+
+
+def test_a_channel_that_nobody_can_read_is_unknown(channels, ends):
+    reader, writer = ends
+    reader.close()
+
+    assert 0 == channels.known(writer.fileno())
+
+
+def test_a_process_that_has_died_does_not_take_part(arena, channels, ends):
+    """Its number may be somebody else's by now."""
+    reader, writer = ends
+    with process_with(reader.fileno()) as pid:
+        words, row = arena.ledger.words, HEADER_WORDS + PARTICIPANT_WORDS
+        words[row + P_PID], words[row + P_PID_NAMESPACE] = pid, pid_namespace()
+        words[row + P_STATE] = JOINED
+        words[H_N_SLOTS] = 2
+
+        assert 0 == channels.known(writer.fileno())
+        assert pid not in arena.membership.living()
+
+
+def test_a_process_of_another_namespace_does_not_take_part(arena, channels, ends, monkeypatch):
+    """Its number is somebody else's here."""
+    reader, writer = ends
+    with process_with(reader.fileno()) as pid:
+        words, row = arena.ledger.words, HEADER_WORDS + PARTICIPANT_WORDS
+        words[row + P_PID], words[row + P_PID_NAMESPACE] = pid, pid_namespace() + 1
+        words[row + P_STATE] = JOINED
+        words[H_N_SLOTS] = 2
+        monkeypatch.setattr(LockFile, "is_alive", lambda *_: True)
+
+        assert 0 == channels.known(writer.fileno())
+        words[row + P_PID_NAMESPACE] = pid_namespace()
+        eventually(lambda: channels.known(writer.fileno()))
+        words[row + P_STATE] = VACANT
 
 
 def test_an_end_that_was_handed_out_is_forgotten_on_both_sides(channels, ends):
@@ -68,7 +140,8 @@ def test_the_oldest_channels_are_forgotten(channels, ends, monkeypatch):
     with reader, writer:
         channels.note(reader.fileno(), writer.fileno())
 
-        assert 0 == channels.known(ends[1].fileno())
+        with process_with(ends[0].fileno()):
+            assert 0 == channels.known(ends[1].fileno())
         assert 0 != channels.known(writer.fileno())
 
 

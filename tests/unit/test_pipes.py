@@ -3,14 +3,20 @@
 import os
 import resource
 import socket
-import subprocess
-import sys
 import threading
-from contextlib import contextmanager
 
 import pytest
 
-from oobpickle._pipes import channel_id, is_broken, is_readable, n_unread, unreadable
+from conftest import process_with
+from oobpickle._pipes import (
+    channel_id,
+    is_broken,
+    is_readable,
+    n_unread,
+    readers,
+    reading_end,
+    unreadable,
+)
 
 
 @pytest.fixture(params=["pipe", "socket"])
@@ -32,19 +38,6 @@ def close(ends, position):
 
 def is_unreadable(channel, pids, **options):
     return unreadable([channel], pids, **options) == {channel}
-
-
-@contextmanager
-def process_with(*fds):
-    """A process that has the descriptors open, and does nothing until the block is left."""
-    command = [sys.executable, "-I", "-S", "-c", "import sys; print(flush=True); sys.stdin.read()"]
-    with subprocess.Popen(
-        command, pass_fds=fds, stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as child:
-        assert child.stdout.readline() == b"\n"
-        yield child.pid
-        child.stdin.close()
-        child.wait()
 
 
 # --- names
@@ -88,6 +81,60 @@ def test_a_closed_descriptor_is_an_error():
     os.close(writer)
     with pytest.raises(OSError, match="Bad file"):
         channel_id(writer)
+
+
+def test_the_reading_end_of_each_channel_has_its_name(ends):
+    reader, writer = ends
+
+    assert channel_id(reader) == reading_end(writer) != 0
+
+
+def test_both_ends_of_a_connection_know_each_other(tmp_path):
+    with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
+        listener.bind(str(tmp_path / "address"))
+        listener.listen()
+        client.connect(str(tmp_path / "address"))
+        server, _ = listener.accept()
+        with server:
+            assert channel_id(server.fileno()) == reading_end(client.fileno())
+            assert channel_id(client.fileno()) == reading_end(server.fileno())
+
+
+def test_what_is_no_connection_of_this_machine_has_no_reading_end(tmp_path, monkeypatch):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as listener,
+        socket.create_connection(listener.getsockname()) as tcp,
+        open(tmp_path / "file", "wb") as file,
+        socket.socket(socket.AF_UNIX) as unconnected,
+    ):
+        fds = [end.fileno() for end in (tcp, file, unconnected)]
+        assert [0, 0, 0] == [reading_end(fd) for fd in fds]
+    one, other = socket.socketpair()
+    with one, other:
+        monkeypatch.setattr("oobpickle._pipes._NETLINK_SOCK_DIAG", 99)
+        assert 0 == reading_end(one.fileno())
+
+
+def test_those_who_can_read_are_found(ends):
+    channel = channel_id(ends[0])
+
+    assert {os.getpid()} == readers(channel)
+    with process_with(ends[0]) as pid:
+        assert {os.getpid(), pid} == readers(channel)
+        close(ends, 0)
+        assert {pid} == readers(channel)
+    assert set() == readers(channel)
+
+
+def test_who_can_only_write_is_no_reader():
+    reader, writer = os.pipe()
+    channel = channel_id(reader)
+    os.close(reader)
+    try:
+        with process_with(writer):
+            assert set() == readers(channel)
+    finally:
+        os.close(writer)
 
 
 # --- bytes

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import oobpickle
+from conftest import process_with
 from oobpickle import ArenaError, ArenaFullError, Fallback, FallbackWarning, _hook
 from oobpickle._envelope import Envelope
 
@@ -186,34 +187,50 @@ def test_no_reducer_runs_twice(size):
     assert 1 == Counted.n_reduced
 
 
-def test_a_channel_older_than_the_block_stays_in_band_and_is_counted():
-    reader, writer = multiprocessing.Pipe()
-    thread_result = []
+@pytest.fixture
+def older():
+    """A pipe older than any block, that an older process can read: the reading end first."""
+    reader, writer = multiprocessing.Pipe(False)
+    with reader, writer, process_with(reader.fileno()):
+        yield reader, writer
+
+
+def while_reading(receive, send):
+    """Return what is received while it is sent: no pipe has room for so much."""
+    with ThreadPoolExecutor(1) as executor:
+        received = executor.submit(receive)
+        send()
+        return received.result(20)
+
+
+def test_a_channel_that_an_older_process_can_read_stays_in_band_and_is_counted(older):
+    reader, writer = older
     with (
-        reader,
-        writer,
         pytest.warns(FallbackWarning, match=r"1 message travelled in-band.*1\.0 MiB.*inside"),
         oobpickle.enabled(),
     ):
-        thread = threading.Thread(target=lambda: thread_result.append(reader.recv()))
-        thread.start()
+        arrived = while_reading(reader.recv, lambda: writer.send(BIG))
+
+    np.testing.assert_array_equal(BIG, arrived)
+    assert arrived.flags.writeable
+
+
+@pytest.mark.parametrize("duplex", [False, True])
+def test_an_older_channel_that_only_this_process_can_read_is_used(duplex):
+    reader, writer = multiprocessing.Pipe(duplex)
+    with reader, writer, oobpickle.enabled() as arena:
         writer.send(BIG)
-        thread.join()
-
-    np.testing.assert_array_equal(BIG, thread_result[0])
-    assert thread_result[0].flags.writeable
+        np.testing.assert_array_equal(BIG, reader.recv())
+        assert arena.statistics().n_messages_out_of_band == 1
 
 
-def test_a_warning_turned_into_an_error_comes_after_the_undo():
-    reader, writer = multiprocessing.Pipe()
+def test_a_warning_turned_into_an_error_comes_after_the_undo(older):
+    reader, writer = older
     arrived = []
-    with reader, writer, warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(FallbackWarning), oobpickle.enabled():
-            thread = threading.Thread(target=lambda: arrived.append(reader.recv()))
-            thread.start()
-            writer.send(BIG)
-            thread.join()
+            arrived.append(while_reading(reader.recv, lambda: writer.send(BIG)))
 
     np.testing.assert_array_equal(BIG, arrived[0])
 
@@ -236,22 +253,6 @@ def test_a_full_arena_falls_back_and_says_so():
 
     for array in kept:
         np.testing.assert_array_equal(BIG, array)
-
-
-@pytest.fixture
-def older():
-    """A pipe older than any block: both ends, the reading one first."""
-    reader, writer = multiprocessing.Pipe(False)
-    with reader, writer:
-        yield reader, writer
-
-
-def while_reading(receive, send):
-    """Return what is received while it is sent: no pipe has room for so much."""
-    with ThreadPoolExecutor(1) as executor:
-        received = executor.submit(receive)
-        send()
-        return received.result(20)
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,8 @@ import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import chain, pairwise
+from multiprocessing.connection import Client, Listener
+from multiprocessing.managers import BaseManager
 from multiprocessing.pool import MaybeEncodingError
 from multiprocessing.reduction import ForkingPickler
 
@@ -689,6 +691,114 @@ def pool_before_inside_and_after_a_block(method):
             one.close()
             one.join()
         warnings.simplefilter("ignore")
+
+
+class _Shelf:
+    """What a manager serves by itself."""
+
+    def __init__(self):
+        self._models = {}
+
+    def put(self, key, model):
+        self._models[key] = model.check()
+
+    def get(self, key):
+        return self._models[key].check()
+
+
+class _Library(BaseManager):
+    pass
+
+
+_Library.register("Shelf", _Shelf)
+
+
+def _work_for_a_manager(shared, queue, model):
+    shared[model.seed] = model.check()
+    queue.put(shared[model.seed].check())
+
+
+def managers(method):
+    """Dictionaries, lists, namespaces, queues and a user's class, from several processes."""
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled() as arena:
+        with context.Manager() as manager, context.Pool(2) as pool:
+            shared, queue, several = manager.dict(), manager.Queue(), manager.list()
+            space = manager.Namespace()
+            done = [
+                pool.apply_async(_work_for_a_manager, (shared, queue, Model(seed)))
+                for seed in range(4)
+            ]
+            for one in done:
+                one.get(60)
+            assert sorted(queue.get().check().seed for _ in range(4)) == [0, 1, 2, 3]
+            assert [shared[seed].check().seed for seed in range(4)] == [0, 1, 2, 3]
+            several.append(Model(5))
+            assert several[0].check().seed == 5
+            space.model = Model(6)
+            assert space.model.check().seed == 6
+            pool.close()
+            pool.join()
+        with _Library(ctx=context) as library:
+            shelf = library.Shelf()
+            shelf.put("a", Model(7))
+            received = shelf.get("a").check()
+            received.counts[:] = 0
+            assert shelf.get("a").check().seed == 7
+        done = arena.statistics()
+        assert done.n_fallbacks == 0, done
+        # To each worker, to and from the manager for the dictionary and the queue, and the rest.
+        assert done.n_messages_out_of_band == 4 * 4 + 8 + 4 + 3, done
+        assert done.nbytes_out_of_band > done.n_messages_out_of_band * Model(0).nbytes()
+
+
+def _answer_calls(address):
+    with Client(address, authkey=b"key") as connection:
+        for _ in range(3):
+            connection.send(connection.recv().check())
+
+
+def listener_and_client(method):
+    """A Unix socket between processes of one tree; over TCP it stays in-band."""
+    context = multiprocessing.get_context(method)
+    for family, n_fallbacks in (("AF_UNIX", 0), ("AF_INET", 6)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore" if n_fallbacks else "error")
+            with oobpickle.enabled() as arena, Listener(None, family, authkey=b"key") as listener:
+                process = context.Process(target=_answer_calls, args=(listener.address,))
+                process.start()
+                with listener.accept() as connection:
+                    for seed in range(3):
+                        connection.send(Model(seed))
+                        assert connection.recv().check().seed == seed
+                process.join()
+                assert process.exitcode == 0
+                done = arena.statistics()
+                assert done.n_fallbacks == n_fallbacks, done
+                assert done.n_messages_out_of_band == 6 - n_fallbacks, done
+
+
+def queues_older_than_the_block(method):
+    """They are used as soon as all who can read there take part: this process and its children."""
+    context = multiprocessing.get_context(method)
+    tasks, results = context.Queue(), context.SimpleQueue()
+    with oobpickle.enabled() as arena:
+        process = context.Process(target=_work_on_queues, args=(tasks, results))
+        process.start()
+        assert results.get() == "ready"  # a child that is only being started does not take part yet
+        for seed in range(3):
+            tasks.put(Model(seed))
+            assert results.get().check().seed == seed
+        tasks.put(None)
+        process.join()
+        done = arena.statistics()
+        assert (done.n_messages_out_of_band, done.n_fallbacks) == (6, 0), done
+
+
+def _work_on_queues(tasks, results):
+    results.put("ready")
+    while (model := tasks.get()) is not None:
+        results.put(model.check())
 
 
 def _receive(connection):
