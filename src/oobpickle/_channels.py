@@ -26,10 +26,10 @@ from typing import Any, Final
 
 from oobpickle._arena import Arena
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._pipes import channel_id, is_broken, n_unread, readers, reading_end
+from oobpickle._pipes import channel_id, is_broken, is_related, n_unread, readers, reading_end
 
 _MOST_CHANNELS: Final = 1 << 14
-_LOOK_PAUSES: Final = 10  # a look in vain is not repeated for ten times as long as it took
+_MOST_PAUSES: Final = 10  # a look in vain is soon not repeated for ten times as long as it took
 _FEW_CHANNELS: Final = 64
 _LEAST_BUDGET_NBYTES: Final = 1 << 20  # what a pipe or socket can be made to hold by itself
 _FIRST_PAUSE_S: Final = 0.1e-3
@@ -49,7 +49,8 @@ class Channels:
         self._epoch = arena.holdings.epoch
         self._found: OrderedDict[int, int] = OrderedDict()  # like `_made`: all readers take part
         self._handed: OrderedDict[int, None] = OrderedDict()  # ends of which that cannot be known
-        self._look_again_at: dict[int, float] = {}
+        self._vain: dict[int, tuple[int, float]] = {}  # ends: looks in vain, when to look again
+        self._older: set[int] = set()  # ends: who can read there and does not take part, could
         self._sent: dict[int, deque[Message]] = {}
         self._prune_at = _FEW_CHANNELS
 
@@ -87,20 +88,33 @@ class Channels:
 
     def _look(self, fd: int, own: int) -> int:
         start = time.monotonic()
-        if own == 0 or own in self._handed or start < self._look_again_at.get(own, 0.0):
+        n_vain, look_again_at = self._vain.get(own, (0, 0.0))
+        if own == 0 or own in self._handed or start < look_again_at:
             return 0
         channel = reading_end(fd)
         able = readers(channel) if channel else set()
-        now = time.monotonic()
-        if able and able <= self._arena.membership.living():
-            self._look_again_at.pop(own, None)
+        living = self._arena.membership.living()
+        self._older.discard(own)
+        if able and able <= living:
+            self._vain.pop(own, None)
             self._found[own] = channel
             _bound(self._found)
             return channel
-        self._look_again_at[own] = now + _LOOK_PAUSES * (now - start)
-        if len(self._look_again_at) > _MOST_CHANNELS:
-            self._look_again_at.clear()
+        if able and all(is_related(pid, living) for pid in able):
+            self._older.add(own)
+        now = time.monotonic()
+        self._vain[own] = n_vain + 1, now + min(n_vain, _MOST_PAUSES) * (now - start)
+        if len(self._vain) > _MOST_CHANNELS:
+            self._vain.clear()
+            self._older.clear()
         return 0
+
+    def is_older(self, fd: int) -> bool:
+        """Tell whether all who can read what is written to `fd` were started by participants.
+
+        Only of a channel that is not known. Those who do not take part may be asked to.
+        """
+        return channel_id(fd) in self._older
 
     def sent(self, channel: int, block: tuple[int, int], nbytes: int) -> None:
         """Note a message of this process that is on its way."""

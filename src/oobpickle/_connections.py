@@ -7,7 +7,7 @@
 
     dumps        serialize; below the threshold that is the message; else pack it into the arena and
                  return an envelope; if that cannot be, an ordinary pickle of the same payload, and
-                 count why
+                 count why, with an offer to take part for a reader that is older than the arena
     _send_bytes  when an envelope has left, its blocks are the receiver's
     _recv        while a message has left its channel and is not claimed, nobody may reclaim its
                  blocks; a large message from a process that does not take part is counted
@@ -28,7 +28,7 @@ import sys
 from types import FrameType
 from typing import Any, Final
 
-from oobpickle import _envelope, _hook, _statistics
+from oobpickle import _envelope, _hook, _offers, _statistics
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaFullError
@@ -96,7 +96,8 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
             _count_sent(hook, envelope, channel, payload)
             return envelope
     hook.count_fallback(reason, payload.nbytes)
-    return _in_band(payload)
+    offer = _offers.prefix(arena.name) if fd is not None and hook.channels.is_older(fd) else b""
+    return _in_band(payload, offer)
 
 
 def _count_sent(hook: Hook, envelope: Envelope, channel: int, payload: Payload) -> None:
@@ -112,9 +113,11 @@ def _count_sent(hook: Hook, envelope: Envelope, channel: int, payload: Payload) 
         lease.depart()  # uninstalled meanwhile: nobody will say when it has left
 
 
-def _in_band(payload: Payload) -> memoryview | bytes:
+def _in_band(payload: Payload, head: bytes = b"") -> memoryview | bytes:
     """Return a pickle that every Python can load, and that receivers need not count."""
-    return payload.to_pickle(tail=_COUNTED) if payload.sizes else payload.stream + _COUNTED
+    if payload.sizes:
+        return payload.to_pickle(head=head, tail=_COUNTED)
+    return head + payload.stream + _COUNTED
 
 
 def _drain(hook: Hook, nbytes: int = 0) -> None:

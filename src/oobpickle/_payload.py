@@ -164,7 +164,7 @@ class Payload:
         stream = bytes(view[body : body + n_stream])
         return cls(stream, [view[at : at + n] for at, n in zip(offsets, sizes, strict=True)], sizes)
 
-    def to_pickle(self, *, tail: bytes = b"") -> memoryview:
+    def to_pickle(self, *, head: bytes = b"", tail: bytes = b"") -> memoryview:
         """Return an ordinary pickle of the object, with the buffers in-band.
 
         Any Python >= 3.8 that can load the stream can load it; it need not have oobpickle. The
@@ -172,21 +172,23 @@ class Payload:
 
         Parameters
         ----------
+        head : bytes, optional
+            What to put before it: opcodes that leave nothing behind.
         tail : bytes, optional
-            What to put after the end of the pickle; loading ignores it.
+            What to put after its end; loading ignores it.
         """
         # partial(loads, buffers=(bytearray, ...))(stream), written out by hand: nothing is pickled
         # twice, and each buffer is copied once.
-        head = (
+        start = head + (
             b"\x80\x05cfunctools\npartial\nc_pickle\nloads\n\x85R"
             b"(c_pickle\nloads\n)}\x8c\x07buffers("
         )
         middle = b"tsNtb\x8e" + struct.pack("<Q", len(self.stream))
         total = (
-            len(head) + sum(self.sizes) + 9 * len(self.sizes) + len(middle) + len(self.stream) + 3
+            len(start) + sum(self.sizes) + 9 * len(self.sizes) + len(middle) + len(self.stream) + 3
         )
         whole = _empty(total + len(tail))
-        at = _put(whole, 0, head)
+        at = _put(whole, 0, start)
         for nbytes, source in zip(self.sizes, self._sources, strict=True):
             at = _put(whole, at, b"\x96" + struct.pack("<Q", nbytes))
             _copy(whole[at : at + nbytes], source)

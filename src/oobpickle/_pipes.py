@@ -200,7 +200,7 @@ def _may_have(pid: int, names: Mapping[str, int], participants: Collection[int])
     try:
         return {names[name] for _, name in _descriptors_of(str(pid)) if name in names}
     except PermissionError:
-        return set(names.values()) if _is_related(pid, participants) else set()
+        return set(names.values()) if is_related(pid, participants) else set()
 
 
 def _is_receiving(pid: int, participants: Collection[int]) -> bool:
@@ -210,7 +210,7 @@ def _is_receiving(pid: int, participants: Collection[int]) -> bool:
         sockets = [fd for fd, name in _descriptors_of(str(pid)) if name.startswith("socket:")]
         return any(_n_waiting(pid, fd) for fd in sockets)
     except PermissionError:
-        return _is_related(pid, participants)
+        return is_related(pid, participants)
 
 
 def _n_waiting(pid: int, fd: str) -> int:
@@ -225,8 +225,8 @@ def _info_of(pid: int, fd: str, key: str) -> list[str]:
         return []
 
 
-def _is_related(pid: int, participants: Collection[int]) -> bool:
-    """Tell whether a process that hides its descriptors can have some of ours: as a descendant."""
+def is_related(pid: int, participants: Collection[int]) -> bool:
+    """Tell whether a process is a participant or descends from one."""
     return any(ancestor in participants for ancestor in _lineage(pid))
 
 

@@ -22,6 +22,7 @@ import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
 import os
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,6 +38,7 @@ from oobpickle._options import Options
 from oobpickle._processes import hooked_dump, hooked_dup_fd, hooked_pipe, is_being_started
 from oobpickle._statistics import Statistics, describe_fallbacks
 
+_declined: deque[bytes] = deque(maxlen=64)  # identities of arenas that were offered
 _absences: set[object] = set()  # of the blocks, and of an install(), that have to do without
 
 
@@ -58,12 +60,27 @@ def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
     descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
-        arena = Arena.attach(*descriptors)
-        known = Channels(arena, channels)
-        hook = Hook(arena, known, arena.options, is_owner=False, inherit=_inherit)
-        hook.installed = True
-        _hook.start(hook, _replacements())
-        _absences.discard(install)
+        _take_part(Arena.attach(*descriptors), channels)
+
+
+def _take_part(arena: Arena, channels: bytes = b"") -> None:
+    known = Channels(arena, channels)
+    hook = Hook(arena, known, arena.options, is_owner=False, inherit=_inherit)
+    hook.installed = True
+    _reset_guard_in_children()
+    _hook.start(hook, _replacements())
+    _absences.discard(install)
+
+
+def accept(name: bytes) -> None:
+    """Take part in the arena of the process whose message is being loaded; see `_offers`.
+
+    Not if this process takes part in one already. Nothing that goes wrong here loses the message.
+    """
+    with ignoring(Exception), _hook.guard:
+        if running() is None and name[:16] not in _declined:
+            _declined.append(name[:16])  # asked for once: what has failed would fail again
+            _take_part(Arena.find(name))
 
 
 @functools.cache

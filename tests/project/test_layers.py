@@ -27,7 +27,7 @@ LEVELS = {
     },
     3: {"_lease", "_holdings", "_room", "_fork", "_intake", "_arena", "_absent"},
     4: {"_envelope"},
-    5: {"_channels", "_hook", "_connections", "_processes", "_reduction"},
+    5: {"_channels", "_hook", "_offers", "_connections", "_processes", "_reduction"},
     6: {"__init__"},
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}

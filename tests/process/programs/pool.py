@@ -8,6 +8,7 @@ import multiprocessing.queues
 import multiprocessing.reduction
 import os
 import pickle
+import resource
 import subprocess
 import sys
 import threading
@@ -670,12 +671,15 @@ def pool_before_inside_and_after_a_block(method):
         with oobpickle.enabled() as arena:
             for seed in range(4):
                 assert older.apply(_echo, (Model(seed),)).check().seed == seed
-            (fallback,) = arena.statistics().fallbacks.values()  # tasks and results
-            assert fallback.n_messages == 8, fallback
-            assert 8 * 1_000_000 < fallback.nbytes < 8 * 3_000_000, fallback
+                done = arena.statistics()
+                # The first task brings an offer to take part; its result is out of band already.
+                assert done.n_messages_out_of_band == 1 + 2 * seed, done
+                (fallback,) = done.fallbacks.values()
+                assert fallback.n_messages == 1, done
+                assert 1_000_000 < fallback.nbytes < 3_000_000, fallback
             pool = context.Pool(1)
             assert pool.apply(_echo, (Model(7),)).check().seed == 7
-            assert arena.statistics().n_messages_out_of_band == 2
+            assert arena.statistics().n_messages_out_of_band == 9
     assert _n_fallback_warnings(caught) == 1
     for seed in range(4):
         assert older.apply(_echo, (Model(seed),)).check().seed == seed
@@ -685,8 +689,8 @@ def pool_before_inside_and_after_a_block(method):
         for one in (third, pool, older):
             with warnings.catch_warnings():
                 assert one.apply(_echo, (Model(9),)).check().seed == 9
-        assert arena.statistics().n_messages_out_of_band == 2
-        assert arena.statistics().fallbacks["channel"].n_messages == 4
+        assert arena.statistics().n_messages_out_of_band == 4
+        assert arena.statistics().fallbacks["channel"].n_messages == 2
         for one in (older, pool, third):
             one.close()
             one.join()
@@ -799,6 +803,69 @@ def _work_on_queues(tasks, results):
     results.put("ready")
     while (model := tasks.get()) is not None:
         results.put(model.check())
+
+
+def _lower_limit(kind):
+    if kind == "library":
+        sys.modules["oobpickle._reduction"] = None  # as where it is not installed
+        return
+    limit, value = {
+        "descriptors": (resource.RLIMIT_NOFILE, max(map(int, os.listdir("/proc/self/fd")))),
+        "address space": (resource.RLIMIT_AS, 2 << 30),
+    }[kind]
+    resource.setrlimit(limit, (value, resource.getrlimit(limit)[1]))
+
+
+def offers_that_cannot_be_accepted(method):
+    """No message is lost, and no pool hangs: it goes on in-band, and all is counted."""
+    context = multiprocessing.get_context(method)
+    for kind in ("library", "descriptors", "address space"):
+        with context.Pool(1) as older, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            older.apply(_lower_limit, (kind,))
+            with oobpickle.enabled() as arena:
+                for seed in range(4):
+                    assert older.apply(_echo, (Model(seed),)).check().seed == seed
+                done = arena.statistics()
+                if kind == "library":
+                    assert done.n_messages_out_of_band == 0, done
+                assert done.n_messages_out_of_band + done.n_fallbacks == 8, done
+            assert older.apply(_echo, (Model(9),)).check().seed == 9
+            older.close()
+            older.join()
+
+
+def older_pools_and_executors(method):
+    """Several workers each: as soon as each has had a message, everything is out of band."""
+    context = multiprocessing.get_context(method)
+    with context.Pool(2) as pool, ProcessPoolExecutor(2, context) as executor:
+        pool.map(_echo, range(4))
+        list(executor.map(_echo, range(4)))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with oobpickle.enabled() as arena:
+                runs = (pool.map, executor.map)
+                # Under fork the workers of the one have inherited the pipes of the other.
+                inside.eventually(
+                    lambda: [_all_out_of_band(arena, run) for run in runs] == [True] * 2
+                )
+        pool.close()
+        pool.join()
+
+
+def _all_out_of_band(arena, run):
+    before = arena.statistics()
+    for seed, model in enumerate(run(_slow_echo, [Model(n) for n in range(4)], chunksize=1)):
+        assert model.check().seed == seed
+    after = arena.statistics()
+    n_sent = after.n_messages_out_of_band - before.n_messages_out_of_band
+    assert n_sent + after.n_fallbacks - before.n_fallbacks == 8, after
+    return n_sent == 8
+
+
+def _slow_echo(model):
+    threading.Event().wait(0.01)  # so that the other worker gets one too
+    return model
 
 
 def _receive(connection):
