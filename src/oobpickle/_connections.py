@@ -80,37 +80,47 @@ def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryvi
 
 
 def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
-    arena, reason = hook.arena, "channel"
     fd = _descriptor_in(frame)
     channel = 0 if fd is None else hook.channels.known(fd)
-    if fd is not None and channel:
-        hook.channels.wait_for_budget(fd, channel, payload.nbytes)
-        try:
-            envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
-        except ArenaFullError as error:
-            reason = error.reason
-        except OSError as error:
-            pass_on_foreign(error)
-            reason = "space"
-        else:
-            _count_sent(hook, envelope, channel, payload)
-            return envelope
-    hook.count_fallback(reason, payload.nbytes)
-    offer = _offers.prefix(arena.name) if fd is not None and hook.channels.is_older(fd) else b""
-    return _in_band(payload, offer)
+    if fd is None or not channel:
+        hook.count_fallback("channel", payload.nbytes)
+        older = fd is not None and hook.channels.is_older(fd)
+        return _in_band(payload, _offers.prefix(hook.arena.name) if older else b"")
+    hook.channels.wait_for_budget(fd, channel, payload.nbytes)
+    envelope = pack(hook, payload, channel)
+    if envelope is None:
+        return _in_band(payload)
+    if envelope.lease.blocks:
+        hook.channels.sent(channel, envelope.lease.blocks[0], payload.nbytes)
+    if _hook.current is not hook:
+        envelope.lease.depart()  # uninstalled meanwhile: nobody will say when it has left
+    return envelope
 
 
-def _count_sent(hook: Hook, envelope: Envelope, channel: int, payload: Payload) -> None:
-    lease = envelope.lease
-    if lease.blocks:
-        hook.channels.sent(channel, lease.blocks[0], payload.nbytes)
-    hook.arena.membership.count(
+def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
+    """Put a payload into the arena and count it.
+
+    Returns
+    -------
+    Envelope or None
+        ``None`` if it has to travel in-band; that is counted, too.
+    """
+    arena = hook.arena
+    try:
+        envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
+    except ArenaFullError as error:
+        hook.count_fallback(error.reason, payload.nbytes)
+        return None
+    except OSError as error:
+        pass_on_foreign(error)
+        hook.count_fallback("space", payload.nbytes)
+        return None
+    arena.membership.count(
         (_statistics.N_MESSAGES, 1),
-        (_statistics.N_BUFFERS, len(lease.destinations)),
+        (_statistics.N_BUFFERS, len(envelope.lease.destinations)),
         (_statistics.NBYTES, payload.nbytes),
     )
-    if _hook.current is not hook:
-        lease.depart()  # uninstalled meanwhile: nobody will say when it has left
+    return envelope
 
 
 def _in_band(payload: Payload, head: bytes = b"") -> memoryview | bytes:

@@ -1,31 +1,53 @@
 """Processes and pipes: who has an end of a channel, and how a child that is started takes part.
 
-**What.** Replacements for ``connection.Pipe``, ``reduction.dump`` and ``reduction.DupFd``.
+**What.** Replacements for ``connection.Pipe``, ``reduction.dump`` and ``reduction.DupFd``, and for
+``Popen._launch`` of spawned processes.
 
 **How it works.** A pipe that is made while the hook is in is a known channel. Its ends go to
 children with their process objects; an end that is handed to a process that runs already may be in
-one that does not take part. A process object that is spawned brings the arena's descriptors along.
+one that does not take part. A process object that is spawned brings the arena's descriptors along,
+and is a message itself. What the child loads::
+
+    take part in the arena | POP | the process object
+    take part in the arena | POP | its envelope | close the guard | POP
+
+The *guard* is the channel of that envelope: a pipe with an unread byte, of which the child has an
+end until it has loaded the envelope. If it dies before, the blocks come back as those of any
+message that nobody can read any more.
 
 **Lifetime.** Each replacement asks at call time whether the hook is in, and else does what it
-replaced.
+replaced. The parent has the guard until the child is launched.
 
 **When it cannot.** A child that cannot attach starts all the same.
 """
 
 from __future__ import annotations
 
-import copyreg
+import io
+import multiprocessing.connection as mp_connection
 import multiprocessing.context as mp_context
 import multiprocessing.forkserver as mp_forkserver
 import multiprocessing.process as mp_process
 import multiprocessing.reduction as mp_reduction
+import os
+import pickle
 import sys
+import weakref
+from collections.abc import Iterator
 from types import FrameType
-from typing import IO, Any
+from typing import IO, Any, Final
 
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._arena import users
+from oobpickle._connections import pack
+from oobpickle._envelope import Envelope
 from oobpickle._hook import Hook, running
-from oobpickle._serializer import REFUSALS, write_by_value
+from oobpickle._pipes import channel_id
+from oobpickle._serializer import serialize
+
+#: By ``Popen``: the message in a process object that is being launched, and its guard.
+_launching: Final[weakref.WeakKeyDictionary[Any, tuple[Envelope, Guard]]] = (
+    weakref.WeakKeyDictionary()
+)
 
 
 def hooked_pipe(original: Any) -> Any:
@@ -42,34 +64,83 @@ def hooked_pipe(original: Any) -> Any:
 def hooked_dump(original: Any) -> Any:
     def dump(obj: object, file: IO[bytes], protocol: int | None = None) -> None:
         hook = running()
-        starting = isinstance(obj, mp_process.BaseProcess)
         popen: Any = mp_context.get_spawning_popen()
-        if hook is None or not starting or popen is None:
+        if hook is None or popen is None or not isinstance(obj, mp_process.BaseProcess):
             original(obj, file, protocol)
             return
-        obj = Inheriting(Inheritance(hook), obj)
-        at, n_fds = file.tell(), len(popen._fds)
+        token = object()
         try:
-            original(obj, file, protocol)
-        except REFUSALS:
-            file.seek(at)
-            file.truncate()
-            del popen._fds[n_fds:]
-            pickler: Any = mp_reduction.ForkingPickler
-            reducers = {**copyreg.dispatch_table, **pickler._extra_reducers}
-            if not _write_by_value(obj, file, protocol, reducers):
-                raise
+            users.add(token)
+            for part in _parts(hook, obj, popen):
+                file.write(part)
+        finally:
+            users.discard(token)
 
     return dump
 
 
-def _write_by_value(obj: object, file: IO[bytes], *args: Any) -> bool:
-    try:
-        write_by_value(obj, file, *args)
-    except Exception as error:  # then the plain pickler's error is the one to be seen
-        pass_on_foreign(error)
-        return False
-    return True
+def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryview]:
+    """Yield what a spawned child loads; each part but the last without its end."""
+    n_fds = len(popen._fds)
+    payload = serialize(
+        process,
+        mp_reduction.ForkingPickler._extra_reducers,  # type: ignore[attr-defined]
+        hook.threshold,
+        by_value=True,
+        again=lambda: popen._fds.__delitem__(slice(n_fds, None)),
+    )
+    yield _dropped(Inheritance(hook))
+    if payload.nbytes >= hook.threshold:
+        guard = Guard()
+        envelope = pack(hook, payload, guard.channel)
+        if envelope is not None:
+            envelope.lease.depart()
+            _launching[popen] = envelope, guard
+            yield envelope[:-1]
+            yield _dropped(guard)
+            yield pickle.STOP
+            return
+    yield payload.to_pickle() if payload.sizes else payload.stream
+
+
+def _dropped(obj: object) -> bytes:
+    """Return opcodes that load an object and drop it."""
+    file = io.BytesIO()
+    pickler = pickle.Pickler(file, 3)  # without frames
+    pickler.fast = True  # and without a memo, which would be in the way of what follows
+    pickler.dump(obj)
+    return file.getvalue()[:-1] + pickle.POP
+
+
+class Guard:
+    """A pipe that is there to be closed."""
+
+    def __init__(self) -> None:
+        fd, other_fd = os.pipe()
+        # They close themselves.
+        self._end = mp_connection.Connection(fd, writable=False)
+        other_end = mp_connection.Connection(other_fd, readable=False)
+        os.write(other_end.fileno(), b"\0")
+        self.channel = channel_id(fd)
+
+    def __reduce__(self) -> Any:
+        return _close, (mp_reduction.DupFd(self._end.fileno()),)
+
+
+def _close(duplicate: Any) -> None:
+    os.close(duplicate.detach())
+
+
+def hooked_launch(original: Any) -> Any:
+    def _launch(self: Any, process_obj: object) -> None:
+        try:
+            original(self, process_obj)
+        finally:
+            envelope, _guard = _launching.pop(self, (None, None))
+            if envelope is not None:
+                envelope.lease.settle()
+
+    return _launch
 
 
 def hooked_dup_fd(original: Any) -> Any:
@@ -80,20 +151,6 @@ def hooked_dup_fd(original: Any) -> Any:
         return original(fd)
 
     return DupFd
-
-
-class Inheriting:
-    """A process object that brings an arena along."""
-
-    def __init__(self, inheritance: Inheritance, process: object) -> None:
-        self._parts = (inheritance, process)
-
-    def __reduce__(self) -> Any:
-        return _second, self._parts
-
-
-def _second(_first: object, second: object) -> object:
-    return second
 
 
 class Inheritance:

@@ -2,7 +2,7 @@
 
 **What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
 
-**How it works.** Seven objects of the standard library are replaced, each by a function of its own
+**How it works.** Nine objects of the standard library are replaced, each by a function of its own
 that does what it replaced unless the hook is in: see `_replacements`.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
@@ -35,7 +35,13 @@ from oobpickle._errors import ArenaError, FallbackWarning
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Block, Hook, Replacement, running
 from oobpickle._options import Options
-from oobpickle._processes import hooked_dump, hooked_dup_fd, hooked_pipe, is_being_started
+from oobpickle._processes import (
+    hooked_dump,
+    hooked_dup_fd,
+    hooked_launch,
+    hooked_pipe,
+    is_being_started,
+)
 from oobpickle._statistics import Statistics, describe_fallbacks
 
 _declined: deque[bytes] = deque(maxlen=64)  # identities of arenas that were offered
@@ -43,6 +49,10 @@ _absences: set[object] = set()  # of the blocks, and of an install(), that have 
 
 
 def _replacements() -> list[Replacement]:
+    # Not importable everywhere: only where there is an arena.
+    import multiprocessing.popen_forkserver as mp_popen_forkserver
+    import multiprocessing.popen_spawn_posix as mp_popen_spawn
+
     connection: Any = mp_connection.Connection
     return [
         (mp_connection, "_ForkingPickler", hooked_pickler),
@@ -52,6 +62,8 @@ def _replacements() -> list[Replacement]:
         (mp_connection, "Pipe", hooked_pipe),
         (mp_reduction, "dump", hooked_dump),
         (mp_reduction, "DupFd", hooked_dup_fd),
+        (mp_popen_spawn.Popen, "_launch", hooked_launch),
+        (mp_popen_forkserver.Popen, "_launch", hooked_launch),
     ]
 
 

@@ -19,8 +19,8 @@ import copyreg
 import io
 import pickle
 from collections import ChainMap
-from collections.abc import Callable, Mapping, Sequence
-from typing import IO, TYPE_CHECKING, Any, Final, TypeVar, overload
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from oobpickle._errors import PayloadError
 from oobpickle._foreign import pass_on_foreign
@@ -69,34 +69,52 @@ def dumps(obj: object) -> Payload:
 
 
 def serialize(
-    obj: object, reducers: dict[type, Reducer], threshold: int, *, by_value: bool = False
+    obj: object,
+    reducers: dict[type, Reducer],
+    threshold: int,
+    *,
+    by_value: bool = False,
+    again: Callable[[], None] | None = None,
 ) -> Payload:
     """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes.
 
     With `by_value`, what the plain pickler refuses goes to cloudpickle: functions and classes that
-    cannot be found by their names, modules.
+    cannot be found by their names, modules. `again` is called before reducers run a second time.
     """
+    again = again or _nothing_to_undo
     try:
-        return _serialize(_dump, obj, reducers, threshold)
-    except REFUSALS:
+        return _serialize(_dump, obj, reducers, threshold, again)
+    except _REFUSALS:
         if by_value:
+            again()
             try:
-                return _serialize(_dump_by_value, obj, reducers, threshold)
+                return _serialize(_dump_by_value, obj, reducers, threshold, again)
             except Exception as error:
                 pass_on_foreign(error)
         raise
 
 
 #: What the plain pickler raises when it meets something that it cannot take.
-REFUSALS: Final = (pickle.PicklingError, AttributeError, TypeError)
+_REFUSALS: Final = (pickle.PicklingError, AttributeError, TypeError)
 _Dump = Callable[[object, dict[type, Reducer], Sink], bytes]
 
 
-def _serialize(dump: _Dump, obj: object, reducers: dict[type, Reducer], threshold: int) -> Payload:
+def _nothing_to_undo() -> None:
+    pass
+
+
+def _serialize(
+    dump: _Dump,
+    obj: object,
+    reducers: dict[type, Reducer],
+    threshold: int,
+    again: Callable[[], None],
+) -> Payload:
     sink = Sink(threshold)
     stream = dump(obj, reducers, sink)
     if len(sink.sources) > 1 and sink.has_overlap():
         # Perhaps scratch memory that a reducer has used again: the one case of reducing twice.
+        again()
         sink = Sink(threshold, copying=True)
         stream = dump(obj, reducers, sink)
     return Payload(stream, sink.sources, sink.sizes)
@@ -111,41 +129,16 @@ def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes:
 
 
 def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes:
-    file = io.BytesIO()
-    table = sink.dispatch_table(copyreg.dispatch_table, reducers)
-    write_by_value(obj, file, 5, table, sink.take)
-    return file.getvalue()
-
-
-def write_by_value(
-    obj: object,
-    file: IO[bytes],
-    protocol: int | None,
-    reducers: Mapping[type, Reducer],
-    take: Callable[[pickle.PickleBuffer], Any] | None = None,
-) -> None:
-    """Pickle into a file with cloudpickle.
-
-    Parameters
-    ----------
-    obj : object
-        What the plain pickler has refused.
-    file : binary file
-        Where to.
-    protocol : int or None
-        Of pickle; ``None`` for cloudpickle's default.
-    reducers : mapping of type to reducer
-        They come before cloudpickle's own.
-    take : callable, optional
-        The ``buffer_callback`` of PEP 574.
-    """
     import cloudpickle  # type: ignore[import-untyped]
 
-    pickler = cloudpickle.Pickler(file, protocol, buffer_callback=take)
-    table = ChainMap(dict(reducers), pickler.dispatch_table)
+    file = io.BytesIO()
+    pickler = cloudpickle.Pickler(file, 5, buffer_callback=sink.take)
+    own = sink.dispatch_table(copyreg.dispatch_table, reducers)
+    table = ChainMap(own, pickler.dispatch_table)
     # The class has an attribute of that name, which hides the pickler's own.
     pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
     pickler.dump(obj)
+    return file.getvalue()
 
 
 @overload

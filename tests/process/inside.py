@@ -1,7 +1,8 @@
 """What the programs of this folder share: messages that verify themselves, watchdogs, the checker
 of the ledger.
 
-**What.** `message` / `verify`, `fork` / `reap`, `Token`, `assert_ledger_consistent`, `main`.
+**What.** `message` / `verify`, `Model`, `fork` / `reap`, `Token`, `assert_ledger_consistent`,
+`main`.
 
 **How it works.** Importing it gives the process, and each of its forked children, an alarm that
 kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of all threads.
@@ -152,6 +153,39 @@ def verify(received, seed=None):
         f"{found[wrong[0] : wrong[0] + 8]} instead of {expected[wrong[0] : wrong[0] + 8]}"
     )
     return received
+
+
+class Model:
+    """A user's class with big state, nothing special about it."""
+
+    def __init__(self, seed):
+        counts = content(seed, 800_000).view(np.uint64)
+        self.seed = seed
+        self.counts = counts.reshape(100, 1000)
+        self.columns = np.asfortranarray(counts.reshape(1000, 100))
+        self.alias = self.counts
+        self.strided = counts[::7]
+        self.when = counts[:5000].astype("datetime64[s]")
+        self.names = ["a", None, {"b": (1, 2.5)}]
+
+    def check(self):
+        expected = Model(self.seed)
+        assert type(self) is Model
+        assert self.alias is self.counts
+        assert self.columns.flags.f_contiguous
+        for name in ("counts", "columns", "strided", "when"):
+            found, wanted = getattr(self, name), getattr(expected, name)
+            assert type(found) is np.ndarray
+            assert found.dtype == wanted.dtype
+            assert found.shape == wanted.shape
+            assert (found == wanted).all(), name
+            assert found.flags.writeable
+            assert found.flags.aligned
+        assert self.names == expected.names
+        return self
+
+    def nbytes(self):
+        return sum(a.nbytes for a in (self.counts, self.columns, self.strided, self.when))
 
 
 def address(array):

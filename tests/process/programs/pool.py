@@ -14,15 +14,14 @@ import sys
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from itertools import chain, pairwise
-from multiprocessing.connection import Client, Listener
+from itertools import pairwise
 from multiprocessing.managers import BaseManager
 from multiprocessing.pool import MaybeEncodingError
 from multiprocessing.reduction import ForkingPickler
 
 import inside
 import numpy as np
-from inside import content, is_in_arena, message, verify
+from inside import Model, content, is_in_arena, message, verify
 
 import oobpickle
 
@@ -48,39 +47,6 @@ def _replaced():
     """Return what is not what it was before anything was installed."""
     now = _callables()
     return sorted(where for where, value in _originals.items() if now.get(where) is not value)
-
-
-class Model:
-    """A user's class with big state, nothing special about it."""
-
-    def __init__(self, seed):
-        counts = content(seed, 800_000).view(np.uint64)
-        self.seed = seed
-        self.counts = counts.reshape(100, 1000)
-        self.columns = np.asfortranarray(counts.reshape(1000, 100))
-        self.alias = self.counts
-        self.strided = counts[::7]
-        self.when = counts[:5000].astype("datetime64[s]")
-        self.names = ["a", None, {"b": (1, 2.5)}]
-
-    def check(self):
-        expected = Model(self.seed)
-        assert type(self) is Model
-        assert self.alias is self.counts
-        assert self.columns.flags.f_contiguous
-        for name in ("counts", "columns", "strided", "when"):
-            found, wanted = getattr(self, name), getattr(expected, name)
-            assert type(found) is np.ndarray
-            assert found.dtype == wanted.dtype
-            assert found.shape == wanted.shape
-            assert (found == wanted).all(), name
-            assert found.flags.writeable
-            assert found.flags.aligned
-        assert self.names == expected.names
-        return self
-
-    def nbytes(self):
-        return sum(a.nbytes for a in (self.counts, self.columns, self.strided, self.when))
 
 
 class Signal:
@@ -132,10 +98,6 @@ def _next_model(model):
     return Model(model.seed + 1)
 
 
-def _two_models(one, other):
-    return [_next_model(one), _next_model(other)]
-
-
 def _new_model(seed):
     return Model(seed)
 
@@ -145,49 +107,6 @@ def _echo(obj):
 
 
 # --- the ways through a pool
-
-
-def every_way_through_a_pool(method):
-    context = multiprocessing.get_context(method)
-    with oobpickle.enabled() as arena:
-        with context.Pool(2, _initialize, ("yes",)) as pool:
-            models = [Model(seed) for seed in range(6)]
-            ways = [
-                pool.map(_next_model, models),
-                pool.map(_next_model, models, chunksize=3),
-                list(pool.imap(_next_model, models)),
-                sorted(pool.imap_unordered(_next_model, models), key=lambda model: model.seed),
-                pool.map_async(_next_model, models).get(),
-                [pool.apply(_next_model, (model,)) for model in models],
-                [r.get() for r in [pool.apply_async(_next_model, (m,)) for m in models]],
-                [*chain(*pool.starmap(_two_models, zip(models[::2], models[1::2], strict=True)))],
-            ]
-            for way in ways:
-                assert [model.check().seed for model in way] == [1, 2, 3, 4, 5, 6]
-            for model in models:
-                model.check()
-            pool.close()
-            pool.join()
-        statistics = arena.statistics()
-    n_models = len(ways) * len(models)
-    assert statistics.n_fallbacks == 0, statistics
-    assert statistics.nbytes_out_of_band >= 2 * n_models * models[0].nbytes(), statistics
-    assert statistics.n_copied_out == 0, statistics
-    del ways, way, model
-    gc.collect()
-    assert arena.statistics().nbytes_resident == 0
-
-
-def each_task_in_a_new_process(method):
-    context = multiprocessing.get_context(method)
-    n = 12 if method == "fork" else 4
-    with oobpickle.enabled() as arena:
-        with context.Pool(2, _initialize, ("yes",), maxtasksperchild=1) as pool:
-            models = pool.map(_next_model, [Model(seed) for seed in range(n)], chunksize=1)
-            assert [model.check().seed for model in models] == list(range(1, n + 1))
-            pool.close()
-            pool.join()
-        assert arena.statistics().n_fallbacks == 0
 
 
 def _keep_and_return(array):
@@ -242,102 +161,6 @@ def sent_object_changes_right_after_send(method):
 # --- other channels
 
 
-def _consume(source, target):
-    while (received := source.get()) is not None:
-        target.put(received.check())
-
-
-def queues(method):
-    context = multiprocessing.get_context(method)
-    with oobpickle.enabled() as arena:
-        for kind in ("Queue", "SimpleQueue", "JoinableQueue"):
-            there, back = getattr(context, kind)(), getattr(context, kind)()
-            process = context.Process(target=_consume, args=(there, back))
-            process.start()
-            for seed in range(5):
-                there.put(Model(seed))
-            for seed in range(5):
-                assert back.get().check().seed == seed
-            there.put(None)
-            process.join()
-            assert process.exitcode == 0
-        statistics = arena.statistics()
-        assert statistics.n_fallbacks == 0, statistics
-        assert statistics.n_messages_out_of_band == 30
-
-
-def _pipe_partner(connection):
-    while (received := connection.recv()) is not None:
-        connection.send(received.check())
-
-
-def pipes(method):
-    context = multiprocessing.get_context(method)
-    with oobpickle.enabled() as arena:
-        here, there = context.Pipe()
-        process = context.Process(target=_pipe_partner, args=(there,))
-        process.start()
-        there.close()
-        for seed in range(5):
-            here.send(Model(seed))
-            assert here.recv().check().seed == seed
-        here.send(None)
-        process.join()
-        assert process.exitcode == 0
-        statistics = arena.statistics()
-        assert statistics.n_fallbacks == 0, statistics
-        assert statistics.n_messages_out_of_band == 10
-
-
-def executors(method):
-    context = multiprocessing.get_context(method)
-    with oobpickle.enabled() as arena:
-        with ProcessPoolExecutor(2, context, initializer=_initialize, initargs=("yes",)) as pool:
-            for seed, model in enumerate(pool.map(_next_model, [Model(n) for n in range(6)])):
-                assert model.check().seed == seed + 1
-            futures = [pool.submit(_echo, Model(n)) for n in range(6)]
-            assert [future.result().check().seed for future in futures] == list(range(6))
-        assert arena.statistics().n_fallbacks == 0
-        assert arena.statistics().n_messages_out_of_band >= 20
-
-
-def _nested(method, seed):
-    context = multiprocessing.get_context(method)
-    with oobpickle.enabled(), ProcessPoolExecutor(1, context) as pool:
-        return pool.submit(_echo, Model(seed)).result().check()
-
-
-def executor_within_an_executor(method):
-    context = multiprocessing.get_context(method)
-    with oobpickle.enabled() as arena:
-        with ProcessPoolExecutor(2, context) as pool:
-            for seed, model in enumerate(pool.map(_nested, [method] * 3, range(3))):
-                assert model.check().seed == seed
-        assert arena.statistics().n_fallbacks == 0
-
-
-def _relay(source, target):
-    for _ in range(4):
-        target.put(source.get())
-
-
-def from_worker_to_worker_to_parent():
-    context = multiprocessing.get_context("fork")
-    with oobpickle.enabled() as arena:
-        queues = [context.Queue() for _ in range(4)]
-        processes = [context.Process(target=_relay, args=pair) for pair in pairwise(queues)]
-        for process in processes:
-            process.start()
-        for seed in range(4):
-            queues[0].put(Model(seed))
-        for seed in range(4):
-            assert queues[-1].get().check().seed == seed
-        for process in processes:
-            process.join()
-            assert process.exitcode == 0
-        assert arena.statistics().n_fallbacks == 0
-
-
 def _relay_bytes(source, target, n):
     for _ in range(n):
         target.send_bytes(source.recv_bytes())
@@ -385,20 +208,6 @@ def bounded_queue():
 def _put_many(queue, n):
     for seed in range(n):
         queue.put(message(seed))
-
-
-def manager():
-    """A manager's sockets are its own: data arrives, in-band, and the block says so."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with oobpickle.enabled(), multiprocessing.get_context("fork").Manager() as server:
-            shared = server.list([Model(1)])
-            shared.append(Model(2))
-            assert [model.check().seed for model in shared] == [1, 2]
-            queue = server.Queue()
-            queue.put(Model(3))
-            assert queue.get().check().seed == 3
-    assert _n_fallback_warnings(caught) <= 1
 
 
 _READER = """
@@ -715,71 +524,6 @@ class _Library(BaseManager):
 
 
 _Library.register("Shelf", _Shelf)
-
-
-def _work_for_a_manager(shared, queue, model):
-    shared[model.seed] = model.check()
-    queue.put(shared[model.seed].check())
-
-
-def managers(method):
-    """Dictionaries, lists, namespaces, queues and a user's class, from several processes."""
-    context = multiprocessing.get_context(method)
-    with oobpickle.enabled() as arena:
-        with context.Manager() as manager, context.Pool(2) as pool:
-            shared, queue, several = manager.dict(), manager.Queue(), manager.list()
-            space = manager.Namespace()
-            done = [
-                pool.apply_async(_work_for_a_manager, (shared, queue, Model(seed)))
-                for seed in range(4)
-            ]
-            for one in done:
-                one.get(60)
-            assert sorted(queue.get().check().seed for _ in range(4)) == [0, 1, 2, 3]
-            assert [shared[seed].check().seed for seed in range(4)] == [0, 1, 2, 3]
-            several.append(Model(5))
-            assert several[0].check().seed == 5
-            space.model = Model(6)
-            assert space.model.check().seed == 6
-            pool.close()
-            pool.join()
-        with _Library(ctx=context) as library:
-            shelf = library.Shelf()
-            shelf.put("a", Model(7))
-            received = shelf.get("a").check()
-            received.counts[:] = 0
-            assert shelf.get("a").check().seed == 7
-        done = arena.statistics()
-        assert done.n_fallbacks == 0, done
-        # To each worker, to and from the manager for the dictionary and the queue, and the rest.
-        assert done.n_messages_out_of_band == 4 * 4 + 8 + 4 + 3, done
-        assert done.nbytes_out_of_band > done.n_messages_out_of_band * Model(0).nbytes()
-
-
-def _answer_calls(address):
-    with Client(address, authkey=b"key") as connection:
-        for _ in range(3):
-            connection.send(connection.recv().check())
-
-
-def listener_and_client(method):
-    """A Unix socket between processes of one tree; over TCP it stays in-band."""
-    context = multiprocessing.get_context(method)
-    for family, n_fallbacks in (("AF_UNIX", 0), ("AF_INET", 6)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore" if n_fallbacks else "error")
-            with oobpickle.enabled() as arena, Listener(None, family, authkey=b"key") as listener:
-                process = context.Process(target=_answer_calls, args=(listener.address,))
-                process.start()
-                with listener.accept() as connection:
-                    for seed in range(3):
-                        connection.send(Model(seed))
-                        assert connection.recv().check().seed == seed
-                process.join()
-                assert process.exitcode == 0
-                done = arena.statistics()
-                assert done.n_fallbacks == n_fallbacks, done
-                assert done.n_messages_out_of_band == 6 - n_fallbacks, done
 
 
 def queues_older_than_the_block(method):
