@@ -38,6 +38,7 @@ from oobpickle._layout import (
     H_CAPACITY,
     H_CLOSED,
     H_DATA_NBYTES,
+    H_HANDED,
     H_IDENTITY,
     H_MAGIC,
     H_N_BLOCKS,
@@ -230,6 +231,16 @@ class Arena:
     def closed(self) -> bool:
         """Whether the owner has closed it: nothing new is sent through it."""
         return self._words[H_CLOSED] != 0
+
+    @property
+    def handed(self) -> int:
+        """Another number each time that a participant has passed an end of a channel on."""
+        return self._words[H_HANDED]
+
+    def note_handed(self) -> None:
+        """Let all participants look again at who can read what they write."""
+        # At random: of two that count at the same time one would be missed.
+        self._words[H_HANDED] = int.from_bytes(os.urandom(8), "little")
 
     def _repair(self) -> None:
         self.ledger.rebuild()

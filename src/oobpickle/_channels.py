@@ -7,7 +7,8 @@ the messages that this process has in flight in each.
 pool for ever, so the sender decides. Whoever has an end of a channel made while the arena was
 there was started while it was there, and inherited it. Of any other channel (an older one, the
 connection of a manager) the kernel says which processes can read there; if all of them take part,
-so will all that they start, so that one look is enough. A tiny envelope also takes away the
+so will all that they start, so that one look is enough, until somebody passes an end on: to a
+process that runs already, or to a program that it starts. A tiny envelope also takes away the
 back-pressure of a full pipe; so a sender over its budget waits as long as an earlier message of
 its own is unread, where a plain pipe would have made it wait for the same.
 
@@ -22,10 +23,11 @@ import contextlib
 import time
 from array import array
 from collections import OrderedDict, deque
+from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from oobpickle._arena import Arena
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._pipes import channel_id, is_broken, is_related, n_unread, readers, reading_end
 
 _MOST_CHANNELS: Final = 1 << 14
@@ -44,6 +46,7 @@ class Channels:
     def __init__(self, arena: Arena, known: bytes = b"") -> None:
         self._arena = arena
         numbers = array("Q", known)
+        self._handings = numbers.pop(0) if numbers else arena.handed
         # From the end that writes to the end that reads.
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
         self._epoch = arena.holdings.epoch
@@ -56,8 +59,9 @@ class Channels:
 
     def to_bytes(self) -> bytes:
         """Return what a spawned child needs to know."""
+        handings = self._handings  # first: what is found out of date is only looked up again
         pairs = list(self._made.items())
-        return array("Q", [number for pair in pairs for number in pair]).tobytes()
+        return array("Q", [handings, *(number for pair in pairs for number in pair)]).tobytes()
 
     def note(self, one_fd: int, other_fd: int) -> None:
         """Remember both ends of a pipe that was made while the arena was there."""
@@ -71,18 +75,53 @@ class Channels:
 
     def forget(self, fd: int) -> None:
         """An end is handed to a process that may not take part: messages stay in-band."""
-        own = channel_id(fd)
-        for end in (own, self._made.get(own) or reading_end(fd)):
+        for end in self._ends(fd):
             self._made.pop(end, None)
             self._found.pop(end, None)
             self._handed[end] = None
         _bound(self._handed)
+        self._arena.note_handed()
+
+    @contextlib.contextmanager
+    def passing_on(self, fds: Iterable[int]) -> Iterator[None]:
+        """Let a program that is started inherit descriptors.
+
+        Meanwhile messages stay in-band, and then who can read there has to be looked up.
+        """
+        ends: set[int] = set()
+        with ignoring(OSError):
+            for fd in fds:
+                with ignoring(OSError):  # not open
+                    ends.update(self._ends(fd))
+        ends -= {0, *self._handed}
+        if not ends:
+            yield
+            return
+        for end in ends:
+            self._handed[end] = None
+        try:
+            self._arena.note_handed()
+            yield
+        finally:
+            self._arena.note_handed()
+            for end in ends:
+                self._handed.pop(end, None)
+                self._vain.pop(end, None)
+
+    def _ends(self, fd: int) -> tuple[int, int]:
+        own = channel_id(fd)
+        return own, self._made.get(own) or reading_end(fd)
 
     def known(self, fd: int) -> int:
         """Return the channel in which a message written to `fd` is read, if all readers take part.
 
         Else 0.
         """
+        handings = self._arena.handed
+        if handings != self._handings:
+            self._made.clear()
+            self._found.clear()
+            self._handings = handings
         own = channel_id(fd)
         return self._made.get(own) or self._found.get(own) or self._look(fd, own)
 

@@ -36,6 +36,7 @@ from oobpickle._arena import Arena, users
 from oobpickle._errors import ArenaError, EnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._layout import OWN_BLOCK_NBYTES, plan
+from oobpickle._options import FORCED
 from oobpickle._payload import Payload
 from oobpickle._statistics import N_LOADED
 
@@ -97,7 +98,7 @@ def pack(
         From `acquire`; nothing stays leased, here or after any other exception.
     """
     sizes, stream = payload.sizes, payload.stream
-    indirect = len(stream) + 8 * len(sizes) > _INLINE_NBYTES or not any(sizes)
+    indirect = FORCED or len(stream) + 8 * len(sizes) > _INLINE_NBYTES or not any(sizes)
     if indirect:
         index_nbytes = _index_nbytes(sizes, len(stream))
         lease = acquire([index_nbytes, *sizes])

@@ -42,6 +42,7 @@ H_WAIT_S: Final = 7  # the bits of a double
 H_COPY_OUT: Final = 8
 H_CLOSED: Final = 9
 H_STRANGERS: Final = 10  # a process that cannot join has read messages: none is known to be unread
+H_HANDED: Final = 11  # another number each time that an end of a channel was passed on
 H_DIRTY: Final = 16
 H_N_BLOCKS: Final = 17
 H_FRONTIER: Final = 18

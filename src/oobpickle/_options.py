@@ -13,6 +13,7 @@ with the value and the range."""
 from __future__ import annotations
 
 import math
+import os
 import struct
 from dataclasses import dataclass, fields, replace
 from typing import Final
@@ -22,6 +23,8 @@ from oobpickle._layout import H_CAPACITY, H_COPY_OUT, H_THRESHOLD, H_WAIT_S
 
 #: Measured crossover of plain pickling and the arena for one message through a warm Pool.
 DEFAULT_THRESHOLD: Final = 160 << 10
+#: For tests: every message goes through the arena, with its stream, however small it is.
+FORCED: Final = os.environ.get("OOBPICKLE_FORCE") == "1"
 _MIN_CAPACITY: Final = 1 << 20
 _MAX_CAPACITY: Final = 1 << 43
 _NOT_SAID: Final = 0xFFFF_FFFF_FFFF_FFFF
@@ -70,7 +73,11 @@ class Options:
         capacity = self.capacity
         if capacity is None:
             capacity = max(_MIN_CAPACITY, min(_MAX_CAPACITY, _headroom.limit_nbytes() // 2))
-        threshold = DEFAULT_THRESHOLD if self.threshold is None else self.threshold
+        threshold = self.threshold
+        if FORCED:
+            threshold = 0
+        elif threshold is None:
+            threshold = DEFAULT_THRESHOLD
         return Options(capacity, threshold, self.wait_s, self.copy_out)
 
     def within(self, data_nbytes: int) -> Options:

@@ -1,12 +1,12 @@
 """Processes and pipes: who has an end of a channel, and how a child that is started takes part.
 
-**What.** Replacements for ``connection.Pipe``, ``reduction.dump`` and ``reduction.DupFd``, and for
-``Popen._launch`` of spawned processes.
+**What.** Replacements for ``connection.Pipe``, ``reduction.dump`` and ``reduction.DupFd``, for
+``Popen._launch`` of spawned processes, and for ``subprocess.Popen._execute_child``.
 
 **How it works.** A pipe that is made while the hook is in is a known channel. Its ends go to
-children with their process objects; an end that is handed to a process that runs already may be in
-one that does not take part. A process object that is spawned brings the arena's descriptors along,
-and is a message itself. What the child loads::
+children with their process objects; an end that is handed to a process that runs already, or to a
+program that is started, may be in one that does not take part. A process object that is spawned
+brings the arena's descriptors along, and is a message itself. What the child loads::
 
     take part in the arena | POP | the process object
     take part in the arena | POP | its envelope | close the guard | POP
@@ -23,23 +23,23 @@ replaced. The parent has the guard until the child is launched.
 
 from __future__ import annotations
 
+import inspect
 import io
 import multiprocessing.connection as mp_connection
 import multiprocessing.context as mp_context
-import multiprocessing.forkserver as mp_forkserver
 import multiprocessing.process as mp_process
 import multiprocessing.reduction as mp_reduction
 import os
 import pickle
 import sys
 import weakref
-from collections.abc import Iterator
-from types import FrameType
+from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
 from oobpickle._arena import users
 from oobpickle._connections import pack
 from oobpickle._envelope import Envelope
+from oobpickle._foreign import ignoring
 from oobpickle._hook import Hook, running
 from oobpickle._pipes import channel_id
 from oobpickle._serializer import serialize
@@ -153,6 +153,37 @@ def hooked_dup_fd(original: Any) -> Any:
     return DupFd
 
 
+def hooked_execute_child(original: Any) -> Any:
+    signature = inspect.signature(original)
+
+    def _execute_child(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = running()
+        if hook is None:
+            return original(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        with hook.channels.passing_on(_inherited(given)):
+            return original(self, *args, **kwargs)
+
+    return _execute_child
+
+
+_STANDARD: Final = frozenset((-1, 0, 1, 2))
+
+
+def _inherited(given: Mapping[str, Any]) -> Iterator[int]:
+    """Yield what a program inherits, but for pipes that are made for it, and the standard three."""
+    yield from given["pass_fds"]
+    pairs = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
+    made = {given[theirs] for theirs, ours in pairs if given[ours] >= 0}
+    yield from {given[theirs] for theirs, _ in pairs} - made - _STANDARD
+    if not given["close_fds"]:
+        for name in os.listdir("/proc/self/fd"):
+            fd = int(name)
+            with ignoring(OSError):  # the one that was listed with
+                if fd not in _STANDARD and os.get_inheritable(fd):
+                    yield fd
+
+
 class Inheritance:
     """The arena's descriptors and channels, for the child that is being started."""
 
@@ -164,18 +195,24 @@ class Inheritance:
         return self._hook.inherit, (*descriptors, self._hook.channels.to_bytes())
 
 
-def is_being_started() -> bool:
-    """Whether this process is importing its main module for its parent, or is a fork server.
+_HELPERS: Final = (
+    "spawn import spawn_main",
+    "forkserver import main",
+    "resource_tracker import main",
+)
 
-    The former gets an arena with its process object; the latter must not become a participant.
+
+def is_being_started() -> bool:
+    """Whether this process is one of multiprocessing's that has not come to run its target yet.
+
+    A child that imports its main module gets an arena with its process object; the fork server and
+    the resource tracker must not become participants. The command line tells, since this may be
+    asked before any of multiprocessing runs: by a ``sitecustomize`` module.
     """
     if getattr(mp_process.current_process(), "_inheriting", False):
         return True
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code is mp_forkserver._serve_one.__code__:  # type: ignore[attr-defined]
-            return False
-        if frame.f_code is mp_forkserver.main.__code__:
-            return True
-        frame = frame.f_back
-    return False
+    starts = (f"from multiprocessing.{helper}" for helper in _HELPERS)
+    wanted = ("--multiprocessing-fork", *starts)
+    return mp_process.parent_process() is None and any(
+        argument.startswith(wanted) for argument in sys.orig_argv
+    )

@@ -2,7 +2,7 @@
 
 **What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
 
-**How it works.** Nine objects of the standard library are replaced, each by a function of its own
+**How it works.** Ten objects of the standard library are replaced, each by a function of its own
 that does what it replaced unless the hook is in: see `_replacements`.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
@@ -21,6 +21,7 @@ import multiprocessing.process as mp_process
 import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
 import os
+import subprocess
 import warnings
 from collections import deque
 from collections.abc import Iterator
@@ -38,6 +39,7 @@ from oobpickle._options import Options
 from oobpickle._processes import (
     hooked_dump,
     hooked_dup_fd,
+    hooked_execute_child,
     hooked_launch,
     hooked_pipe,
     is_being_started,
@@ -64,6 +66,7 @@ def _replacements() -> list[Replacement]:
         (mp_reduction, "DupFd", hooked_dup_fd),
         (mp_popen_spawn.Popen, "_launch", hooked_launch),
         (mp_popen_forkserver.Popen, "_launch", hooked_launch),
+        (subprocess.Popen, "_execute_child", hooked_execute_child),
     ]
 
 

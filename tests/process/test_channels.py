@@ -65,6 +65,7 @@ CHANNELS = {
         "BaseManager.register",
     ],
     "listeners": ["Listener and Client, AF_UNIX"],
+    "programs": ["a program that inherits a connection"],
     "relays": ["through three processes"],
 }
 

@@ -125,6 +125,70 @@ def test_an_end_that_was_handed_out_is_forgotten_on_both_sides(channels, ends):
     assert [0, 0] == [channels.known(end.fileno()) for end in ends]
 
 
+def test_what_a_program_inherits_is_looked_up_again(channels, ends):
+    fds = [end.fileno() for end in ends]
+    channels.note(*fds)
+    expected = [channels.known(fd) for fd in fds]
+
+    with channels.passing_on([fds[0]]):
+        assert [0, 0] == [channels.known(fd) for fd in fds]
+        with process_with(fds[0]):
+            assert 0 == channels.known(fds[1])
+
+    assert expected[1] == channels.known(fds[1])
+
+
+def test_a_program_that_has_inherited_an_end_is_seen_at_once(channels, ends):
+    channels.note(*(end.fileno() for end in ends))
+    channels.known(ends[1].fileno())
+
+    with channels.passing_on([ends[0].fileno()]):
+        channels.known(ends[1].fileno())
+        program = process_with(ends[0].fileno())
+        program.__enter__()
+    assert 0 == channels.known(ends[1].fileno())
+    program.__exit__(None, None, None)
+
+
+def test_what_was_handed_to_a_running_process_stays_unknown(channels, ends):
+    fd = ends[0].fileno()
+    channels.note(*(end.fileno() for end in ends))
+    channels.forget(fd)
+
+    with channels.passing_on([fd]):
+        pass
+
+    assert 0 == channels.known(ends[1].fileno())
+
+
+def test_all_participants_look_again(arena, channels, ends):
+    fds = [end.fileno() for end in ends]
+    channels.note(*fds)
+    other, late = Channels(arena, channels.to_bytes()), channels.to_bytes()
+
+    with process_with(fds[0]):
+        assert channels.known(fds[1]) == other.known(fds[1]) > 0
+        with channels.passing_on([fds[0]]):
+            pass
+        assert [0, 0] == [other.known(fds[1]), Channels(arena, late).known(fds[1])]
+
+
+def test_descriptors_that_are_no_channels_matter_to_nobody(arena, channels):
+    before = arena.handed
+
+    with open("/dev/null") as file, channels.passing_on([1 << 20, file.fileno()]):
+        pass
+
+    assert before == arena.handed
+
+
+def test_one_that_is_not_open_does_not_hide_the_others(channels, ends):
+    channels.note(*(end.fileno() for end in ends))
+
+    with channels.passing_on([1 << 20, ends[0].fileno()]):
+        assert 0 == channels.known(ends[1].fileno())
+
+
 def test_a_spawned_child_knows_what_its_parent_knows(arena, channels, ends):
     channels.note(*(end.fileno() for end in ends))
 

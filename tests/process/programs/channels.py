@@ -8,7 +8,10 @@ many bytes.
 import contextlib
 import json
 import multiprocessing
-import multiprocessing.connection
+import os
+import subprocess
+import sys
+import warnings
 from concurrent.futures import ProcessPoolExecutor
 from itertools import pairwise
 from multiprocessing.connection import Client, Listener
@@ -437,6 +440,52 @@ def listeners(method):
                     _talk(connection.recv, connection.send, direction)
                 process.join()
                 assert process.exitcode == 0
+
+
+# --- programs that inherit a connection
+
+_PROGRAM = """
+import sys
+from multiprocessing.connection import Connection
+
+sys.path.insert(0, {folder!r})
+from inside import Model
+
+here = Connection(int(sys.argv[1]))
+for seed in {seeds}:
+    model = here.recv().check()
+    model.counts[:] = 0
+    here.send(model.seed)
+for seed in {seeds}:
+    here.send(Model(seed))
+    here.recv()
+"""
+
+
+def programs(_method):
+    """The first message asks the program to take part, and travels in-band."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oobpickle.FallbackWarning)
+        with oobpickle.enabled() as arena:
+            here, there = multiprocessing.Pipe()
+            code = _PROGRAM.format(folder=os.path.dirname(inside.__file__), seeds=[9, *SEEDS])
+            command = [sys.executable, "-W", "error", "-c", code, str(there.fileno())]
+            program = subprocess.Popen(command, pass_fds=[there.fileno()])
+            there.close()
+            here.send(Model(9))
+            assert here.recv() == 9
+            assert arena.statistics().fallbacks["channel"].n_messages == 1
+            assert arena.statistics().n_fallbacks == 1
+            channel = "a program that inherits a connection"
+            with _cell(arena, channel, TO_CHILD):
+                for model in _models():
+                    here.send(model)
+                    assert here.recv() == model.seed
+            with _cell(arena, channel, TO_PARENT, N_MODELS + 1):
+                for seed in (9, *SEEDS):
+                    assert here.recv().check().seed == seed
+                    here.send(None)
+            assert program.wait(60) == 0
 
 
 # --- three processes

@@ -212,6 +212,7 @@ def _put_many(queue, n):
 
 _READER = """
 import sys
+sys.modules["oobpickle"] = None  # not installed there
 from multiprocessing.connection import Connection
 read = Connection(int(sys.argv[1]), writable=False)
 for seed in range(3):
@@ -222,22 +223,71 @@ for seed in range(3):
 """
 
 
-def program_that_inherits_a_connection():
-    """A program started by subprocess is no participant when it gets its first message."""
-    with warnings.catch_warnings(), oobpickle.enabled():
+def program_that_inherits_a_connection_and_has_not_got_the_library():
+    """By ``pass_fds``, as its stdin, or with everything that is inheritable."""
+    with warnings.catch_warnings(), oobpickle.enabled() as arena:
         warnings.simplefilter("ignore")
+        for n_before, way in ((0, "pass_fds"), (3, "stdin"), (6, "inheritable")):
+            read, write = multiprocessing.Pipe(duplex=False)
+            fd = read.fileno()
+            os.set_inheritable(fd, way == "inheritable")
+            program = subprocess.Popen(
+                [sys.executable, "-c", _READER, "0" if way == "stdin" else str(fd)],
+                pass_fds=[fd] if way == "pass_fds" else [],
+                stdin=fd if way == "stdin" else None,
+                close_fds=way != "inheritable",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            sent = [message(seed, 200_000) for seed in range(3)]
+            for one in sent:
+                write.send(one)
+            printed, complaints = program.communicate(timeout=30)
+            assert program.returncode == 0, complaints
+            assert complaints == b"", complaints
+            assert [int(n) for n in printed.split()] == [int(one[1][1:].sum()) for one in sent]
+            statistics = arena.statistics()
+            assert statistics.n_messages_out_of_band == 0
+            assert statistics.fallbacks["channel"].n_messages == n_before + 3
+
+
+def _start_a_reader(read, has_started):
+    code = _READER.replace("print", "").replace("range(3)", "range(1)")
+    command = [sys.executable, "-c", code, str(read.fileno())]
+    program = subprocess.Popen(command, pass_fds=[read.fileno()])
+    read.close()
+    has_started.send(program.pid)
+    assert program.wait(60) == 0
+
+
+def program_that_a_worker_lets_inherit_a_connection(method):
+    """The worker knows, and so does the parent, who made the pipe."""
+    context = multiprocessing.get_context(method)
+    with warnings.catch_warnings(), oobpickle.enabled() as arena:
+        warnings.simplefilter("ignore")
+        read, write = context.Pipe(duplex=False)
+        has_started, say = context.Pipe(duplex=False)
+        process = context.Process(target=_start_a_reader, args=(read, say))
+        process.start()
+        read.close()
+        assert has_started.recv() > 0
+        write.send(message(0))
+        process.join(60)
+        assert process.exitcode == 0
+        assert arena.statistics().fallbacks["channel"].n_messages == 1
+
+
+def programs_without_connections_change_nothing():
+    with oobpickle.enabled() as arena:
         read, write = multiprocessing.Pipe(duplex=False)
-        command = [sys.executable, "-c", _READER, str(read.fileno())]
-        program = subprocess.Popen(
-            command, pass_fds=[read.fileno()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
-        sent = [message(seed, 200_000) for seed in range(3)]
-        for one in sent:
-            write.send(one)
-        printed, complaints = program.communicate(timeout=30)
-        assert program.returncode == 0, complaints
-        assert complaints == b"", complaints
-        assert [int(n) for n in printed.split()] == [int(one[1][1:].sum()) for one in sent]
+        handed, pipe = arena.handed, subprocess.PIPE
+        for more in ({"stderr": subprocess.STDOUT}, {"close_fds": False}, {"stdin": pipe}):
+            command = [sys.executable, "-c", "print(1)"]
+            subprocess.run(command, stdout=pipe, check=True, **more)
+        assert arena.handed == handed
+        write.send(message(1))
+        verify(read.recv(), 1)
+        assert arena.statistics().n_messages_out_of_band == 1
 
 
 # --- what stays as it was
