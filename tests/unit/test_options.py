@@ -6,6 +6,9 @@ import math
 import multiprocessing.connection
 import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -187,3 +190,28 @@ def test_options_are_values():
     assert pickle.loads(pickle.dumps(RUNNING)) == RUNNING
     with pytest.raises(AttributeError):
         RUNNING.capacity = 1
+
+
+def test_forced_every_message_goes_through_the_arena(tmp_path):
+    """Whatever is said about the threshold: for CPython's own tests, whose messages are small."""
+    script = tmp_path / "small.py"
+    script.write_text(
+        "import multiprocessing, oobpickle\n"
+        "with oobpickle.enabled(threshold=1 << 20) as arena:\n"
+        "    read, write = multiprocessing.Pipe(duplex=False)\n"
+        "    for obj in (None, 'text', [bytes(100)] * 3):\n"
+        "        write.send(obj)\n"
+        "        assert read.recv() == obj\n"
+        "    done = arena.statistics()\n"
+        "print(done.n_messages_out_of_band, done.n_messages_loaded, done.n_fallbacks)\n"
+    )
+    expected = {"0": "0 0 0\n", "1": "3 3 0\n"}
+
+    for value, printed in expected.items():
+        environment = {
+            **os.environ,
+            "OOBPICKLE_FORCE": value,
+            "PYTHONPATH": str(Path(oobpickle.__file__).parents[1]),
+        }
+        output = subprocess.check_output([sys.executable, script], env=environment, text=True)
+        assert printed == output
