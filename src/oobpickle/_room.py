@@ -228,6 +228,8 @@ class Room:
         """
         sent = self._in_flight()
         channels = {channel for _, _, channel in sent if not channel & FOLLOWS}
+        if channels and not self._membership.sees_all():
+            channels.clear()  # others may have them open: memory is kept, and never freed wrongly
         pids = self._membership.pids() if channels else []
         # When it is closed, what was read is not noted any more: an empty channel means nothing.
         closed = self._ledger.words[H_CLOSED] != 0
