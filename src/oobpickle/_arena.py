@@ -59,7 +59,7 @@ from oobpickle._ledger import Census, Ledger, Shortage
 from oobpickle._membership import HURRIED_S, Membership
 from oobpickle._options import Options
 from oobpickle._room import Room
-from oobpickle._segment import Segment, largest_file_nbytes, page_round
+from oobpickle._segment import Segment, largest_file_nbytes, locked_nbytes, page_round
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ class Arena:
         if not table.mapped:
             raise ArenaError("no address space for the ledger of the arena. See ulimit -v.")
         os.set_inheritable(locks_fd, False)
-        arena = cls(Segment.attach(data_fd), table, locks_fd)
+        data = Segment.attach(data_fd, map_it=_may_map())
+        arena = cls(data, table, locks_fd)
         arena.membership.try_join()
         return arena
 
@@ -335,6 +336,8 @@ class Arena:
             for column in range(N_COLUMNS):
                 start = BLOCKS_AT + column * MAX_BLOCKS + first
                 self._table.reserve(8 * start, 8 * (n_rows - first))
+        except ArenaError as error:  # somebody closed the descriptor
+            raise ArenaFullError(str(error), "detached") from error
         except OSError as error:
             pass_on_foreign(error)
             raise ArenaFullError(f"no room for the table of blocks: {error}", "space") from error
@@ -569,6 +572,15 @@ class Arena:
         self._pid = os.getpid()
         if not self.closed:
             self.membership.try_join()
+
+
+def _may_map() -> bool:
+    """Tell whether a sparse mapping is safe: mlockall() would make all of it resident."""
+    try:
+        return locked_nbytes() == 0
+    except OSError as error:  # no /proc, or no descriptor
+        pass_on_foreign(error)
+        return True
 
 
 def _fresh_nbytes(taken: list[tuple[int, int]], layout: Plan) -> int:

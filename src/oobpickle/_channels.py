@@ -7,8 +7,9 @@ the messages that this process has in flight in each.
 pool for ever, so the sender decides. Whoever has an end of a channel made while the arena was
 there was started while it was there, and inherited it. Of any other channel (an older one, the
 connection of a manager) the kernel says which processes can read there; if all of them take part,
-so will all that they start, so that one look is enough, until somebody passes an end on: to a
-process that runs already, or to a program that it starts. A tiny envelope also takes away the
+and so does every descendant of a participant that hides what it has open, so will all that they
+start, so that one look is enough, until somebody passes an end on: to a process that runs already,
+or to a program that it starts. A tiny envelope also takes away the
 back-pressure of a full pipe; so a sender over its budget waits as long as an earlier message of
 its own is unread, where a plain pipe would have made it wait for the same.
 
@@ -123,7 +124,8 @@ class Channels:
             self._found.clear()
             self._handings = handings
         own = channel_id(fd)
-        return self._made.get(own) or self._found.get(own) or self._look(fd, own)
+        channel = self._made.get(own) or self._found.get(own) or self._look(fd, own)
+        return channel if self._arena.handed == handings else 0
 
     def _look(self, fd: int, own: int) -> int:
         start = time.monotonic()
@@ -131,10 +133,16 @@ class Channels:
         if own == 0 or own in self._handed or start < look_again_at:
             return 0
         channel = reading_end(fd)
-        able = readers(channel) if channel else set()
-        living = self._arena.membership.living()
+        able, hidden, living = set[int](), set[int](), set[int]()
+        try:
+            if channel:
+                able, hidden = readers(channel)
+                living = self._arena.membership.living()
+        except OSError as error:  # no /proc, or no descriptor to look into it
+            pass_on_foreign(error)
+            able = set()
         self._older.discard(own)
-        if able and able <= living:
+        if able and able <= living and not any(is_related(p, living) for p in hidden - living):
             self._vain.pop(own, None)
             self._found[own] = channel
             _bound(self._found)

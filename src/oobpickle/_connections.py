@@ -31,7 +31,7 @@ from typing import Any, Final
 from oobpickle import _envelope, _hook, _offers, _statistics
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
-from oobpickle._errors import ArenaFullError
+from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._hook import Hook, running
 from oobpickle._payload import Payload
@@ -42,8 +42,10 @@ _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
 _LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 _PROTO: Final = pickle.PROTO[0]
-#: After the end of an in-band message whose sender takes part, and has counted it.
+#: After the end of an in-band message whose sender has counted it, or could not join to count it.
 _COUNTED: Final = b"\0oobpickle: counted"
+_DETACHED: Final = b"\0oobpickle: no slot"
+_TAIL_NBYTES: Final = len(_COUNTED)
 
 
 def hooked_pickler(original: Any) -> Any:
@@ -82,14 +84,15 @@ def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryvi
 def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
     fd = _descriptor_in(frame)
     channel = 0 if fd is None else hook.channels.known(fd)
+    tail = _COUNTED if hook.arena.membership.joined else _DETACHED
     if fd is None or not channel:
         hook.count_fallback("channel", payload.nbytes)
         older = fd is not None and hook.channels.is_older(fd)
-        return _in_band(payload, _offers.prefix(hook.arena.name) if older else b"")
+        return _in_band(payload, _offers.prefix(hook.arena.name) if older else b"", tail)
     hook.channels.wait_for_budget(fd, channel, payload.nbytes)
     envelope = pack(hook, payload, channel)
     if envelope is None:
-        return _in_band(payload)
+        return _in_band(payload, tail=tail)
     if envelope.lease.blocks:
         hook.channels.sent(channel, envelope.lease.blocks[0], payload.nbytes)
     if _hook.current is not hook:
@@ -113,7 +116,8 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
         return None
     except OSError as error:
         pass_on_foreign(error)
-        hook.count_fallback("space", payload.nbytes)
+        detached = isinstance(error, ArenaError)
+        hook.count_fallback("detached" if detached else "space", payload.nbytes)
         return None
     arena.membership.count(
         (_statistics.N_MESSAGES, 1),
@@ -123,11 +127,11 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
     return envelope
 
 
-def _in_band(payload: Payload, head: bytes = b"") -> memoryview | bytes:
-    """Return a pickle that every Python can load, and that receivers need not count."""
+def _in_band(payload: Payload, head: bytes = b"", tail: bytes = _COUNTED) -> memoryview | bytes:
+    """Return a pickle that every Python can load, and whose tail says who has counted it."""
     if payload.sizes:
-        return payload.to_pickle(head=head, tail=_COUNTED)
-    return head + payload.stream + _COUNTED
+        return payload.to_pickle(head=head, tail=tail)
+    return head + payload.stream + tail
 
 
 def _drain(hook: Hook, nbytes: int = 0) -> None:
@@ -233,17 +237,17 @@ def _count_uncounted(message: io.BytesIO) -> None:
     """Count a large message that came in-band from a process that does not take part."""
     hook = _hook.current
     with message.getbuffer() as view:
-        nbytes = len(view)
-        if hook is None or nbytes < hook.threshold or bytes(view[-len(_COUNTED) :]) == _COUNTED:
+        nbytes, tail = len(view), bytes(view[-_TAIL_NBYTES:])
+        if hook is None or nbytes < hook.threshold or tail == _COUNTED:
             return
         # What `send_bytes` was given is none of our business.
         is_pickle = view[0] == _PROTO and 2 <= view[1] <= pickle.HIGHEST_PROTOCOL
-        is_pickle = is_pickle and bytes(view[-1:]) == pickle.STOP
+        is_pickle = is_pickle and (tail == _DETACHED or tail[-1:] == pickle.STOP)
     token = object()
     try:
         users.add(token)
         if is_pickle and running() is hook:
-            hook.count_fallback("channel", nbytes)
+            hook.count_fallback("detached" if tail == _DETACHED else "channel", nbytes)
     finally:
         users.discard(token)
 

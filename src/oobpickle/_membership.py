@@ -164,6 +164,14 @@ class Membership:
             return set()
         return self._participants.living(self.mutex.locks, self._own.slot)
 
+    def sees_all(self) -> bool:
+        """Tell whether /proc shows this process all that take part.
+
+        Not if it is in another pid namespace than one of them, or /proc is hidden from it.
+        """
+        own = self._own
+        return own is not None and self._participants.are_visible(self.mutex.locks, own.slot)
+
     def anyone_reads(self) -> bool:
         """Tell whether anybody is in the middle of reading a message, or may be unnoticed."""
         return self._ledger.words[H_STRANGERS] != 0 or any(

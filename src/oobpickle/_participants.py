@@ -140,8 +140,14 @@ class Participants:
         return [self.words[row + P_PID] for row in rows if self.words[row + P_STATE] == JOINED]
 
     def living(self, locks: LockFile, own_slot: int) -> set[int]:
-        """Return the pids, in this process's namespace, of all that take part and are alive."""
-        found, namespace = {os.getpid()}, pid_namespace()
+        """Return the pids, as /proc has them, of all that take part and are alive.
+
+        Those of other pid namespaces are left out.
+        """
+        namespace = pid_namespace()
+        if namespace == 0:
+            return set()
+        found = {os.getpid()}
         for slot in range(self.words[H_N_SLOTS]):
             row = self._row(slot)
             joined = slot != own_slot and self.words[row + P_STATE] == JOINED
@@ -150,6 +156,20 @@ class Participants:
                 if locks.is_alive(slot):
                     found.add(pid)
         return found
+
+    def are_visible(self, locks: LockFile, own_slot: int) -> bool:
+        """Tell whether /proc shows all that take part and are alive."""
+        namespace = pid_namespace()
+        for slot in range(self.words[H_N_SLOTS]):
+            row = self._row(slot)
+            if self.words[row + P_STATE] != JOINED:
+                continue
+            is_ours = namespace != 0 and self.words[row + P_PID_NAMESPACE] == namespace
+            if not (is_ours and os.path.exists(f"/proc/{self.words[row + P_PID]}")) and (
+                slot == own_slot or locks.is_alive(slot)
+            ):
+                return False
+        return True
 
     def readers(self) -> Iterable[tuple[int, int]]:
         """Yield ``(slot, number of messages it is in the middle of reading)``."""
@@ -160,8 +180,10 @@ class Participants:
 
 
 def pid_namespace() -> int:
-    """Return what tells this process's pid namespace from others."""
+    """Return what tells this process's pid namespace from others; 0 if /proc is not of it."""
     try:
+        if os.readlink("/proc/self") != str(os.getpid()):
+            return 0
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError as error:
         pass_on_foreign(error)

@@ -94,16 +94,25 @@ def _peer_of(inode: int) -> int:
     return 0
 
 
-def readers(channel: int) -> set[int]:
-    """Return the processes of this user that can read from the channel."""
+def readers(channel: int) -> tuple[set[int], set[int]]:
+    """Return the processes that can read from the channel, and those that hide what they have open.
+
+    Raises
+    ------
+    OSError
+        If there is no /proc, or no descriptor is left to look into it.
+    """
     name = _name(channel)
-    found = set()
-    for pid in _own_pids():
-        with ignoring(PermissionError):  # not ours to send to, then
+    found, hidden = set(), set()
+    for pid in _pids():
+        try:
             for fd, target in _descriptors_of(str(pid)):
                 if target == name and (channel & _SOCKET or _is_for_reading(pid, fd)):
                     found.add(pid)
-    return found
+        except PermissionError as error:
+            pass_on_foreign(error)
+            hidden.add(pid)
+    return found, hidden
 
 
 def _is_for_reading(pid: int, fd: str) -> bool:
@@ -135,7 +144,11 @@ def is_readable(fd: int, timeout_s: float) -> bool:
     """Wait up to `timeout_s` until there is something to read, or the writers are gone."""
     poller = select.poll()
     poller.register(fd, select.POLLIN)
-    return bool(poller.poll(1000 * timeout_s))
+    try:
+        return bool(poller.poll(1000 * timeout_s))
+    except OSError as error:  # EINVAL if RLIMIT_NOFILE is 0; whoever reads will wait
+        pass_on_foreign(error)
+        return True
 
 
 def unreadable(
@@ -185,14 +198,17 @@ def _is_spent(fd: int, channel: int) -> bool:
     return not channel & _SOCKET and is_broken(fd, channel)
 
 
+def _pids() -> Iterator[int]:
+    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
 def _own_pids() -> Iterator[int]:
     """Yield the processes of this user: one that has not joined yet may be about to read."""
     me = os.geteuid()
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            with ignoring(OSError):
-                if os.stat(f"/proc/{name}").st_uid == me:
-                    yield int(name)
+    for pid in _pids():
+        with ignoring(OSError):
+            if os.stat(f"/proc/{pid}").st_uid == me:
+                yield pid
 
 
 def _may_have(pid: int, names: Mapping[str, int], participants: Collection[int]) -> set[int]:

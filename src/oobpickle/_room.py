@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from oobpickle import _faults, _headroom
-from oobpickle._errors import ArenaFullError
+from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings, Keeper
 from oobpickle._layout import FOLLOWS, H_CLOSED
@@ -80,6 +80,8 @@ class Room:
             self._check_headroom(step, fresh)
             try:
                 self._data.reserve(start, step)
+            except ArenaError as error:  # somebody closed the descriptor
+                raise ArenaFullError(str(error), "detached") from error
             except OSError as error:
                 pass_on_foreign(error)
                 raise ArenaFullError(
@@ -228,6 +230,8 @@ class Room:
         """
         sent = self._in_flight()
         channels = {channel for _, _, channel in sent if not channel & FOLLOWS}
+        if channels and not self._membership.sees_all():
+            channels.clear()  # others may have them open: memory is kept, and never freed wrongly
         pids = self._membership.pids() if channels else []
         # When it is closed, what was read is not noted any more: an empty channel means nothing.
         closed = self._ledger.words[H_CLOSED] != 0

@@ -120,12 +120,12 @@ class Segment:
             ) from error
 
     @classmethod
-    def attach(cls, fd: int) -> Segment:
+    def attach(cls, fd: int, *, map_it: bool = True) -> Segment:
         """Map the file behind an inherited descriptor; not ``mapped`` if address space is short."""
         os.set_inheritable(fd, False)
         nbytes = os.fstat(fd).st_size
         try:
-            return cls(fd, nbytes, "inherited")
+            return cls(fd, nbytes, "inherited", map_it=map_it)
         except OSError as error:
             pass_on_foreign(error)
             return cls(fd, nbytes, "inherited", map_it=False)
@@ -389,9 +389,9 @@ def largest_file_nbytes(wanted: int) -> int:
         If the process locks its memory: a sparse mapping would become resident as a whole.
     """
     status = _own_status()
-    if status.get("VmLck", 0) > 0:
+    if locked_nbytes() > 0:
         raise ArenaError(
-            f"this process locks {status['VmLck']} bytes of memory (mlock): a sparse mapping could "
+            f"this process locks {locked_nbytes()} bytes of memory (mlock): a sparse mapping could "
             "become resident as a whole. Run without mlockall()."
         )
     nbytes = wanted
@@ -402,6 +402,11 @@ def largest_file_nbytes(wanted: int) -> int:
     if space_limit != resource.RLIM_INFINITY:
         nbytes = min(nbytes, (space_limit - status.get("VmSize", 0)) // 4)
     return max(0, nbytes // _ALIGN_NBYTES * _ALIGN_NBYTES)
+
+
+def locked_nbytes() -> int:
+    """Return how much of its memory this process has locked; a mapping may then be locked too."""
+    return _own_status().get("VmLck", 0)
 
 
 def _own_status() -> dict[str, int]:

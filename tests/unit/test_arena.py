@@ -8,11 +8,21 @@ import threading
 import numpy as np
 import pytest
 
+from conftest import eventually
 from ledger_tools import assert_in_order
-from oobpickle import ArenaError, ArenaFullError, StaleEnvelopeError, _fork, _headroom
+from oobpickle import (
+    ArenaError,
+    ArenaFullError,
+    StaleEnvelopeError,
+    _fork,
+    _headroom,
+    _participants,
+    _segment,
+)
 from oobpickle._arena import Arena
 from oobpickle._layout import BLOCKS_AT, H_HELD, H_N_BLOCKS
 from oobpickle._options import Options
+from oobpickle._segment import Segment
 
 MIB = 1 << 20
 
@@ -482,6 +492,50 @@ def test_a_message_that_nobody_can_read_is_reclaimed(arena):
     assert 2 == arena.room.reclaim()
     assert 2 == arena.statistics().n_reclaimed
     os.close(write_fd)
+
+
+def test_a_message_whose_reader_may_be_hidden_is_kept(arena, monkeypatch):
+    read_fd, write_fd = os.pipe()
+    lease = arena.acquire([MIB])
+    lease.seal(os.fstat(write_fd).st_ino)
+    lease.settle()
+    os.close(read_fd)
+    os.close(write_fd)
+    with monkeypatch.context() as patch:
+        patch.setattr(_participants, "pid_namespace", lambda: 1)
+
+        assert 0 == arena.room.reclaim()
+    eventually(arena.room.reclaim)
+
+
+@pytest.mark.parametrize("locked_nbytes", [0, 4096])
+def test_where_memory_is_locked_the_data_is_not_mapped(arena, monkeypatch, locked_nbytes):
+    """A sparse mapping could become resident as a whole."""
+    monkeypatch.setattr(_segment, "_own_status", lambda: {"VmLck": locked_nbytes})
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+
+    assert other.data.mapped is (locked_nbytes == 0)
+    (view,) = other.intake.claim(*send(arena, b"x" * MIB))
+    assert bytes(view) == b"x" * MIB
+    del view
+    vanish(other)
+
+
+@pytest.mark.parametrize("step", ["table", "data"])
+def test_descriptors_that_somebody_has_closed_are_a_reason(arena, monkeypatch, step):
+    reserve, closed = Segment.reserve, arena._table if step == "table" else arena.data
+
+    def refuse(segment, *span):
+        if segment is closed:
+            raise ArenaError("closed")
+        reserve(segment, *span)
+
+    monkeypatch.setattr(Segment, "reserve", refuse)
+    arena._n_rows = 0
+    with pytest.raises(ArenaFullError) as caught:
+        arena.acquire([MIB])
+
+    assert "detached" == caught.value.reason
 
 
 def test_a_message_that_was_read_is_its_readers_to_keep(arena):

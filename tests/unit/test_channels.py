@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import resource
 import threading
 
 import pytest
@@ -78,6 +79,25 @@ def test_a_look_in_vain_is_repeated_when_it_costs_little(channels, ends, monkeyp
     with process_with(reader.fileno()):
         assert 0 == channels.known(writer.fileno())
     eventually(lambda: channels.known(writer.fileno()) == channel_id(reader.fileno()))
+
+
+def test_without_a_descriptor_to_look_a_channel_is_unknown(channels, ends):
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+    try:
+        assert 0 == channels.known(ends[1].fileno())
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+    eventually(lambda: channels.known(ends[1].fileno()))
+
+
+@pytest.mark.parametrize("hidden", ["descendant", "somebody else"])
+def test_a_hidden_descendant_of_a_participant_may_read(channels, ends, monkeypatch, hidden):
+    with process_with() as descendant:
+        pid = descendant if hidden == "descendant" else 1
+        monkeypatch.setattr(_channels, "readers", lambda _: ({os.getpid()}, {os.getpid(), pid}))
+
+        assert (0 == channels.known(ends[1].fileno())) is (hidden == "descendant")
 
 
 def test_a_channel_that_nobody_can_read_is_unknown(channels, ends):

@@ -1,11 +1,13 @@
 """The table of participants: slots, deaths, counters."""
 
+import os
+
 import pytest
 
 from ledger_tools import FakeLocks, make_ledger, state_of
 from oobpickle import _faults
-from oobpickle._layout import FREE, H_BANK, H_N_SLOTS, MAX_PARTICIPANTS
-from oobpickle._participants import OwnRow, Participants
+from oobpickle._layout import FREE, H_BANK, H_N_SLOTS, MAX_PARTICIPANTS, P_PID, P_PID_NAMESPACE
+from oobpickle._participants import OwnRow, Participants, pid_namespace
 
 
 @pytest.fixture
@@ -48,6 +50,29 @@ def test_many_short_lives_do_not_use_up_the_slots(participants, locks):
 
     assert participants.words[H_N_SLOTS] <= 17
     assert survivor in locks.alive
+
+
+@pytest.mark.parametrize(
+    ("word", "value"), [(P_PID, 2**22 + 1), (P_PID_NAMESPACE, 1), (P_PID_NAMESPACE, 0)]
+)
+def test_who_is_in_another_namespace_or_hidden_is_not_visible(participants, locks, word, value):
+    own, other = participants.join(locks), participants.join(locks)
+    assert participants.are_visible(locks, own)
+    participants.words[participants._row(other) + word] = value
+
+    assert not participants.are_visible(locks, own)
+    locks.alive.discard(other)
+    assert participants.are_visible(locks, own)
+
+
+def test_where_proc_is_of_another_namespace_nobody_is_visible(participants, locks, monkeypatch):
+    own = participants.join(locks)
+    assert {os.getpid()} == participants.living(locks, own)
+    monkeypatch.setattr(os, "readlink", lambda _: "1")
+
+    assert 0 == pid_namespace()
+    assert set() == participants.living(locks, own)
+    assert not participants.are_visible(locks, own)
 
 
 def test_no_slot_is_left(participants, locks):

@@ -36,6 +36,17 @@ def close(ends, position):
     os.close(ends.pop(position))
 
 
+def hide(monkeypatch, pid):
+    listdir = os.listdir
+
+    def look(path):
+        if path == f"/proc/{pid}/fd":
+            raise PermissionError(13, "Permission denied")
+        return listdir(path)
+
+    monkeypatch.setattr(os, "listdir", look)
+
+
 def is_unreadable(channel, pids, **options):
     return unreadable([channel], pids, **options) == {channel}
 
@@ -118,12 +129,12 @@ def test_what_is_no_connection_of_this_machine_has_no_reading_end(tmp_path, monk
 def test_those_who_can_read_are_found(ends):
     channel = channel_id(ends[0])
 
-    assert {os.getpid()} == readers(channel)
+    assert {os.getpid()} == readers(channel)[0]
     with process_with(ends[0]) as pid:
-        assert {os.getpid(), pid} == readers(channel)
+        assert {os.getpid(), pid} == readers(channel)[0]
         close(ends, 0)
-        assert {pid} == readers(channel)
-    assert set() == readers(channel)
+        assert {pid} == readers(channel)[0]
+    assert set() == readers(channel)[0]
 
 
 def test_who_can_only_write_is_no_reader():
@@ -132,9 +143,25 @@ def test_who_can_only_write_is_no_reader():
     os.close(reader)
     try:
         with process_with(writer):
-            assert set() == readers(channel)
+            assert set() == readers(channel)[0]
     finally:
         os.close(writer)
+
+
+def test_readers_of_other_users_are_found(ends, monkeypatch):
+    with process_with(ends[0]) as pid:
+        monkeypatch.setattr(os, "geteuid", lambda: 12345)
+
+        assert {os.getpid(), pid} == readers(channel_id(ends[0]))[0]
+
+
+def test_those_who_hide_what_they_have_open_are_named(ends, monkeypatch):
+    with process_with(ends[0]) as pid:
+        hide(monkeypatch, pid)
+        found, hidden = readers(channel_id(ends[0]))
+
+    assert {os.getpid()} == found
+    assert pid in hidden
 
 
 # --- bytes
@@ -217,6 +244,16 @@ def test_nothing_to_read_is_not_readable(ends):
     assert not is_readable(ends[0], 0)
 
 
+def test_who_may_open_nothing_does_not_wait(ends):
+    """Then poll(2) refuses; recv waits."""
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
+    try:
+        assert is_readable(ends[0], 60)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
+
+
 @pytest.mark.parametrize("event", ["written", "closed"])
 def test_waiting_ends_when_there_is_something_to_read_or_the_writers_are_gone(ends, event):
     answers = []
@@ -295,17 +332,11 @@ def test_a_channel_that_another_process_has_open_can_be_read(ends, listed):
 def test_a_descendant_of_a_participant_that_hides_its_descriptors_may_read(
     ends, monkeypatch, pids, expected
 ):
-    channel, listdir = channel_id(ends[0]), os.listdir
+    channel = channel_id(ends[0])
     with process_with(*ends) as hidden:
         close(ends, 0)
         close(ends, 0)
-
-        def look(path):
-            if path == f"/proc/{hidden}/fd":
-                raise PermissionError(13, "Permission denied")
-            return listdir(path)
-
-        monkeypatch.setattr(os, "listdir", look)
+        hide(monkeypatch, hidden)
 
         assert is_unreadable(channel, [os.getpid() for _ in pids]) is expected
 

@@ -282,6 +282,22 @@ def test_what_its_sender_has_counted_is_not_counted_twice(older, obj):
     np.testing.assert_array_equal(obj, arrived)
 
 
+@pytest.mark.parametrize("obj", [BIG, "x" * MIB], ids=["buffers", "stream"])
+def test_what_its_sender_could_not_count_is_counted_for_it(older, obj, monkeypatch):
+    """It is detached; the receiver's own messages are counted by itself."""
+    reader, writer = older
+    with pytest.warns(FallbackWarning, match="^1 message"), oobpickle.enabled() as arena:
+        membership = arena.membership
+        monkeypatch.setattr(type(membership), "joined", False)
+        monkeypatch.setattr(membership, "count", lambda *_: None)
+        message = multiprocessing.connection._ForkingPickler.dumps(obj)
+        monkeypatch.undo()
+        arrived = while_reading(reader.recv, lambda: writer.send_bytes(message))
+        assert dict(arena.statistics().fallbacks) == {"detached": Fallback(1, len(message))}
+
+    np.testing.assert_array_equal(obj, arrived)
+
+
 @pytest.mark.parametrize("head", [b"", b"\x80\x05", b"\x80\x20"])
 def test_bytes_that_are_no_pickle_are_not_counted(older, head):
     reader, writer = older
