@@ -176,7 +176,7 @@ class Arena:
         Raises
         ------
         ArenaError
-            If the ledger cannot be mapped or is of another version.
+            If they are no files of an arena, or of another version.
         """
         table_nbytes, data_nbytes = os.fstat(ledger_fd).st_size, os.fstat(data_fd).st_size
         if table_nbytes != LEDGER_NBYTES or data_nbytes < _MIN_DATA_NBYTES:
@@ -185,12 +185,13 @@ class Arena:
                 f"{LEDGER_NBYTES} and at least {_MIN_DATA_NBYTES}"
             )
         table = Segment.attach(ledger_fd)
-        if not table.mapped:
-            raise ArenaError("no address space for the ledger of the arena. See ulimit -v.")
         os.set_inheritable(locks_fd, False)
         data = Segment.attach(data_fd, map_it=_may_map())
         arena = cls(data, table, locks_fd)
-        arena.membership.try_join()
+        if table.mapped:
+            arena.membership.try_join()
+        else:  # no address space: it can load messages, and copies them out of the file
+            arena.membership.stay_out()
         return arena
 
     @classmethod
@@ -504,7 +505,7 @@ class Arena:
 
     def _destroy(self) -> None:
         _fork.unwatch(self)
-        self._words = memoryview(bytearray(self._words[:HEADER_WORDS])).cast("Q")
+        self._words = memoryview(bytearray(bytes(self._words[:HEADER_WORDS]))).cast("Q")
         self.membership.close()
         self.ledger.close()
         self.data.close()
@@ -567,7 +568,7 @@ class Arena:
         if self._inside_step:
             # A signal handler or finalizer has forked in the middle of a step: that goes on in the
             # parent, and must not go on here too.
-            self.membership.retire_in_child()
+            self.membership.stay_out()
             self._table.isolate()
         self._pid = os.getpid()
         if not self.closed:

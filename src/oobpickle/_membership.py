@@ -211,8 +211,8 @@ class Membership:
 
     # --- forking and ending
 
-    def retire_in_child(self) -> None:
-        """Never join, in a child that was forked inside a step; say that it may read."""
+    def stay_out(self) -> None:
+        """Never join, and say that this process may read."""
         self._ledger.words[H_STRANGERS] = 1
         self.retired = True
 

@@ -20,9 +20,9 @@ which knows. A forked child inherits the mapping; private ranges are copy-on-wri
 
 **When it cannot.** Creating raises `ArenaError` where there is no file to be had, where the
 process locks all its memory, or where limits leave no room. Attaching without address space gives
-a segment that is not ``mapped``; `read_into` works there. After someone closed our descriptor
-number and opened another file on it, every operation on the file is refused (`ArenaError`)
-instead of touching a stranger's file."""
+a segment that is not ``mapped``; `read_into` works there, and `words` slowly. After someone closed
+our descriptor number and opened another file on it, every operation on the file is refused
+(`ArenaError`) instead of touching a stranger's file."""
 
 from __future__ import annotations
 
@@ -32,10 +32,11 @@ import resource
 import tempfile
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, cast
 
 from oobpickle import _faults, _system
 from oobpickle._errors import ArenaError
+from oobpickle._file_words import WORD_NBYTES, FileWords
 from oobpickle._foreign import ignoring, pass_on_foreign
 
 if TYPE_CHECKING:
@@ -165,11 +166,14 @@ class Segment:
         return np.ndarray((nbytes,), np.uint8, self.view(), offset)
 
     def words(self) -> memoryview:
-        """Return the whole mapping as aligned 64-bit words.
+        """Return the whole file as aligned 64-bit words.
 
-        An item assignment is one store; ``struct.pack_into`` would write zeros first.
+        An item assignment is one store; ``struct.pack_into`` would write zeros first. Where the
+        file is not mapped they are `FileWords`: good enough to load messages with.
         """
-        return self.view().cast("Q")
+        if self._view is None:
+            return cast("memoryview", FileWords(self, range(self.nbytes // WORD_NBYTES)))
+        return self._view.cast("Q")
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Give the range its pages, in steps of 64 MiB.

@@ -2,7 +2,7 @@
 of the ledger.
 
 **What.** `message` / `verify`, `Model`, `fork` / `reap`, `Token`, `assert_ledger_consistent`,
-`main`.
+`assert_empty`, `main`.
 
 **How it works.** Importing it gives the process, and each of its forked children, an alarm that
 kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of all threads.
@@ -14,6 +14,7 @@ kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of
 
 import faulthandler
 import functools
+import gc
 import os
 import select
 import signal
@@ -237,6 +238,22 @@ def assert_ledger_consistent(arena):
     """Take the mutex and compare every sum and every list with a recomputation from the columns."""
     problems = arena.membership.run(_problems, arena.ledger)
     assert not problems, "the ledger is inconsistent:\n" + "\n".join(problems[:20])
+
+
+def assert_empty(arena):
+    """Assert that nothing is in use any more, and no page is left.
+
+    Not at once: nothing is reclaimed while some process has descriptors on their way in a socket.
+    """
+
+    def is_empty():
+        arena.trim()
+        statistics = arena.statistics()
+        return not any(statistics.nbytes.values()) and not statistics.nbytes_resident
+
+    gc.collect()
+    eventually(is_empty)
+    assert_ledger_consistent(arena)
 
 
 def _problems(ledger):

@@ -92,7 +92,18 @@ def test_a_sender_without_a_descriptor():
 
 
 @pytest.mark.parametrize(
-    "what", ["address space", "descriptors", "files", "proc", "root", "slots", "swap", "user"]
+    "what",
+    [
+        "address space",
+        "descriptors",
+        "files",
+        "most address space",
+        "proc",
+        "root",
+        "slots",
+        "swap",
+        "user",
+    ],
 )
 def test_a_child_that_cannot_attach(what):
     prefix(NEEDS.get(what, "here"))

@@ -13,7 +13,16 @@ SOURCE = Path(oobpickle.__file__).parent
 #: The level of each module; a new one has to be given its place here.
 LEVELS = {
     0: {"_errors", "_foreign", "_faults", "_system", "_interrupts"},
-    1: {"_copying", "_reducers", "_segment", "_headroom", "_locks", "_layout", "_pipes"},
+    1: {
+        "_copying",
+        "_reducers",
+        "_segment",
+        "_file_words",
+        "_headroom",
+        "_locks",
+        "_layout",
+        "_pipes",
+    },
     2: {
         "_payload",
         "_into",

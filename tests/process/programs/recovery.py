@@ -43,15 +43,6 @@ def _fill(arena, nbytes=MIB):
     return leases
 
 
-def _assert_empty(arena):
-    gc.collect()
-    arena.trim()
-    statistics = arena.statistics()
-    assert statistics.nbytes == dict.fromkeys(statistics.nbytes, 0), statistics
-    assert statistics.nbytes_resident == 0, statistics
-    inside.assert_ledger_consistent(arena)
-
-
 # --- killed with full hands
 
 
@@ -78,7 +69,7 @@ def worker_killed_while_it_holds_everything():
     assert len(leases) == 64 * MIB // (2 * 10**6), (len(leases), arena.statistics())
     assert arena.statistics().n_fallbacks == 0
     del leases
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def worker_killed_between_reading_and_loading():
@@ -94,7 +85,7 @@ def worker_killed_between_reading_and_loading():
     for seed in range(3):
         write.send(message(seed))
     reap(pid, inside.KILLED)
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def kills_at_random_moments():
@@ -143,7 +134,7 @@ def kills_at_random_moments():
         arena.trim()
         echo_write.close()
         reap(partner)
-        _assert_empty(arena)
+        inside.assert_empty(arena)
     except BaseException:
         print("seed", seed, file=sys.stderr)
         raise
@@ -213,7 +204,7 @@ def executor_with_a_killed_worker():
             for one in executor.map(_double, [message(n) for n in range(10)]):
                 verify(one)
         del executor, one
-        _assert_empty(arena)
+        inside.assert_empty(arena)
         assert arena.statistics().n_fallbacks == 0
 
 
@@ -234,7 +225,7 @@ def thirty_terminated_pools():
         _terminate_a_pool(n_tasks, nbytes)
         seen.append(arena.statistics().nbytes["in_flight"])
     assert max(seen) <= 2 * (n_tasks + 6) * nbytes, seen  # two rounds: tasks, results, queue
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def thirty_rounds_in_little_room():
@@ -243,7 +234,7 @@ def thirty_rounds_in_little_room():
     for _ in range(30):
         _terminate_a_pool(n_tasks=12, nbytes=500_000)
     assert arena.statistics().n_fallbacks == 0, arena.statistics()
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 _never_read, _never_written = os.pipe()
@@ -282,7 +273,7 @@ def queue_dropped_full():
     queue.close()
     queue.join_thread()
     del queue
-    _assert_empty(arena)
+    inside.assert_empty(arena)
     assert arena.statistics().n_reclaimed == 20
 
 
@@ -304,7 +295,7 @@ def simple_queue_and_pipes_dropped_full():
     write.close()
     here.close()
     there.close()
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def mail_to_a_dead_reader():
@@ -329,7 +320,7 @@ def mail_to_a_dead_reader():
         for seed in range(9):
             here.send(message(seed))
     reap(pid, inside.KILLED)
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 # --- mail that somebody reads later
@@ -402,7 +393,7 @@ def message_read_but_not_yet_loaded():
         verify(one, seed)
     reap(living)
     del one
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def _take_all_room_twice(arena, n_at_least):
@@ -428,7 +419,7 @@ def reader_on_its_way_in_a_socket():
     verify(multiprocessing.connection.Connection(fd, writable=False).recv(), 1)
     one.close()
     other.close()
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def descendant_of_a_process_that_reads_without_saying():
@@ -504,7 +495,7 @@ def message_whose_load_is_interrupted():
             raise AssertionError("loaded")
         _intake.Intake.claim = claim
     assert arena.statistics().n_fallbacks == 0
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def statistics_are_asked_for_while_blocks_are_left():
@@ -585,7 +576,7 @@ def a_message_loaded_twice():
         with contextlib.suppress(pickle.UnpicklingError, AttributeError, ValueError, ImportError):
             pickle.loads(altered)
             raise AssertionError(f"byte {position} was altered, nobody complained")
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def _assert_stale(raw):
@@ -610,7 +601,7 @@ def process_with_a_fault_in_its_environment(point):
         verify(there.recv(), 2)
     process.join(20)
     assert process.exitcode == inside.KILLED, process.exitcode
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def _echo_once(read, back):
@@ -664,7 +655,7 @@ def a_stopped_holder_of_the_ledger():
     received = verify(read.recv(), 4)
     assert is_in_arena(arena, received[1])
     del received
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 def a_fork_while_the_ledger_is_held_by_a_stopped_process():
@@ -691,7 +682,7 @@ def a_fork_while_the_ledger_is_held_by_a_stopped_process():
     os.kill(pid, signal.SIGCONT)
     reap(pid)
     held = None
-    _assert_empty(arena)
+    inside.assert_empty(arena)
     write.send(message(2))
     verify(read.recv(), 2)
 
@@ -732,7 +723,7 @@ def more_dead_than_slots_are_recovered_by_newcomers():
     assert arena.ledger.words[layout.H_N_SLOTS] <= 64
     assert arena.statistics().n_participants <= 64
     assert len(_fill(arena)) == 64
-    _assert_empty(arena)
+    inside.assert_empty(arena)
 
 
 if __name__ == "__main__":

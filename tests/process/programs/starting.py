@@ -9,20 +9,11 @@ import warnings
 from multiprocessing import resource_tracker
 
 import inside
-from inside import Model, content, eventually
+from inside import Model, content
 
 import oobpickle
 
 MIB = 1 << 20
-
-
-def _assert_empty(arena):
-    gc.collect()
-    arena.trim()
-    statistics = arena.statistics()
-    assert statistics.nbytes == dict.fromkeys(statistics.nbytes, 0), statistics
-    assert statistics.nbytes_resident == 0, statistics
-    inside.assert_ledger_consistent(arena)
 
 
 def _started(context, *args, exit_code=0, target=print):
@@ -48,13 +39,7 @@ def killed_before_it_runs(method, point):
         expected = inside.KILLED if method == "spawn" else 255  # what the fork server says of it
         assert process.exitcode in (inside.KILLED, expected), process.exitcode
         assert arena.statistics().n_messages_out_of_band == 1
-        eventually(lambda: _is_empty(arena))
-        _assert_empty(arena)
-
-
-def _is_empty(arena):
-    arena.trim()
-    return not any(arena.statistics().nbytes.values())
+        inside.assert_empty(arena)
 
 
 def never_launched():
@@ -74,8 +59,7 @@ def never_launched():
             assert process.exitcode == 255, process.exitcode
             process.close()
         assert arena.statistics().n_messages_out_of_band == 3
-        eventually(lambda: _is_empty(arena))
-        _assert_empty(arena)
+        inside.assert_empty(arena)
         assert len(os.listdir("/proc/self/fd")) == n_open_inside
     assert len(os.listdir("/proc/self/fd")) == n_open
 
@@ -131,7 +115,7 @@ def refused(method):
         assert len(os.listdir("/proc/self/fd")) == n_open
         for process in multiprocessing.active_children():
             process.join()
-        _assert_empty(arena)
+        inside.assert_empty(arena)
 
 
 def _call_with(function, connection, _model):
@@ -174,7 +158,7 @@ def error_in_the_child(method):
     with oobpickle.enabled() as arena:
         _started(context, _FailsToLoad(), exit_code=1)
         assert arena.statistics().n_messages_loaded == 1
-        _assert_empty(arena)
+        inside.assert_empty(arena)
 
 
 if __name__ == "__main__":

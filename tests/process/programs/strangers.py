@@ -268,17 +268,19 @@ def _mount_on_proc(kind):
     _checked(_libc.mount(kind, b"/proc", kind, ctypes.c_ulong(0), None))
 
 
-def _address_space_nbytes():
+def _limit_address_space(nbytes):
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * resource.getpagesize()
+        limit = int(file.read().split()[0]) * resource.getpagesize() + nbytes
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 
 
 def _take_away(what, folder):
     if what == "descriptors":
         resource.setrlimit(resource.RLIMIT_NOFILE, (0, 0))
     elif what == "address space":
-        limit = _address_space_nbytes() + 200 * MIB  # enough for the ledger
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+        _limit_address_space(200 * MIB)  # enough for the ledger
+    elif what == "most address space":
+        _limit_address_space(60 * MIB)
     elif what == "files":
         for fd in os.listdir("/proc/self/fd"):
             with contextlib.suppress(OSError):
