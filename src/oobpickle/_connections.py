@@ -226,8 +226,9 @@ def _count_uncounted(message: io.BytesIO) -> None:
         nbytes = len(view)
         if hook is None or nbytes < hook.threshold or bytes(view[-len(_COUNTED) :]) == _COUNTED:
             return
-        # What `send_bytes` was given is none of our business.
-        is_pickle = view[0] == _PROTO and 2 <= view[1] <= pickle.HIGHEST_PROTOCOL
+        # What `send_bytes` was given is none of our business: libraries with a pickler of their own
+        # use the highest protocol, multiprocessing's uses the default one.
+        is_pickle = view[0] == _PROTO and view[1] == pickle.DEFAULT_PROTOCOL
         is_pickle = is_pickle and bytes(view[-1:]) == pickle.STOP
     token = object()
     try:
