@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing.reduction as mp_reduction
 import os
 import pickle
 import sys
@@ -42,11 +43,19 @@ _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
 _LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 _PROTO: Final = pickle.PROTO[0]
+_NONE: Final = object()
 #: After the end of an in-band message whose sender takes part, and has counted it.
 _COUNTED: Final = b"\0oobpickle: counted"
 
 
 def hooked_pickler(original: Any) -> Any:
+    if not isinstance(original, type):
+        return original  # a module with `dumps` and `loads` is enough
+    while original.__module__ == __name__:  # ours, put back by somebody who had found it there
+        original = original.__base__
+    own = original.__dict__.get("dumps")
+    standard = own if _is_standard(own) else _NONE
+
     class HookedPickler(original):  # type: ignore[misc]
         """The pickler of multiprocessing, with large messages out of band."""
 
@@ -56,7 +65,9 @@ def hooked_pickler(original: Any) -> Any:
             hook = _hook.current
             if hook is None or hook.arena.closed or protocol is not None:
                 running()
-                return original.dumps(obj, protocol)
+                return super().dumps(obj, protocol)
+            if cls is not HookedPickler or original.__dict__.get("dumps") is not standard:
+                return super().dumps(obj)  # by a pickler of somebody else, below or on top of ours
             if hook.arena.holdings.has_dropped:
                 _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
             payload = serialize(obj, original._extra_reducers, hook.threshold, by_value=True)
@@ -65,6 +76,12 @@ def hooked_pickler(original: Any) -> Any:
             return payload.stream
 
     return HookedPickler
+
+
+def _is_standard(dumps: Any) -> bool:
+    """Tell whether it is the standard library's, which a class has that nobody has changed."""
+    function = getattr(dumps, "__func__", None)
+    return getattr(function, "__globals__", None) is vars(mp_reduction)
 
 
 def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
@@ -251,11 +268,17 @@ def _wait_draining(fd: int) -> None:
 
 
 def _descriptor_in(frame: FrameType | None) -> int | None:
-    """Return the descriptor of the connection that the caller of ``dumps`` is about to use."""
+    """Return the descriptor of the connection that the caller of ``dumps`` is about to use.
+
+    ``None`` if somebody has put a `_send_bytes` on top of ours: what we are given there need not be
+    the envelope, so nobody would know when it has left.
+    """
     names = {} if frame is None else frame.f_locals
     connection = names.get("self")
     if connection is None:
         connection = getattr(names.get("send_bytes"), "__self__", None)  # Queue._feed
     connection = getattr(connection, "_writer", connection)  # SimpleQueue.put
     handle = getattr(connection, "_handle", None)
-    return handle if isinstance(handle, int) else None
+    send_bytes = getattr(type(connection), "_send_bytes", None)
+    knows = getattr(send_bytes, "__globals__", None) is globals()
+    return handle if isinstance(handle, int) and knows else None

@@ -55,8 +55,9 @@ def hooked_dump(original: Any) -> Any:
             file.seek(at)
             file.truncate()
             del popen._fds[n_fds:]
-            pickler: Any = mp_reduction.ForkingPickler
-            reducers = {**copyreg.dispatch_table, **pickler._extra_reducers}
+            # Somebody may have put a pickler of their own there, which has no such table.
+            extra = getattr(mp_reduction.ForkingPickler, "_extra_reducers", {})
+            reducers = {**copyreg.dispatch_table, **extra}
             if not _write_by_value(obj, file, protocol, reducers):
                 raise
 
