@@ -1,7 +1,8 @@
 """What the programs of this folder share: messages that verify themselves, watchdogs, the checker
 of the ledger.
 
-**What.** `message` / `verify`, `fork` / `reap`, `Token`, `assert_ledger_consistent`, `main`.
+**What.** `message` / `verify`, `Model`, `fork` / `reap`, `Token`, `assert_ledger_consistent`,
+`main`.
 
 **How it works.** Importing it gives the process, and each of its forked children, an alarm that
 kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of all threads.
@@ -152,6 +153,15 @@ def verify(received, seed=None):
         f"{found[wrong[0] : wrong[0] + 8]} instead of {expected[wrong[0] : wrong[0] + 8]}"
     )
     return received
+
+
+class Model:
+    """A user's class, in a module that every library finds."""
+
+    def __init__(self, seed, nbytes):
+        self.seed = seed
+        self.counts = content(seed, nbytes).view(np.uint64)
+        self.name = f"model {seed}"
 
 
 def address(array):
