@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing.reduction as mp_reduction
 import os
 import pickle
 import sys
@@ -42,6 +43,7 @@ _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
 _LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 _PROTO: Final = pickle.PROTO[0]
+_NONE: Final = object()
 #: After the end of an in-band message whose sender has counted it, or could not join to count it.
 _COUNTED: Final = b"\0oobpickle: counted"
 _DETACHED: Final = b"\0oobpickle: no slot"
@@ -49,6 +51,13 @@ _TAIL_NBYTES: Final = len(_COUNTED)
 
 
 def hooked_pickler(original: Any) -> Any:
+    if not isinstance(original, type):
+        return original  # a module with `dumps` and `loads` is enough
+    while original.__module__ == __name__:  # ours, put back by somebody who had found it there
+        original = original.__base__
+    own = original.__dict__.get("dumps")
+    standard = own if is_standard(own) else _NONE
+
     class HookedPickler(original):  # type: ignore[misc]
         """The pickler of multiprocessing, with large messages out of band."""
 
@@ -58,7 +67,9 @@ def hooked_pickler(original: Any) -> Any:
             hook = _hook.current
             if hook is None or hook.arena.closed or protocol is not None:
                 running()
-                return original.dumps(obj, protocol)
+                return super().dumps(obj, protocol)
+            if cls is not HookedPickler or original.__dict__.get("dumps") is not standard:
+                return super().dumps(obj)  # by a pickler of somebody else, below or on top of ours
             if hook.arena.holdings.has_dropped:
                 _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
             payload = serialize(obj, original._extra_reducers, hook.threshold, by_value=True)
@@ -67,6 +78,12 @@ def hooked_pickler(original: Any) -> Any:
             return payload.stream
 
     return HookedPickler
+
+
+def is_standard(function: Any) -> bool:
+    """Tell whether it is the standard library's, of ``multiprocessing.reduction``."""
+    function = getattr(function, "__func__", function)  # of a class method
+    return getattr(function, "__globals__", None) is vars(mp_reduction)
 
 
 def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
@@ -240,9 +257,10 @@ def _count_uncounted(message: io.BytesIO) -> None:
         nbytes, tail = len(view), bytes(view[-_TAIL_NBYTES:])
         if hook is None or nbytes < hook.threshold or tail == _COUNTED:
             return
-        # What `send_bytes` was given is none of our business.
-        is_pickle = view[0] == _PROTO and 2 <= view[1] <= pickle.HIGHEST_PROTOCOL
-        is_pickle = is_pickle and (tail == _DETACHED or tail[-1:] == pickle.STOP)
+        # What `send_bytes` was given is none of our business: libraries with a pickler of their own
+        # use the highest protocol, multiprocessing's uses the default one.
+        is_pickle = view[0] == _PROTO and view[1] == pickle.DEFAULT_PROTOCOL
+        is_pickle = tail == _DETACHED or (is_pickle and tail[-1:] == pickle.STOP)
     token = object()
     try:
         users.add(token)
@@ -264,11 +282,17 @@ def _wait_draining(fd: int) -> None:
 
 
 def _descriptor_in(frame: FrameType | None) -> int | None:
-    """Return the descriptor of the connection that the caller of ``dumps`` is about to use."""
+    """Return the descriptor of the connection that the caller of ``dumps`` is about to use.
+
+    ``None`` if somebody has put a `_send_bytes` on top of ours: what we are given there need not be
+    the envelope, so nobody would know when it has left.
+    """
     names = {} if frame is None else frame.f_locals
     connection = names.get("self")
     if connection is None:
         connection = getattr(names.get("send_bytes"), "__self__", None)  # Queue._feed
     connection = getattr(connection, "_writer", connection)  # SimpleQueue.put
     handle = getattr(connection, "_handle", None)
-    return handle if isinstance(handle, int) else None
+    send_bytes = getattr(type(connection), "_send_bytes", None)
+    knows = getattr(send_bytes, "__globals__", None) is globals()
+    return handle if isinstance(handle, int) and knows else None

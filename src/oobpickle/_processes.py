@@ -37,7 +37,7 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
 from oobpickle._arena import users
-from oobpickle._connections import pack
+from oobpickle._connections import is_standard, pack
 from oobpickle._envelope import Envelope
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Hook, running
@@ -71,8 +71,12 @@ def hooked_dump(original: Any) -> Any:
         token = object()
         try:
             users.add(token)
-            for part in _parts(hook, obj, popen):
-                file.write(part)
+            file.write(_dropped(Inheritance(hook)))
+            if is_standard(original) and _is_standard_pickler(mp_reduction.ForkingPickler):
+                for part in _parts(hook, obj, popen):
+                    file.write(part)
+            else:
+                original(obj, file, protocol)
         finally:
             users.discard(token)
 
@@ -80,7 +84,7 @@ def hooked_dump(original: Any) -> Any:
 
 
 def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryview]:
-    """Yield what a spawned child loads; each part but the last without its end."""
+    """Yield the pickle of a process object, or its envelope and what closes the guard."""
     n_fds = len(popen._fds)
     payload = serialize(
         process,
@@ -89,7 +93,6 @@ def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryvi
         by_value=True,
         again=lambda: popen._fds.__delitem__(slice(n_fds, None)),
     )
-    yield _dropped(Inheritance(hook))
     if payload.nbytes >= hook.threshold:
         guard = Guard()
         envelope = pack(hook, payload, guard.channel)
@@ -101,6 +104,12 @@ def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryvi
             yield pickle.STOP
             return
     yield payload.to_pickle() if payload.sizes else payload.stream
+
+
+def _is_standard_pickler(pickler: Any) -> bool:
+    """Tell whether it is the standard library's, and nobody has given it a way of its own."""
+    own = getattr(pickler, "__dict__", {})
+    return is_standard(own.get("dumps")) and "reducer_override" not in own
 
 
 def _dropped(obj: object) -> bytes:

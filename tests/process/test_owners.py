@@ -1,0 +1,39 @@
+"""Others that have the same hooks: libraries with pools of their own, other picklers, reducers."""
+
+import pytest
+
+from process.harness import run_program
+
+LIBRARIES = (
+    "joblib_with_loky",
+    "joblib_with_multiprocessing",
+    "loky",
+    "multiprocess_with_fork",
+    "multiprocess_with_spawn",
+)
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize(
+    "case", ["library_used_before_inside_at_once_and_after", "library_first_used_inside"]
+)
+def test_with_another_library(case, library):
+    run_program("owners", case, library)
+
+
+@pytest.mark.parametrize("kind", ["pickler", "connection"])
+def test_another_party_comes_and_goes(kind):
+    run_program("owners", "another_party_comes_and_goes", kind)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "pipe_to_a_process_of_loky",
+        "picklers_that_are_not_the_standard_library_s",
+        "reducers_of_others",
+        "undone_in_any_order",
+    ],
+)
+def test_beside_others(case):
+    run_program("owners", case)
