@@ -26,7 +26,8 @@ import multiprocessing.reduction as mp_reduction
 import os
 import pickle
 import sys
-from types import FrameType
+from collections.abc import Callable
+from types import CodeType, FrameType
 from typing import Any, Final
 
 from oobpickle import _envelope, _hook, _offers, _statistics
@@ -44,6 +45,7 @@ _TICK_S: Final = 0.02
 _LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 _PROTO: Final = pickle.PROTO[0]
 _NONE: Final = object()
+_codes: Final[set[CodeType]] = set()  # of the `dumps` that take messages apart here
 #: After the end of an in-band message whose sender has counted it, or could not join to count it.
 _COUNTED: Final = b"\0oobpickle: counted"
 _DETACHED: Final = b"\0oobpickle: no slot"
@@ -72,12 +74,30 @@ def hooked_pickler(original: Any) -> Any:
                 return super().dumps(obj)  # by a pickler of somebody else, below or on top of ours
             if hook.arena.holdings.has_dropped:
                 _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
-            payload = serialize(obj, original._extra_reducers, hook.threshold, by_value=True)
+            undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
+            table = original._extra_reducers
+            payload = serialize(obj, table, hook.threshold, by_value=True, undo=undo)
             if payload.sizes or len(payload.stream) >= hook.threshold:
                 return _send(hook, payload, sys._getframe(1))
             return payload.stream
 
+    _codes.add(vars(HookedPickler)["dumps"].__func__.__code__)
     return HookedPickler
+
+
+def undo_list_of_message(frame: FrameType | None) -> list[Callable[[], Any]] | None:
+    """Return what is called before the reducers of the message at hand run a second time.
+
+    Parameters
+    ----------
+    frame : frame
+        Of a reducer, or below one.
+    """
+    while frame is not None:
+        if frame.f_code in _codes:
+            return frame.f_locals["undo"]  # type: ignore[no-any-return]
+        frame = frame.f_back
+    return None
 
 
 def is_standard(function: Any) -> bool:

@@ -23,12 +23,15 @@ replaced. The parent has the guard until the child is launched.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import inspect
 import io
 import multiprocessing.connection as mp_connection
 import multiprocessing.context as mp_context
 import multiprocessing.process as mp_process
 import multiprocessing.reduction as mp_reduction
+import multiprocessing.resource_sharer as mp_resource_sharer
 import os
 import pickle
 import sys
@@ -37,12 +40,23 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
 from oobpickle._arena import users
-from oobpickle._connections import is_standard, pack
+from oobpickle._connections import is_standard, pack, undo_list_of_message
 from oobpickle._envelope import Envelope
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Hook, running
 from oobpickle._pipes import channel_id
 from oobpickle._serializer import serialize
+
+SPAWNING: list[Any] = []  # the classes ``Popen`` that pickle their process object
+# Now, not when it is needed: a process may have lost its files by then.
+with contextlib.suppress(ImportError):
+    import multiprocessing.popen_spawn_posix as mp_popen_spawn
+
+    SPAWNING.append(mp_popen_spawn.Popen)
+with contextlib.suppress(ImportError):
+    import multiprocessing.popen_forkserver as mp_popen_forkserver
+
+    SPAWNING.append(mp_popen_forkserver.Popen)
 
 #: By ``Popen``: the message in a process object that is being launched, and its guard.
 _launching: Final[weakref.WeakKeyDictionary[Any, tuple[Envelope, Guard]]] = (
@@ -91,7 +105,7 @@ def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryvi
         mp_reduction.ForkingPickler._extra_reducers,  # type: ignore[attr-defined]
         hook.threshold,
         by_value=True,
-        again=lambda: popen._fds.__delitem__(slice(n_fds, None)),
+        undo=[lambda: popen._fds.__delitem__(slice(n_fds, None))],
     )
     if payload.nbytes >= hook.threshold:
         guard = Guard()
@@ -155,11 +169,25 @@ def hooked_launch(original: Any) -> Any:
 def hooked_dup_fd(original: Any) -> Any:
     def DupFd(fd: int) -> Any:
         hook = running()
+        duplicate = original(fd)
         if hook is not None and mp_context.get_spawning_popen() is None:
             hook.channels.forget(fd)  # to a process that runs already, and may be older
-        return original(fd)
+            undo = undo_list_of_message(sys._getframe(1))
+            if undo is not None:
+                undo.append(functools.partial(_take_back, duplicate))
+        return duplicate
 
     return DupFd
+
+
+def _take_back(duplicate: Any) -> None:
+    """Close what `resource_sharer` keeps for a message that nobody will get."""
+    with contextlib.suppress(AttributeError):  # of a Python that has other names for it
+        sharer = mp_resource_sharer._resource_sharer  # type: ignore[attr-defined]
+        with sharer._lock:
+            _send, close = sharer._cache.pop(duplicate._id[1], (None, None))
+        if close is not None:
+            close()
 
 
 def hooked_execute_child(original: Any) -> Any:

@@ -37,6 +37,7 @@ from oobpickle._foreign import ignoring
 from oobpickle._hook import Block, Hook, Replacement, running
 from oobpickle._options import Options
 from oobpickle._processes import (
+    SPAWNING,
     hooked_dump,
     hooked_dup_fd,
     hooked_execute_child,
@@ -51,10 +52,6 @@ _absences: set[object] = set()  # of the blocks, and of an install(), that have 
 
 
 def _replacements() -> list[Replacement]:
-    # Not importable everywhere: only where there is an arena.
-    import multiprocessing.popen_forkserver as mp_popen_forkserver
-    import multiprocessing.popen_spawn_posix as mp_popen_spawn
-
     connection: Any = mp_connection.Connection
     return [
         (mp_connection, "_ForkingPickler", hooked_pickler),
@@ -64,8 +61,7 @@ def _replacements() -> list[Replacement]:
         (mp_connection, "Pipe", hooked_pipe),
         (mp_reduction, "dump", hooked_dump),
         (mp_reduction, "DupFd", hooked_dup_fd),
-        (mp_popen_spawn.Popen, "_launch", hooked_launch),
-        (mp_popen_forkserver.Popen, "_launch", hooked_launch),
+        *((popen, "_launch", hooked_launch) for popen in SPAWNING),
         (subprocess.Popen, "_execute_child", hooked_execute_child),
     ]
 

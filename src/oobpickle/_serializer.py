@@ -74,21 +74,21 @@ def serialize(
     threshold: int,
     *,
     by_value: bool = False,
-    again: Callable[[], None] | None = None,
+    undo: list[Callable[[], Any]] | None = None,
 ) -> Payload:
     """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes.
 
     With `by_value`, what the plain pickler refuses goes to cloudpickle: functions and classes that
-    cannot be found by their names, modules. `again` is called before reducers run a second time.
+    cannot be found by their names, modules. What is in `undo` by then is called before reducers run
+    a second time.
     """
-    again = again or _nothing_to_undo
     try:
-        return _serialize(_dump, obj, reducers, threshold, again)
+        return _serialize(_dump, obj, reducers, threshold, undo)
     except _REFUSALS:
         if by_value:
-            again()
+            _call_all(undo)
             try:
-                return _serialize(_dump_by_value, obj, reducers, threshold, again)
+                return _serialize(_dump_by_value, obj, reducers, threshold, undo)
             except Exception as error:
                 pass_on_foreign(error)
         raise
@@ -99,8 +99,9 @@ _REFUSALS: Final = (pickle.PicklingError, AttributeError, TypeError)
 _Dump = Callable[[object, dict[type, Reducer], Sink], bytes]
 
 
-def _nothing_to_undo() -> None:
-    pass
+def _call_all(undo: list[Callable[[], Any]] | None) -> None:
+    for call in undo or ():
+        call()
 
 
 def _serialize(
@@ -108,13 +109,13 @@ def _serialize(
     obj: object,
     reducers: dict[type, Reducer],
     threshold: int,
-    again: Callable[[], None],
+    undo: list[Callable[[], Any]] | None,
 ) -> Payload:
     sink = Sink(threshold)
     stream = dump(obj, reducers, sink)
     if len(sink.sources) > 1 and sink.has_overlap():
         # Perhaps scratch memory that a reducer has used again: the one case of reducing twice.
-        again()
+        _call_all(undo)
         sink = Sink(threshold, copying=True)
         stream = dump(obj, reducers, sink)
     return Payload(stream, sink.sources, sink.sizes)

@@ -728,6 +728,21 @@ def _check_signal(signal):
     return kind(content(5, 500_000))
 
 
+def descriptors_in_a_message_that_is_taken_apart_twice():
+    """Overlapping arrays are, and what cloudpickle has to take; no descriptor stays open."""
+    array = content(1, 1_000_000)
+    with oobpickle.enabled(), multiprocessing.get_context("fork").Pool(1) as pool:
+        counts = []
+        for _ in range(4):
+            for more in (array[1:], lambda: 0):
+                read, write = multiprocessing.Pipe()
+                pool.apply(_call, (type, [array, more, read]))
+                read.close()
+                write.close()
+            counts.append(len(os.listdir("/proc/self/fd")))
+        assert len(set(counts)) == 1, counts
+
+
 def registered_classes_in_both_directions(method):
     context = multiprocessing.get_context(method)
     with oobpickle.enabled() as arena, context.Pool(1) as pool:
