@@ -353,6 +353,8 @@ def message_packed_before_the_fork_and_sent_after_it():
     class Channel:
         """`dumps` looks for the connection of its caller, as `Connection.send` has it."""
 
+        _send_bytes = multiprocessing.connection.Connection._send_bytes
+
         def __init__(self, handle):
             self._handle = handle
 
