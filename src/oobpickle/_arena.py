@@ -39,6 +39,7 @@ from oobpickle._layout import (
     H_CLOSED,
     H_DATA_NBYTES,
     H_HANDED,
+    H_HANDED_ENDS,
     H_IDENTITY,
     H_MAGIC,
     H_N_BLOCKS,
@@ -49,6 +50,7 @@ from oobpickle._layout import (
     MAGIC,
     MAX_BLOCKS,
     N_COLUMNS,
+    N_HANDED_ENDS,
     STATE_MASK,
     VERSION,
     Plan,
@@ -63,7 +65,7 @@ from oobpickle._segment import Segment, largest_file_nbytes, locked_nbytes, page
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
 _DATA_NBYTES: Final = 1 << 44
 _MIN_DATA_NBYTES: Final = 64 << 20
@@ -235,14 +237,33 @@ class Arena:
         return self._words[H_CLOSED] != 0
 
     @property
-    def handed(self) -> int:
-        """Another number each time that a participant has passed an end of a channel on."""
+    def n_handed(self) -> int:
+        """How many ends of channels participants have passed on."""
         return self._words[H_HANDED]
 
-    def note_handed(self) -> None:
-        """Let all participants look again at who can read what they write."""
-        # At random: of two that count at the same time one would be missed.
-        self._words[H_HANDED] = int.from_bytes(os.urandom(8), "little")
+    def note_handed(self, ends: Collection[int]) -> None:
+        """Let all participants look again at who can read there."""
+        try:
+            self.membership.run(self._note_handed, ends)
+        except (ArenaFullError, OSError) as error:
+            pass_on_foreign(error)
+            # Too many to be listed: they look again at all.
+            jump = N_HANDED_ENDS + 1 + secrets.randbits(62)
+            self._words[H_HANDED] = (self._words[H_HANDED] + jump) % (1 << 63)
+
+    def _note_handed(self, ends: Collection[int]) -> None:
+        for end in ends:
+            n = self._words[H_HANDED]
+            self._words[H_HANDED_ENDS + n % N_HANDED_ENDS] = end
+            self._words[H_HANDED] = (n + 1) % (1 << 63)
+
+    def handed_since(self, n_handed: int) -> list[int] | None:
+        """Return the ends that were passed on since there were `n_handed`; ``None`` for "any"."""
+        numbers = range(n_handed, self._words[H_HANDED])
+        ends = [self._words[H_HANDED_ENDS + n % N_HANDED_ENDS] for n in numbers[-N_HANDED_ENDS:]]
+        # Read first, then looked whether they were overwritten meanwhile.
+        n_new = self._words[H_HANDED] - n_handed
+        return ends if 0 <= n_new <= N_HANDED_ENDS else None
 
     def _repair(self) -> None:
         self.ledger.rebuild()

@@ -47,7 +47,7 @@ class Channels:
     def __init__(self, arena: Arena, known: bytes = b"") -> None:
         self._arena = arena
         numbers = array("Q", known)
-        self._handings = numbers.pop(0) if numbers else arena.handed
+        self._n_handed = numbers.pop(0) if numbers else arena.n_handed
         # From the end that writes to the end that reads.
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
         self._epoch = arena.holdings.epoch
@@ -60,9 +60,9 @@ class Channels:
 
     def to_bytes(self) -> bytes:
         """Return what a spawned child needs to know."""
-        handings = self._handings  # first: what is found out of date is only looked up again
+        n_handed = self._n_handed  # first: what is out of date there is only looked up again
         pairs = list(self._made.items())
-        return array("Q", [handings, *(number for pair in pairs for number in pair)]).tobytes()
+        return array("Q", [n_handed, *(number for pair in pairs for number in pair)]).tobytes()
 
     def note(self, one_fd: int, other_fd: int) -> None:
         """Remember both ends of a pipe that was made while the arena was there."""
@@ -76,12 +76,18 @@ class Channels:
 
     def forget(self, fd: int) -> None:
         """An end is handed to a process that may not take part: messages stay in-band."""
-        for end in self._ends(fd):
-            self._made.pop(end, None)
-            self._found.pop(end, None)
+        ends = self._ends(fd)
+        self._doubt(ends)
+        for end in ends:
             self._handed[end] = None
         _bound(self._handed)
-        self._arena.note_handed()
+        self._arena.note_handed(ends)
+
+    def _doubt(self, ends: Iterable[int]) -> None:
+        """From now on the system is asked who can read there."""
+        for end in ends:
+            self._made.pop(end, None)
+            self._found.pop(end, None)
 
     @contextlib.contextmanager
     def passing_on(self, fds: Iterable[int]) -> Iterator[None]:
@@ -101,10 +107,10 @@ class Channels:
         for end in ends:
             self._handed[end] = None
         try:
-            self._arena.note_handed()
+            self._arena.note_handed(ends)
             yield
         finally:
-            self._arena.note_handed()
+            self._arena.note_handed(ends)
             for end in ends:
                 self._handed.pop(end, None)
                 self._vain.pop(end, None)
@@ -118,14 +124,24 @@ class Channels:
 
         Else 0.
         """
-        handings = self._arena.handed
-        if handings != self._handings:
-            self._made.clear()
-            self._found.clear()
-            self._handings = handings
-        own = channel_id(fd)
-        channel = self._made.get(own) or self._found.get(own) or self._look(fd, own)
-        return channel if self._arena.handed == handings else 0
+        self._catch_up()
+        n_handed, own = self._n_handed, channel_id(fd)
+        channel = self._made.get(own) or self._found.get(own)
+        if channel is None:
+            channel = self._look(fd, own)
+            self._catch_up()
+            if n_handed != self._n_handed:
+                return 0  # somebody has passed something on during the look
+        return channel
+
+    def _catch_up(self) -> None:
+        """Doubt what other participants have passed on."""
+        n_handed = self._arena.n_handed
+        if n_handed == self._n_handed:
+            return
+        ends = self._arena.handed_since(self._n_handed)
+        self._doubt([*self._made, *self._found] if ends is None else ends)
+        self._n_handed = n_handed
 
     def _look(self, fd: int, own: int) -> int:
         start = time.monotonic()

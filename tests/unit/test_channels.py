@@ -15,6 +15,7 @@ from oobpickle._layout import (
     H_N_SLOTS,
     HEADER_WORDS,
     JOINED,
+    N_HANDED_ENDS,
     P_PID,
     P_PID_NAMESPACE,
     P_STATE,
@@ -193,13 +194,45 @@ def test_all_participants_look_again(arena, channels, ends):
         assert [0, 0] == [other.known(fds[1]), Channels(arena, late).known(fds[1])]
 
 
+def test_only_what_was_passed_on_is_looked_up_again(arena, channels, ends, foreign):
+    channels.note(*(end.fileno() for end in ends))
+    other = Channels(arena, channels.to_bytes())
+    reader, writer = multiprocessing.Pipe(False)
+    with reader, writer:
+        channels.note(reader.fileno(), writer.fileno())
+        with channels.passing_on([reader.fileno()]):
+            pass
+
+    expected = channel_id(ends[0].fileno())
+    assert [expected] * 2 == [one.known(ends[1].fileno()) for one in (channels, other)]
+
+
+@pytest.mark.parametrize("stuck", [False, True])
+def test_what_cannot_be_listed_makes_all_doubtful(
+    arena, channels, ends, foreign, stuck, monkeypatch
+):
+    def run(*_):
+        raise ArenaFullError("stuck", "busy")
+
+    channels.note(*(end.fileno() for end in ends))
+    assert channels.known(ends[1].fileno())
+
+    if stuck:
+        monkeypatch.setattr(arena.membership, "run", run)
+        arena.note_handed([1])
+    else:
+        arena.note_handed(range(N_HANDED_ENDS + 1))
+
+    assert 0 == channels.known(ends[1].fileno())
+
+
 def test_descriptors_that_are_no_channels_matter_to_nobody(arena, channels):
-    before = arena.handed
+    before = arena.n_handed
 
     with open("/dev/null") as file, channels.passing_on([1 << 20, file.fileno()]):
         pass
 
-    assert before == arena.handed
+    assert before == arena.n_handed
 
 
 def test_one_that_is_not_open_does_not_hide_the_others(channels, ends):
