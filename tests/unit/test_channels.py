@@ -11,6 +11,7 @@ from conftest import eventually, process_with
 from oobpickle import _channels
 from oobpickle._arena import Arena
 from oobpickle._channels import Channels
+from oobpickle._errors import ArenaFullError
 from oobpickle._layout import (
     H_N_SLOTS,
     HEADER_WORDS,
