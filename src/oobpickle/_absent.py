@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from oobpickle import _statistics
-from oobpickle._arena import Arena
+from oobpickle._arena import Arena, check_preparation
 from oobpickle._errors import ArenaFullError
 from oobpickle._options import Options
 from oobpickle._statistics import Statistics
@@ -47,6 +47,10 @@ class AbsentArena(Arena):
     def statistics(self) -> Statistics:
         """Return zeros."""
         return _statistics.nothing()
+
+    def prepare(self, like: object = None, *, nbytes: int | None = None, count: int = 1) -> None:
+        """Do nothing, if what was said could be done."""
+        check_preparation(like, nbytes, count)
 
     def trim(self) -> None:
         """Do nothing."""

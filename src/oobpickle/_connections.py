@@ -22,6 +22,8 @@ from __future__ import annotations
 
 import errno
 import io
+import multiprocessing.connection as mp_connection
+import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
 import os
 import pickle
@@ -30,7 +32,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, Final
 
-from oobpickle import _envelope, _hook, _offers, _statistics
+from oobpickle import _envelope, _hook, _offers, _statistics, _straight
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError
@@ -39,6 +41,7 @@ from oobpickle._hook import Hook, running
 from oobpickle._payload import Payload
 from oobpickle._pipes import is_readable
 from oobpickle._serializer import serialize
+from oobpickle._straight import Received, Straight
 
 _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
@@ -125,11 +128,12 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
     if fd is None or not channel:
         hook.count_fallback("channel", payload.nbytes)
         older = fd is not None and hook.channels.is_older(fd)
-        return _in_band(payload, _offers.prefix(hook.arena.name) if older else b"", tail)
+        head = _offers.prefix(hook.arena.name) if older else b""
+        return _in_band(payload, head, tail, straight=fd is not None and _is_waited_for(frame))
     hook.channels.wait_for_budget(fd, channel, payload.nbytes)
     envelope = pack(hook, payload, channel)
     if envelope is None:
-        return _in_band(payload, tail=tail)
+        return _in_band(payload, tail=tail, straight=_is_waited_for(frame))
     if envelope.lease.blocks:
         hook.channels.sent(channel, envelope.lease.blocks[0], payload.nbytes)
     if _hook.current is not hook:
@@ -164,8 +168,25 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
     return envelope
 
 
-def _in_band(payload: Payload, head: bytes = b"", tail: bytes = _COUNTED) -> memoryview | bytes:
+def _is_waited_for(frame: FrameType) -> bool:
+    """Tell whether the caller of ``dumps`` writes at once, for a caller who waits until it has.
+
+    Else the object may change before all of it is written: in the feeder thread of a queue, or the
+    task thread of a pool.
+    """
+    names, back = frame.f_locals, frame.f_back
+    if type(names.get("self")) is mp_queues.SimpleQueue:
+        return True
+    in_pool = back is not None and back.f_globals.get("__name__") == "multiprocessing.pool"
+    return isinstance(names.get("self"), mp_connection.Connection) and not in_pool
+
+
+def _in_band(
+    payload: Payload, head: bytes = b"", tail: bytes = _COUNTED, *, straight: bool = False
+) -> memoryview | bytes:
     """Return a pickle that every Python can load, and whose tail says who has counted it."""
+    if straight and payload.nbytes >= _straight.LEAST_NBYTES:
+        return Straight.make(payload, MARK, head=head, tail=tail)
     if payload.sizes:
         return payload.to_pickle(head=head, tail=tail)
     return head + payload.stream + tail
@@ -190,8 +211,16 @@ def hooked_send_bytes(original: Any) -> Any:
         if n % MODULUS != MARK or n > most:
             original(self, buf)
             return
-        envelope = buf if type(buf) is Envelope else getattr(buf, "obj", None)
+        envelope = getattr(buf, "obj", buf)
         token = object()
+        if type(envelope) is Straight:
+            try:
+                envelope.write(self._send)
+            finally:
+                envelope.forget()
+                if _hook.late:
+                    _hook.sweep()
+            return
         if type(envelope) is not Envelope:
             if bytes(buf[:PREFIX_NBYTES]) == PREFIX:
                 _readdress(buf, self._handle)
@@ -244,9 +273,12 @@ def hooked_recv(original: Any) -> Any:
                 and hook.arena.holdings.held
             ):
                 _wait_draining(self._handle)
-            message = original(self, size, *args)
+            if size < _straight.LEAST_NBYTES or args or _hook.current is None:
+                message = original(self, size, *args)
+            else:
+                message = _straight.receive(self._handle, size)
             if size > most:
-                _count_uncounted(message)
+                _count_uncounted(size, message)
             return message
         token = object()
         try:
@@ -270,11 +302,11 @@ def _read(identity: bytes, original: Any, *args: Any) -> tuple[Any, tuple[int, i
     return message, _envelope.head_of(head, identity)
 
 
-def _count_uncounted(message: io.BytesIO) -> None:
+def _count_uncounted(nbytes: int, message: io.BytesIO) -> None:
     """Count a large message that came in-band from a process that does not take part."""
     hook = _hook.current
     with message.getbuffer() as view:
-        nbytes, tail = len(view), bytes(view[-_TAIL_NBYTES:])
+        tail = message.tail if type(message) is Received else bytes(view[-_TAIL_NBYTES:])
         if hook is None or nbytes < hook.threshold or tail == _COUNTED:
             return
         # What `send_bytes` was given is none of our business: libraries with a pickler of their own

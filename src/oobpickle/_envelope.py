@@ -38,6 +38,7 @@ from oobpickle._foreign import pass_on_foreign
 from oobpickle._layout import OWN_BLOCK_NBYTES, plan
 from oobpickle._options import FORCED
 from oobpickle._payload import Payload
+from oobpickle._serializer import serialize
 from oobpickle._statistics import N_LOADED
 
 _MAGIC: Final = b"OOBE"
@@ -98,7 +99,7 @@ def pack(
         From `acquire`; nothing stays leased, here or after any other exception.
     """
     sizes, stream = payload.sizes, payload.stream
-    indirect = FORCED or len(stream) + 8 * len(sizes) > _INLINE_NBYTES or not any(sizes)
+    indirect = _is_indirect(payload)
     if indirect:
         index_nbytes = _index_nbytes(sizes, len(stream))
         lease = acquire([index_nbytes, *sizes])
@@ -117,6 +118,20 @@ def pack(
     envelope = Envelope(PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
     envelope.lease = lease
     return envelope
+
+
+def _is_indirect(payload: Payload) -> bool:
+    sizes = payload.sizes
+    n_inline = len(payload.stream) + 8 * len(sizes)
+    return FORCED or n_inline > _INLINE_NBYTES or not any(sizes)
+
+
+def sizes_of(payload: Payload) -> list[int]:
+    """Return what `pack` would acquire for the payload, bytes."""
+    sizes = payload.sizes
+    if _is_indirect(payload):
+        sizes = [_index_nbytes(sizes, len(payload.stream)), *sizes]
+    return sizes
 
 
 def _table(blocks: Sequence[tuple[int, int]], sizes: Sequence[int]) -> bytes:
@@ -254,8 +269,10 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
 
 
 def introduce(arena: Arena) -> None:
-    """Let this process load envelopes of the arena."""
+    """Let this process load envelopes of the arena, and prepare for them."""
     arena.keep()
+    threshold = arena.options.threshold or 0
+    arena.sizes_of = lambda like: sizes_of(serialize(like, {}, threshold, by_value=True))
     _arenas[arena.identity] = arena
 
 

@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
-from oobpickle import _envelope, _statistics
+from oobpickle import _envelope, _statistics, _straight
 from oobpickle._arena import Arena
 from oobpickle._channels import Channels
 from oobpickle._options import Options
@@ -32,6 +32,7 @@ Replacement = tuple[Any, str, Callable[[Any], Any]]
 current: Hook | None = None
 _MOST_INTERRUPTS: Final = 100
 lingering: Final[list[Arena]] = []
+late: Final[list[Hook]] = []
 guard: Final = threading.RLock()
 
 
@@ -95,12 +96,19 @@ class Hook:
             setattr(owner, name, ours)
 
     def take_out(self) -> None:
-        """Restore what was there, unless somebody has put something else in its place since."""
-        while self._replaced:
-            owner, name, ours, original = self._replaced[-1]
+        """Restore what was there, unless somebody has put something else in its place since.
+
+        What writes to connections stays while a message is on its way there that nobody else can
+        write; `sweep` looks again.
+        """
+        for replaced in reversed(list(self._replaced)):
+            owner, name, ours, original = replaced
+            if name == "_send_bytes" and _straight.unsent:
+                late.append(self)
+                continue
             if getattr(owner, name) is ours:
                 setattr(owner, name, original)
-            self._replaced.pop()
+            self._replaced.remove(replaced)
 
     def count_fallback(self, reason: str, nbytes: int) -> None:
         """Count a message of that many bytes that travels in-band for one of the reasons."""
@@ -181,7 +189,13 @@ def _leave(hook: Hook) -> None:
 
 
 def sweep() -> None:
-    """Unmap the arenas of earlier blocks that nobody needs any more."""
+    """Do what could not be done when earlier blocks were left.
+
+    Unmap their arenas, if nobody needs them any more; take out what still had a message to write.
+    """
+    for hook in list(late):
+        late.remove(hook)
+        hook.take_out()
     for arena in list(lingering):
         if arena.try_destroy():
             lingering.remove(arena)

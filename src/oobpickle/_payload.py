@@ -23,7 +23,7 @@ from __future__ import annotations
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
@@ -42,6 +42,7 @@ _HEADER: Final = struct.Struct("<8sIIIIQ")
 _CRC_AT: Final = 16
 _ALIGN: Final = 64
 _SMALL_NBYTES: Final = 32 << 10
+_PART_NBYTES: Final = 16 << 20  # of a strided array, at a time
 
 
 class Payload:
@@ -177,25 +178,53 @@ class Payload:
         tail : bytes, optional
             What to put after its end; loading ignores it.
         """
-        # partial(loads, buffers=(bytearray, ...))(stream), written out by hand: nothing is pickled
-        # twice, and each buffer is copied once.
-        start = head + (
-            b"\x80\x05cfunctools\npartial\nc_pickle\nloads\n\x85R"
-            b"(c_pickle\nloads\n)}\x8c\x07buffers("
-        )
-        middle = b"tsNtb\x8e" + struct.pack("<Q", len(self.stream))
-        total = (
-            len(start) + sum(self.sizes) + 9 * len(self.sizes) + len(middle) + len(self.stream) + 3
-        )
-        whole = _empty(total + len(tail))
-        at = _put(whole, 0, start)
+        whole = _empty(self.pickle_nbytes(head=head, tail=tail))
+        at = _put(whole, 0, head + PICKLE_START)
         for nbytes, source in zip(self.sizes, self._sources, strict=True):
-            at = _put(whole, at, b"\x96" + struct.pack("<Q", nbytes))
+            at = _put(whole, at, PICKLE_BUFFER.pack(BYTEARRAY8, nbytes))
             _copy(whole[at : at + nbytes], source)
             at += nbytes
-        at = _put(whole, _put(whole, at, middle), self.stream)
-        _put(whole, _put(whole, at, b"\x85R."), tail)
+        at = _put(whole, _put(whole, at, self._pickle_middle()), self.stream)
+        _put(whole, _put(whole, at, PICKLE_END), tail)
         return whole
+
+    def pickle_nbytes(self, *, head: bytes = b"", tail: bytes = b"") -> int:
+        """Return the nbytes of what `to_pickle` returns."""
+        fixed = len(head) + len(PICKLE_START) + PICKLE_MIDDLE_NBYTES + len(PICKLE_END) + len(tail)
+        return fixed + self.nbytes + PICKLE_BUFFER.size * len(self.sizes)
+
+    def pickle_parts(self, *, head: bytes = b"", tail: bytes = b"") -> Iterator[bytes | memoryview]:
+        """Yield the bytes that `to_pickle` returns, copied only where they are strided.
+
+        What is yielded is what the object holds *then*.
+        """
+        yield head + PICKLE_START
+        for nbytes, source in zip(self.sizes, self._sources, strict=True):
+            yield PICKLE_BUFFER.pack(BYTEARRAY8, nbytes)
+            if nbytes:
+                yield from _parts_of(source)
+        yield self._pickle_middle()
+        yield self.stream
+        yield PICKLE_END + tail
+
+    def _pickle_middle(self) -> bytes:
+        return _PICKLE_MIDDLE + struct.pack("<Q", len(self.stream))
+
+
+# partial(loads, buffers=(bytearray, ...))(stream), written out by hand: nothing is pickled twice.
+PICKLE_START: Final = (
+    b"\x80\x05cfunctools\npartial\nc_pickle\nloads\n\x85R(c_pickle\nloads\n)}\x8c\x07buffers("
+)
+PICKLE_BUFFER: Final = struct.Struct("<BQ")
+BYTEARRAY8: Final = 0x96
+_PICKLE_MIDDLE: Final = b"tsNtb\x8e"
+PICKLE_MIDDLE_NBYTES: Final = len(_PICKLE_MIDDLE) + 8
+PICKLE_END: Final = b"\x85R."
+
+
+def stream_nbytes_in(middle: bytes) -> int:
+    """Return the nbytes of the stream that follows, or -1 if it is not what comes before one."""
+    return struct.unpack("<Q", middle[-8:])[0] if middle[:-8] == _PICKLE_MIDDLE else -1
 
 
 def check_sizes(what: str, found: Sequence[int], wanted: Sequence[int]) -> None:
@@ -280,6 +309,25 @@ def _copy(view: memoryview, source: Any) -> None:
     else:
         # Takes strides in the same pass.
         copy_array(np.ndarray(flat.shape, flat.dtype, view), flat)
+
+
+def _parts_of(source: Any) -> Iterator[memoryview]:
+    if isinstance(source, (PickleBuffer, memoryview)):
+        yield memoryview(source).cast("B") if isinstance(source, memoryview) else source.raw()
+        return
+    flat = in_memory_order(source)
+    if flat.flags.c_contiguous:
+        yield memoryview(flat.reshape(-1).view("u1"))
+    elif flat.nbytes <= _PART_NBYTES:
+        part = _empty(flat.nbytes)
+        _copy(part, flat)
+        yield part
+    elif len(flat) == 1:
+        yield from _parts_of(flat[0])
+    else:
+        step = max(1, len(flat) * _PART_NBYTES // flat.nbytes)
+        for start in range(0, len(flat), step):
+            yield from _parts_of(flat[start : start + step])
 
 
 def _copy_bytes(view: memoryview, raw: memoryview) -> None:

@@ -2,12 +2,14 @@
 
 import errno
 import gc
+import multiprocessing
 import os
 import threading
 
 import numpy as np
 import pytest
 
+import oobpickle
 from conftest import eventually
 from ledger_tools import assert_in_order
 from oobpickle import (
@@ -19,6 +21,7 @@ from oobpickle import (
     _participants,
     _segment,
 )
+from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
 from oobpickle._layout import BLOCKS_AT, H_HELD, H_N_BLOCKS
 from oobpickle._options import Options
@@ -600,3 +603,89 @@ def test_many_threads_send_and_receive(arena):
 
     assert [] == errors
     assert 0 == arena.statistics().n_blocks["in_flight"]
+
+
+# --- prepare
+
+
+@pytest.fixture
+def block():
+    with oobpickle.enabled(capacity=64 * MIB) as arena:
+        yield arena
+
+
+@pytest.mark.parametrize(
+    "like",
+    [
+        np.zeros(1_000_000),
+        [np.zeros(1000)] * 3 + [np.zeros(500_000), "text"],
+        {"a": np.zeros(100), "b": b"x" * 1_000_000},
+        [np.zeros(1000) for _ in range(2000)],
+    ],
+    ids=["one", "several", "large stream", "many small"],
+)
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_messages_find_what_was_prepared(block, like, count):
+    block.prepare(like, count=count)
+    resident = block.statistics().nbytes_resident
+    assert (resident > 0) is (count > 0)
+
+    read, write = multiprocessing.Pipe(duplex=False)
+    received = []
+    for _ in range(count):
+        write.send(like)
+        received.append(read.recv())
+
+    done = block.statistics()
+    assert resident == done.nbytes_resident
+    assert (count, 0) == (done.n_messages_out_of_band, done.n_fallbacks)
+
+
+def test_a_number_of_bytes_is_prepared(block):
+    block.prepare(nbytes=5_000_001, count=2)
+
+    statistics = block.statistics()
+    assert 2 * 5_000_001 <= statistics.nbytes["free"] < 2 * 5_000_001 + 2 * 4096
+    block.trim()
+    assert 0 == block.statistics().nbytes_resident
+
+
+def test_what_there_is_no_room_for_says_so_and_the_rest_is_ready(block):
+    with pytest.raises(oobpickle.ArenaFullError, match="64"):
+        block.prepare(nbytes=20 * MIB, count=4)
+
+    statistics = block.statistics()
+    assert 60 * MIB == statistics.nbytes["free"] == statistics.nbytes_resident
+    assert 0 == statistics.nbytes["leased"]
+    assert 0 == statistics.n_fallbacks
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        ({}, TypeError, "not both"),
+        ({"like": 1, "nbytes": 1}, TypeError, "not both"),
+        ({"nbytes": 0}, ValueError, "nbytes must be 1"),
+        ({"nbytes": 1.5}, TypeError, "nbytes must be an int"),
+        ({"nbytes": 1, "count": -1}, ValueError, "count must be 0"),
+        ({"nbytes": 1, "count": True}, TypeError, "count must be an int"),
+    ],
+)
+def test_what_cannot_be_prepared_is_refused(block, arguments, error, text):
+    for arena in (block, AbsentArena(Options())):
+        with pytest.raises(error, match=text):
+            arena.prepare(**arguments)
+    assert 0 == block.statistics().nbytes_resident
+
+
+def test_an_absent_arena_prepares_nothing():
+    arena = AbsentArena(Options())
+    arena.prepare(np.zeros(10))
+    assert 0 == arena.statistics().nbytes_resident
+
+
+def test_an_arena_that_was_left_refuses_to_prepare():
+    with oobpickle.enabled() as arena:
+        pass
+    with pytest.raises(oobpickle.ArenaFullError, match="closed"):
+        arena.prepare(nbytes=10)

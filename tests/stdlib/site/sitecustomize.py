@@ -21,8 +21,10 @@ def _report(arena, pid):
             "fallbacks": {reason: asdict(one) for reason, one in done.fallbacks.items()},
             "nbytes_left": {state: n for state, n in done.nbytes.items() if n},
         }
-        with open(os.path.join(os.environ["STDLIB_REPORTS"], f"{pid}.json"), "w") as file:
+        path = os.path.join(os.environ["STDLIB_REPORTS"], f"{pid}.json")
+        with open(f"{path}.part", "w") as file:
             json.dump(numbers, file)
+        os.rename(f"{path}.part", path)  # another process may be reading them already
 
 
 _arena = oobpickle.install()

@@ -1,0 +1,224 @@
+"""Large messages for which there is no room: in-band, and in no more memory than they need."""
+
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
+import resource
+import threading
+import warnings
+from concurrent.futures import ProcessPoolExecutor
+
+import inside
+import numpy as np
+from inside import Token, eventually, fork, message, reap, verify
+
+import oobpickle
+from oobpickle._pipes import channel_id, n_unread
+
+MIB = 1 << 20
+NBYTES = 200 * MIB
+#: Beside the object: two processes' imports and stacks grow a little while they work.
+SLACK = 0.15
+
+
+def _peak_nbytes():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def _make(nbytes):
+    return np.full(nbytes // 8, 7.0)
+
+
+_before = 0
+
+
+def _warm_up():
+    global _before
+    _make(MIB).sum()
+    _before = _peak_nbytes()
+
+
+def _peak_since():
+    return _peak_nbytes() - _before
+
+
+def _take(array):
+    assert array.nbytes == NBYTES
+    assert (array[:: 1 << 12] == 7).all()
+    assert array.flags.writeable
+    return array.nbytes
+
+
+def _assert_little(what, nbytes):
+    assert nbytes < (1 + SLACK) * NBYTES, f"{what} took {nbytes / NBYTES:.2f} times the object"
+
+
+def _result_of_a_pool(context):
+    with context.Pool(1, _warm_up) as pool:
+        _take(pool.apply(_make, (NBYTES,)))
+        yield "the worker", pool.apply(_peak_since)
+
+
+def _result_of_an_executor(context):
+    with ProcessPoolExecutor(1, context, _warm_up) as executor:
+        _take(executor.submit(_make, NBYTES).result())
+        yield "the worker", executor.submit(_peak_since).result()
+
+
+def _get_one(get, answer):
+    _warm_up()
+    answer.send("ready")
+    _take(get())
+    answer.send(_peak_since())
+
+
+def _to_a_process(context, get, put):
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_get_one, args=(get, there))
+    process.start()
+    assert here.recv() == "ready"
+    put(_make(NBYTES))
+    yield "the receiver", here.recv()
+    process.join()
+
+
+def _through_a_pipe(context):
+    read, write = context.Pipe(duplex=False)
+    yield from _to_a_process(context, read.recv, write.send)
+
+
+def _through_a_simple_queue(context):
+    queue = context.SimpleQueue()
+    yield from _to_a_process(context, queue.get, queue.put)
+
+
+WAYS = {
+    "result": _result_of_a_pool,
+    "executor": _result_of_an_executor,
+    "pipe": _through_a_pipe,
+    "SimpleQueue": _through_a_simple_queue,
+}
+
+
+def takes_what_it_needs(way, method):
+    """Once the object on either side."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB) as arena:
+        warnings.simplefilter("ignore")
+        _warm_up()
+        for what, nbytes in WAYS[way](multiprocessing.get_context(method)):
+            _assert_little(what, nbytes)
+        _assert_little("this process", _peak_since())
+        done = arena.statistics()
+        assert (done.n_messages_out_of_band, done.fallbacks["full"].n_messages) == (0, 1), done
+
+
+def bytes_are_bytes():
+    """Whoever reads the bytes of a message gets them all, and can send them on."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB):
+        warnings.simplefilter("ignore")
+        read, write = multiprocessing.Pipe(duplex=False)
+        other_read, other_write = multiprocessing.Pipe(duplex=False)
+        pid = fork(_send_and_relay, write, read, other_write)
+        verify(other_read.recv(), 1)
+        whole = other_read.recv_bytes()
+        assert type(whole) is bytes
+        verify(pickle.loads(whole), 2)
+        memory = bytearray(3 * MIB)
+        n = other_read.recv_bytes_into(memory)
+        verify(pickle.loads(memory[:n]), 3)
+        reap(pid)
+
+
+def _send_and_relay(write, read, other_write):
+    sending = threading.Thread(target=lambda: write.send(message(1, 2 * MIB)))
+    sending.start()
+    other_write.send_bytes(read.recv_bytes())
+    sending.join()
+    other_write.send(message(2, 2 * MIB))
+    other_write.send(message(3, 2 * MIB))
+
+
+def hook_taken_out_before_it_is_written():
+    """The message waits for the queue's lock while the block is left."""
+    before = multiprocessing.connection.Connection._send_bytes
+    queue = multiprocessing.SimpleQueue()
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB) as arena:
+        warnings.simplefilter("ignore")
+        queue._wlock.acquire()
+        putting = threading.Thread(target=queue.put, args=(message(1, 2 * MIB),))
+        putting.start()
+        eventually(lambda: arena.statistics().n_fallbacks == 1)
+    assert multiprocessing.connection.Connection._send_bytes is not before
+    queue._wlock.release()
+    verify(queue.get(), 1)
+    putting.join()
+    eventually(lambda: multiprocessing.connection.Connection._send_bytes is before)
+
+
+def sender_killed_in_the_middle():
+    """As ever: an error for this message, and the channel is at its end."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB):
+        warnings.simplefilter("ignore")
+        read, write = multiprocessing.Pipe(duplex=False)
+        started = Token()
+
+        def send():
+            read.close()
+            threading.Thread(target=write.send, args=(message(1, 4 * MIB),), daemon=True).start()
+            eventually(lambda: _n_unread_in(write) > 0)
+            started.give()
+            os.kill(os.getpid(), 9)
+
+        pid = fork(send)
+        write.close()
+        started.take()
+        reap(pid, inside.KILLED)
+        caught = None
+        try:
+            read.recv()
+        except OSError as error:
+            caught = error
+        assert "end of file" in str(caught), caught
+
+
+def _n_unread_in(connection):
+    return n_unread(connection.fileno(), channel_id(connection.fileno()))
+
+
+_kept = []
+
+
+def _keep(token):
+    _kept.append(token)
+
+
+def _take_kept():
+    _kept[0].take()
+
+
+def objects_in_queues_are_taken_when_they_are_pickled():
+    """A feeder thread may write much later: what is changed then is not seen."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB) as arena:
+        warnings.simplefilter("ignore")
+        queue = multiprocessing.Queue()
+        go = Token()
+        pool = multiprocessing.get_context("fork").Pool(1, _keep, (go,))
+        busy = pool.apply_async(_take_kept)
+        one, other = message(1, 2 * MIB), message(2, 2 * MIB)
+        queue.put(one)
+        task = pool.apply_async(verify, (other,))
+        eventually(lambda: arena.statistics().n_fallbacks == 2)
+        eventually(lambda: _n_unread_in(queue._writer) and _n_unread_in(pool._inqueue._writer))
+        one[1][:] = 0
+        other[1][:] = 0
+        go.give()
+        verify(queue.get(), 1)
+        busy.get()
+        verify(task.get(), 2)
+        pool.close()
+        pool.join()
+
+
+if __name__ == "__main__":
+    inside.main()

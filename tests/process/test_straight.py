@@ -1,0 +1,17 @@
+"""Large in-band messages: the memory they take, and that they are what they were."""
+
+import pytest
+
+from process.harness import cases_of, run_program
+
+WITH_ARGUMENTS = {"takes_what_it_needs"}
+
+
+@pytest.mark.parametrize("case", [c for c in cases_of("straight") if c not in WITH_ARGUMENTS])
+def test_straight(case):
+    run_program("straight", case)
+
+
+@pytest.mark.parametrize("way", ["result", "executor", "pipe", "SimpleQueue"])
+def test_peak_memory(way, start_method):
+    run_program("straight", "takes_what_it_needs", way, start_method)
