@@ -148,6 +148,11 @@ class Side:
             self._checksum, self._digest = prepare(nbytes, n_arrays)
         return pids
 
+    def prepare(self) -> None:
+        """Have memory ready for the model, where that can be asked for."""
+        if self._arena is not None:
+            self._arena.prepare(nbytes=self._nbytes)
+
     def send(self, n_messages: int) -> list[tuple[float, float]]:
         """Send the model so often; return the seconds until it arrived, and until it was read."""
         once = self._receive_result if self._is_result else self._send_argument

@@ -59,6 +59,7 @@ SIZES = {
 NEVER_SLOWER = 1 / 1.05
 TIMES_PLAIN = {"1M": 6.0, "64M": 30.0, "256M": 40.0, "1G": 40.0}
 OF_COPY = {"64M": 0.7, "256M": 0.85, "1G": 0.85}
+OF_PREPARED = 0.3
 ACQUIRE_S = {10: 30e-6, 50_000: 60e-6}
 PRIVATE_NBYTES = 4 * MIB
 
@@ -115,13 +116,15 @@ class TransferRow:
     of_copy: float | None = None
     n_arrays: int = 1
     is_first: bool = False
+    is_prepared: bool = False
 
     def run(self, options: Options) -> Result:
         available_nbytes = _available_nbytes()
         if available_nbytes < COPIES_IN_MEMORY * self.nbytes:
             return Result(shortfalls=[f"not run: {available_nbytes // MIB} MiB of memory left"])
         # Below 1 MiB np.copyto says nothing; beside 2 GiB of plain there is no room for it.
-        has_reference = self.n_arrays == 1 and not self.is_first and MIB <= self.nbytes <= GIB
+        is_compared = self.n_arrays == 1 and (self.is_prepared or not self.is_first)
+        has_reference = is_compared and MIB <= self.nbytes <= GIB
         reference = Reference(self.nbytes) if has_reference else None
         n_pairs, plan = _plan(self.nbytes, self.is_first, options.is_quick)
         outcome = Outcome()
@@ -133,6 +136,8 @@ class TransferRow:
                 for side in (plain, ours):
                     is_pinned = self.nbytes <= PINNED_NBYTES
                     side("open", self.way, self.nbytes, self.n_arrays, is_pinned)
+                    if self.is_prepared:
+                        side("prepare")
                 compare(plain, ours, plan, reference, outcome)
         return self._judge(outcome, options)
 
@@ -219,6 +224,9 @@ def all_rows() -> Iterator[Row]:
             times_plain = TIMES_PLAIN.get(size, NEVER_SLOWER)
             yield TransferRow(f"{way}-{size}", way, nbytes, times_plain, OF_COPY.get(size))
         yield TransferRow(f"{way}-first-1G", way, GIB, 3.0, is_first=True)
+        yield TransferRow(
+            f"{way}-prepared-1G", way, GIB, 3.0, OF_PREPARED, is_first=True, is_prepared=True
+        )
         yield TransferRow(f"{way}-10000x8K", way, 10_000 * 8 * KIB, 3.0, n_arrays=10_000)
         yield MemoryRow(f"{way}-private-256M", way, 256 * MIB)
     for n_live in ACQUIRE_S:

@@ -468,7 +468,7 @@ class Arena:
     def prepare(self, like: object = None, *, nbytes: int | None = None, count: int = 1) -> None:
         """Have memory ready for messages before the first of them comes.
 
-        Blocks until the pages are there: about 0.7 s for each GB of ordinary pages. What is
+        Blocks until the pages are there: about half a second for each GB of ordinary pages. What is
         prepared is kept until a message takes it, `trim`, or the end of the block.
 
         Parameters
