@@ -141,10 +141,14 @@ class Intake:
             return True
         if self._arena.options.copy_out is not None:
             return self._arena.options.copy_out
-        words = self._ledger.words
         if len(self._holdings.held) >= self._most_held:
             return True
-        return words[H_HELD] + nbytes > words[H_CAPACITY] // 2
+        words = self._ledger.words
+        capacity, held_nbytes = words[H_CAPACITY], words[H_HELD] + nbytes
+        # What is so large is in use for a moment only, or there is no room for more of it anyway;
+        # and a copy would need as much again, just when memory is scarce.
+        is_huge = nbytes > capacity // 4 and held_nbytes <= capacity
+        return held_nbytes > capacity // 2 and not is_huge
 
     def _copy_claimed(self, block: Block, nbytes: int, in_file: bool, *, keep: bool) -> memoryview:
         index = block[0]

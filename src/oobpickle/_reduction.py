@@ -203,7 +203,7 @@ def enabled(
         in-band. Default: as long as a pipe would take for it.
     copy_out : bool, optional
         Whether receivers copy into ordinary memory and give the block back at once. Default: only
-        when held blocks pass half of `capacity`.
+        when held blocks pass half of `capacity`; not messages above a quarter of it that fit.
 
     Yields
     ------

@@ -264,6 +264,16 @@ def test_receivers_copy_out_when_half_of_the_capacity_is_held(make_arena):
     assert arena.statistics().n_copied_out >= 1
 
 
+@pytest.mark.parametrize(("nbytes", "n_copied"), [(2 * MIB, 2), (2 * MIB + 1, 0)])
+def test_a_message_above_a_quarter_of_the_capacity_is_not_copied(make_arena, nbytes, n_copied):
+    arena = make_arena(capacity=8 * MIB)
+    views = [arena.intake.claim(*send(arena, bytes([i]) * nbytes)) for i in range(3)]
+    views += [arena.intake.claim(*send(arena, b"\3" * MIB)) for i in range(n_copied // 2)]
+
+    assert n_copied == arena.statistics().n_copied_out
+    assert [bytes([i]) * nbytes for i in range(3)] == [bytes(view) for (view,) in views[:3]]
+
+
 def test_copy_out_false_never_copies(make_arena):
     arena = make_arena(capacity=8 * MIB, copy_out=False)
     views = [arena.intake.claim(*send(arena, b"x" * MIB)) for i in range(6)]
