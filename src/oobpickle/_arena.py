@@ -19,12 +19,13 @@ caller then sends in-band."""
 
 from __future__ import annotations
 
+import operator
 import os
 import secrets
 import stat
 import struct
 import time
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, SupportsIndex
 
 from oobpickle import _copying, _fork, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
@@ -496,7 +497,7 @@ class Arena:
         2
         """
         check_preparation(like, nbytes, count)
-        sizes = self.sizes_of(like) if nbytes is None else [nbytes]
+        sizes = self.sizes_of(like) if nbytes is None else [operator.index(nbytes)]
         token, leases = object(), []
         try:
             users.add(token)
@@ -654,7 +655,7 @@ def check_preparation(like: object, nbytes: int | None, count: int) -> None:
     for name, value, least in (("nbytes", nbytes, 1), ("count", count, 0)):
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, SupportsIndex):
             raise TypeError(f"{name} must be an int, not {value!r}")
         if value < least:
             raise ValueError(f"{name} must be {least} or more, not {value}")

@@ -53,6 +53,8 @@ class Channels:
         self._epoch = arena.holdings.epoch
         self._found: OrderedDict[int, int] = OrderedDict()  # like `_made`: all readers take part
         self._handed: OrderedDict[int, None] = OrderedDict()  # ends of which that cannot be known
+        # By token of the thread: since which fork, and the ends that a program is inheriting.
+        self._passing: dict[object, tuple[object, set[int]]] = {}
         self._vain: dict[int, tuple[int, float]] = {}  # ends: looks in vain, when to look again
         self._older: set[int] = set()  # ends: who can read there and does not take part, could
         self._sent: dict[int, deque[Message]] = {}
@@ -98,22 +100,27 @@ class Channels:
         ends: set[int] = set()
         with ignoring(OSError):
             for fd in fds:
-                with ignoring(OSError):  # not open
+                # Not open, or no descriptor at all.
+                with ignoring(OSError), contextlib.suppress(OverflowError):
                     ends.update(self._ends(fd))
-        ends -= {0, *self._handed}
+        ends.discard(0)
         if not ends:
             yield
             return
-        for end in ends:
-            self._handed[end] = None
+        token = object()
         try:
+            self._passing[token] = self._arena.holdings.epoch, ends
             self._arena.note_handed(ends)
             yield
         finally:
             self._arena.note_handed(ends)
+            self._passing.pop(token, None)
             for end in ends:
-                self._handed.pop(end, None)
                 self._vain.pop(end, None)
+
+    def _is_passed_on(self, end: int) -> bool:
+        epoch = self._arena.holdings.epoch
+        return any(since == epoch and end in ends for since, ends in tuple(self._passing.values()))
 
     def _ends(self, fd: int) -> tuple[int, int]:
         own = channel_id(fd)
@@ -146,7 +153,8 @@ class Channels:
     def _look(self, fd: int, own: int) -> int:
         start = time.monotonic()
         n_vain, look_again_at = self._vain.get(own, (0, 0.0))
-        if own == 0 or own in self._handed or start < look_again_at:
+        is_handed = own in self._handed or self._is_passed_on(own)
+        if own == 0 or is_handed or start < look_again_at:
             return 0
         channel = reading_end(fd)
         able, hidden, living = set[int](), set[int](), set[int]()

@@ -169,16 +169,15 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
 
 
 def _is_waited_for(frame: FrameType) -> bool:
-    """Tell whether the caller of ``dumps`` writes at once, for a caller who waits until it has.
+    """Tell whether the caller of ``dumps`` writes at once, and nobody else can run meanwhile.
 
-    Else the object may change before all of it is written: in the feeder thread of a queue, or the
-    task thread of a pool.
+    Else the object may change before all of it is written, and a slow reader makes that a long
+    time: in a process with other threads, such as the feeder of a queue.
     """
-    names, back = frame.f_locals, frame.f_back
-    if type(names.get("self")) is mp_queues.SimpleQueue:
-        return True
-    in_pool = back is not None and back.f_globals.get("__name__") == "multiprocessing.pool"
-    return isinstance(names.get("self"), mp_connection.Connection) and not in_pool
+    is_at_once = isinstance(
+        frame.f_locals.get("self"), (mp_connection.Connection, mp_queues.SimpleQueue)
+    )
+    return is_at_once and len(sys._current_frames()) == 1
 
 
 def _in_band(
@@ -218,8 +217,6 @@ def hooked_send_bytes(original: Any) -> Any:
                 envelope.write(self._send)
             finally:
                 envelope.forget()
-                if _hook.late:
-                    _hook.sweep()
             return
         if type(envelope) is not Envelope:
             if bytes(buf[:PREFIX_NBYTES]) == PREFIX:

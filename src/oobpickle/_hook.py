@@ -32,7 +32,6 @@ Replacement = tuple[Any, str, Callable[[Any], Any]]
 current: Hook | None = None
 _MOST_INTERRUPTS: Final = 100
 lingering: Final[list[Arena]] = []
-late: Final[list[Hook]] = []
 guard: Final = threading.RLock()
 
 
@@ -96,19 +95,12 @@ class Hook:
             setattr(owner, name, ours)
 
     def take_out(self) -> None:
-        """Restore what was there, unless somebody has put something else in its place since.
-
-        What writes to connections stays while a message is on its way there that nobody else can
-        write; `sweep` looks again.
-        """
-        for replaced in reversed(list(self._replaced)):
-            owner, name, ours, original = replaced
-            if name == "_send_bytes" and _straight.unsent:
-                late.append(self)
-                continue
+        """Restore what was there, unless somebody has put something else in its place since."""
+        while self._replaced:
+            owner, name, ours, original = self._replaced[-1]
             if getattr(owner, name) is ours:
                 setattr(owner, name, original)
-            self._replaced.remove(replaced)
+            self._replaced.pop()
 
     def count_fallback(self, reason: str, nbytes: int) -> None:
         """Count a message of that many bytes that travels in-band for one of the reasons."""
@@ -121,7 +113,9 @@ def running() -> Hook | None:
     hook = current
     if hook is None or not hook.arena.closed:
         return hook
-    if guard.acquire(blocking=False):  # else somebody is putting it in or taking it out
+    # Else somebody is putting it in or taking it out; or this is a signal handler between the
+    # making of a message that only we can write, and its writing.
+    if not _straight.unsent and guard.acquire(blocking=False):
         try:
             stop(hook)
         finally:
@@ -189,13 +183,7 @@ def _leave(hook: Hook) -> None:
 
 
 def sweep() -> None:
-    """Do what could not be done when earlier blocks were left.
-
-    Unmap their arenas, if nobody needs them any more; take out what still had a message to write.
-    """
-    for hook in list(late):
-        late.remove(hook)
-        hook.take_out()
+    """Unmap the arenas of earlier blocks that nobody needs any more."""
     for arena in list(lingering):
         if arena.try_destroy():
             lingering.remove(arena)

@@ -193,16 +193,24 @@ class Payload:
         fixed = len(head) + len(PICKLE_START) + PICKLE_MIDDLE_NBYTES + len(PICKLE_END) + len(tail)
         return fixed + self.nbytes + PICKLE_BUFFER.size * len(self.sizes)
 
-    def pickle_parts(self, *, head: bytes = b"", tail: bytes = b"") -> Iterator[bytes | memoryview]:
+    def scratch(self) -> memoryview:
+        """Return memory that is enough for `pickle_parts`."""
+        flats = (s for s in self._sources if not isinstance(s, (PickleBuffer, memoryview)))
+        strided = (s.nbytes for s in flats if not in_memory_order(s).flags.c_contiguous)
+        return _empty(min(_PART_NBYTES, max(strided, default=0)))
+
+    def pickle_parts(
+        self, scratch: memoryview, *, head: bytes = b"", tail: bytes = b""
+    ) -> Iterator[bytes | memoryview]:
         """Yield the bytes that `to_pickle` returns, copied only where they are strided.
 
-        What is yielded is what the object holds *then*.
+        What is yielded is what the object holds *then*, and good until the next part.
         """
         yield head + PICKLE_START
         for nbytes, source in zip(self.sizes, self._sources, strict=True):
             yield PICKLE_BUFFER.pack(BYTEARRAY8, nbytes)
             if nbytes:
-                yield from _parts_of(source)
+                yield from _parts_of(source, scratch)
         yield self._pickle_middle()
         yield self.stream
         yield PICKLE_END + tail
@@ -311,7 +319,7 @@ def _copy(view: memoryview, source: Any) -> None:
         copy_array(np.ndarray(flat.shape, flat.dtype, view), flat)
 
 
-def _parts_of(source: Any) -> Iterator[memoryview]:
+def _parts_of(source: Any, scratch: memoryview) -> Iterator[memoryview]:
     if isinstance(source, (PickleBuffer, memoryview)):
         yield memoryview(source).cast("B") if isinstance(source, memoryview) else source.raw()
         return
@@ -319,15 +327,15 @@ def _parts_of(source: Any) -> Iterator[memoryview]:
     if flat.flags.c_contiguous:
         yield memoryview(flat.reshape(-1).view("u1"))
     elif flat.nbytes <= _PART_NBYTES:
-        part = _empty(flat.nbytes)
+        part = scratch[: flat.nbytes]
         _copy(part, flat)
         yield part
     elif len(flat) == 1:
-        yield from _parts_of(flat[0])
+        yield from _parts_of(flat[0], scratch)
     else:
         step = max(1, len(flat) * _PART_NBYTES // flat.nbytes)
         for start in range(0, len(flat), step):
-            yield from _parts_of(flat[start : start + step])
+            yield from _parts_of(flat[start : start + step], scratch)
 
 
 def _copy_bytes(view: memoryview, raw: memoryview) -> None:

@@ -197,9 +197,10 @@ def hooked_execute_child(original: Any) -> Any:
         hook = running()
         if hook is None:
             return original(self, *args, **kwargs)
-        given = signature.bind(self, *args, **kwargs).arguments
-        with hook.channels.passing_on(_inherited(given)):
-            return original(self, *args, **kwargs)
+        bound = signature.bind(self, *args, **kwargs)
+        bound.arguments["pass_fds"] = tuple(bound.arguments["pass_fds"])  # perhaps an iterator
+        with hook.channels.passing_on(_inherited(bound.arguments)):
+            return original(*bound.args, **bound.kwargs)
 
     return _execute_child
 
@@ -209,7 +210,9 @@ _STANDARD: Final = frozenset((-1, 0, 1, 2))
 
 def _inherited(given: Mapping[str, Any]) -> Iterator[int]:
     """Yield what a program inherits, but for pipes that are made for it, and the standard three."""
-    yield from given["pass_fds"]
+    for fd in given["pass_fds"]:
+        with contextlib.suppress(TypeError, ValueError):  # the original complains
+            yield int(fd)
     pairs = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
     made = {given[theirs] for theirs, ours in pairs if given[ours] >= 0}
     yield from {given[theirs] for theirs, _ in pairs} - made - _STANDARD

@@ -60,6 +60,7 @@ class Straight(bytes):
     nbytes: int
     _payload: Payload
     _ends: dict[str, bytes]
+    _scratch: memoryview
     _token: object
 
     @classmethod
@@ -72,6 +73,7 @@ class Straight(bytes):
         message.nbytes = payload.pickle_nbytes(**ends)
         message._payload = payload
         message._ends = ends
+        message._scratch = payload.scratch()  # now: later half of the message is in the pipe
         message._token = _Token()
         unsent.add(message._token)
         return message
@@ -82,15 +84,15 @@ class Straight(bytes):
         gathered = bytearray(
             struct.pack("!i", self.nbytes) if small else struct.pack("!iQ", -1, self.nbytes)
         )
-        for part in self._payload.pickle_parts(**self._ends):
+        for part in self._payload.pickle_parts(self._scratch, **self._ends):
             if len(gathered) + len(part) > _GATHER_NBYTES and gathered:
-                send(gathered)
+                send(memoryview(gathered))
                 gathered = bytearray()
             if len(part) > _GATHER_NBYTES:
-                send(part)
+                send(memoryview(part))  # what is left of it is sliced off again and again
             else:
                 gathered += part
-        send(gathered)
+        send(memoryview(gathered))
 
     def forget(self) -> None:
         """It was written, as far as it could be."""
@@ -123,7 +125,7 @@ class _Arrived:
         if self.stream is None:
             raise _loaded_already()
         payload = Payload(bytes(self.stream), self.buffers, [b.nbytes for b in self.buffers])
-        return b"".join(payload.pickle_parts(tail=self.tail))
+        return b"".join(payload.pickle_parts(payload.scratch(), tail=self.tail))
 
 
 _numbers: Final = itertools.count()

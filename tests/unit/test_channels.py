@@ -172,6 +172,30 @@ def test_a_program_that_has_inherited_an_end_is_seen_at_once(channels, ends):
     program.__exit__(None, None, None)
 
 
+def test_two_programs_that_inherit_an_end_at_a_time(channels, ends):
+    fds = [end.fileno() for end in ends]
+    channels.note(*fds)
+    first, second = channels.passing_on(fds[:1]), channels.passing_on(fds[:1])
+
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+
+    assert 0 == channels.known(fds[1])
+    second.__exit__(None, None, None)
+    assert channels.known(fds[1])
+
+
+def test_what_is_handed_out_while_a_program_inherits_it_stays_unknown(channels, ends):
+    fds = [end.fileno() for end in ends]
+    channels.note(*fds)
+
+    with channels.passing_on(fds[:1]):
+        channels.forget(fds[0])
+
+    assert 0 == channels.known(fds[1])
+
+
 def test_what_was_handed_to_a_running_process_stays_unknown(channels, ends):
     fd = ends[0].fileno()
     channels.note(*(end.fileno() for end in ends))

@@ -170,7 +170,7 @@ def test_beyond_two_gib_the_length_is_written_as_multiprocessing_does(monkeypatc
         def pickle_nbytes(self, **_):
             return (1 << 31) + 5
 
-        def pickle_parts(self, **_):
+        def pickle_parts(self, *_, **__):
             yield b"part"
 
     parts = []

@@ -227,13 +227,14 @@ def program_that_inherits_a_connection_and_has_not_got_the_library():
     """By ``pass_fds``, as its stdin, or with everything that is inheritable."""
     with warnings.catch_warnings(), oobpickle.enabled() as arena:
         warnings.simplefilter("ignore")
-        for n_before, way in ((0, "pass_fds"), (3, "stdin"), (6, "inheritable")):
+        ways = ("pass_fds", "stdin", "inheritable", "iterator")
+        for n_before, way in zip(range(0, 12, 3), ways, strict=True):
             read, write = multiprocessing.Pipe(duplex=False)
             fd = read.fileno()
             os.set_inheritable(fd, way == "inheritable")
             program = subprocess.Popen(
                 [sys.executable, "-c", _READER, "0" if way == "stdin" else str(fd)],
-                pass_fds=[fd] if way == "pass_fds" else [],
+                pass_fds={"pass_fds": [fd], "iterator": iter([fd])}.get(way, []),
                 stdin=fd if way == "stdin" else None,
                 close_fds=way != "inheritable",
                 stdout=subprocess.PIPE,

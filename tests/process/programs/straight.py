@@ -5,6 +5,7 @@ import multiprocessing.connection
 import os
 import pickle
 import resource
+import signal
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -139,21 +140,39 @@ def _send_and_relay(write, read, other_write):
     other_write.send(message(3, 2 * MIB))
 
 
-def hook_taken_out_before_it_is_written():
-    """The message waits for the queue's lock while the block is left."""
-    before = multiprocessing.connection.Connection._send_bytes
-    queue = multiprocessing.SimpleQueue()
-    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB) as arena:
+def other_threads_may_change_what_is_sent():
+    """Then the message is what the object was when `send` was called."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB):
         warnings.simplefilter("ignore")
-        queue._wlock.acquire()
-        putting = threading.Thread(target=queue.put, args=(message(1, 2 * MIB),))
-        putting.start()
-        eventually(lambda: arena.statistics().n_fallbacks == 1)
-    assert multiprocessing.connection.Connection._send_bytes is not before
-    queue._wlock.release()
-    verify(queue.get(), 1)
-    putting.join()
-    eventually(lambda: multiprocessing.connection.Connection._send_bytes is before)
+        read, write = multiprocessing.Pipe(duplex=False)
+        one = message(1, 8 * MIB)
+        sending = threading.Thread(target=write.send, args=(one,))
+        sending.start()
+        eventually(lambda: _n_unread_in(write) > 0)
+        one[1][:] = 0
+        verify(read.recv(), 1)
+        sending.join()
+
+
+def not_enough_memory_for_a_strided_array():
+    """Said before anything is written: the next message arrives."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB):
+        warnings.simplefilter("ignore")
+        read, write = multiprocessing.Pipe(duplex=False)
+        array = np.ones(8 * MIB)[::2]
+        before = resource.getrlimit(resource.RLIMIT_AS)
+        with open("/proc/self/statm") as file:
+            used = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + 6 * MIB, before[1]))
+        caught = None
+        try:
+            write.send([np.ones(MIB), array])
+        except MemoryError as error:
+            caught = error
+        resource.setrlimit(resource.RLIMIT_AS, before)
+        assert caught is not None
+        write.send("small")
+        assert read.recv() == "small"
 
 
 def sender_killed_in_the_middle():
@@ -165,10 +184,9 @@ def sender_killed_in_the_middle():
 
         def send():
             read.close()
-            threading.Thread(target=write.send, args=(message(1, 4 * MIB),), daemon=True).start()
-            eventually(lambda: _n_unread_in(write) > 0)
-            started.give()
-            os.kill(os.getpid(), 9)
+            signal.signal(signal.SIGALRM, lambda *_: (started.give(), os.kill(os.getpid(), 9)))
+            signal.setitimer(signal.ITIMER_REAL, 0.2)
+            write.send(message(1, 4 * MIB))
 
         pid = fork(send)
         write.close()
