@@ -457,8 +457,8 @@ for seed in {seeds}:
     model.counts[:] = 0
     here.send(model.seed)
 for seed in {seeds}:
-    here.send(Model(seed))
     here.recv()
+    here.send(Model(seed))
 """
 
 
@@ -483,8 +483,8 @@ def programs(_method):
                     assert here.recv() == model.seed
             with _cell(arena, channel, TO_PARENT, N_MODELS + 1):
                 for seed in (9, *SEEDS):
-                    assert here.recv().check().seed == seed
                     here.send(None)
+                    assert here.recv().check().seed == seed
             assert program.wait(60) == 0
 
 
