@@ -428,15 +428,16 @@ def _call_home(address, work):
 
 def listeners(method):
     context = multiprocessing.get_context(method)
+    channel = "Listener and Client, AF_UNIX"
     with oobpickle.enabled() as arena:
         for direction, work in ((TO_CHILD, _take), (TO_PARENT, _give)):
-            with Listener(None, "AF_UNIX", authkey=b"key") as listener:
+            with (
+                Listener(None, "AF_UNIX", authkey=b"key") as listener,
+                _cell(arena, channel, direction),
+            ):
                 process = context.Process(target=_call_home, args=(listener.address, work))
                 process.start()
-                with (
-                    listener.accept() as connection,
-                    _cell(arena, "Listener and Client, AF_UNIX", direction),
-                ):
+                with listener.accept() as connection:
                     _talk(connection.recv, connection.send, direction)
                 process.join()
                 assert process.exitcode == 0
