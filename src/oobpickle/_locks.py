@@ -50,10 +50,9 @@ class LockFile:
     __slots__ = ("_address", "_file", "_lock", "_unlock", "fd")
 
     def __init__(self, handle: int) -> None:
-        self.fd = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
-        self._address = 0
-        self._file = file_of(self.fd)
+        self.fd, self._address, self._file = -1, 0, file_of(handle)
         try:
+            self.fd = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
             self._prepare()
         except BaseException:  # a Ctrl-C
             self.close()

@@ -166,6 +166,8 @@ def _n_lines(run):
 
 
 def _left_behind(run, strike_at):
+    # A file that is read in a with statement can be interrupted before that closes it.
+    warnings.simplefilter("ignore", ResourceWarning)
     before, descriptors = _objects(), _descriptors()
     tracer = _Tracer(strike_at)
     with contextlib.suppress(_Deadline):
