@@ -50,9 +50,11 @@ class LockFile:
     __slots__ = ("_address", "_file", "_lock", "_unlock", "fd")
 
     def __init__(self, handle: int) -> None:
-        self.fd, self._address, self._file = -1, 0, file_of(handle)
+        self.fd, self._address = -1, 0
+        self._file: tuple[int, int] | None = None
         try:
             self.fd = os.open(f"/proc/self/fd/{handle}", os.O_RDWR | os.O_CLOEXEC)
+            self._file = file_of(self.fd)
             self._prepare()
         except BaseException:  # a Ctrl-C
             self.close()
@@ -119,7 +121,7 @@ class LockFile:
 
     def _close_fd(self) -> None:
         with ignoring(OSError):
-            if file_of(self.fd) == self._file:
+            if self._file is None or file_of(self.fd) == self._file:
                 os.close(self.fd)
         self.fd = -1
 
