@@ -23,6 +23,7 @@ import select
 import socket
 import stat
 import struct
+import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Final
 
@@ -43,6 +44,7 @@ _UNIX_DIAG_REQUEST: Final = struct.Struct("<IHHIIBBHIIIII")
 _UNIX_DIAG_NBYTES: Final = 16
 _DIAG_NBYTES: Final = 4096
 _DIAG_TIMEOUT_S: Final = 0.1
+_PAUSES_S: Final = (0.5e-3, 1e-3, 2e-3, 4e-3, 8e-3, 8e-3)
 
 
 def channel_id(fd: int) -> int:
@@ -178,14 +180,22 @@ def unreadable(
                     pass_on_foreign(error)
                     continue  # closed by another thread a moment ago
                 left.discard(channel)
-        # Twice: a descriptor may be on its way from one process to another.
-        for _ in range(2):
-            if left:
-                others = {*pids, *_own_pids()}
-                for pid in others - {os.getpid()}:
-                    left.difference_update(_may_have(pid, names, pids))
-                if left and any(_is_receiving(pid, pids) for pid in others):
-                    return found
+        # A descriptor may be on its way from one process to another: look twice, with none in a
+        # socket. One that is there is somebody's in a moment.
+        n_looks = 0
+        for pause_s in _PAUSES_S:
+            others = {*pids, *_own_pids()} if left else set()
+            for pid in others - {os.getpid()}:
+                left.difference_update(_may_have(pid, names, pids))
+            if left and any(_is_receiving(pid, pids) for pid in others):
+                n_looks = 0
+                time.sleep(pause_s)
+                continue
+            n_looks += 1
+            if n_looks == 2 or not left:
+                break
+        else:
+            return found
     except OSError as error:
         pass_on_foreign(error)
         return found  # no descriptor is left to look into /proc
