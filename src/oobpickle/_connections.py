@@ -6,11 +6,13 @@
 **How it works.** On the class, since pools bind the methods early. ::
 
     dumps        serialize; below the threshold that is the message; else pack it into the arena and
-                 return an envelope; if that cannot be, an ordinary pickle of the same payload, and
-                 count why, with an offer to take part for a reader that is older than the arena
+                 return an envelope; if that cannot be, an ordinary pickle of the same payload
+                 (`_straight`, where that is safe), and count why, with an offer to take part for a
+                 reader that is older than the arena
     _send_bytes  when an envelope has left, its blocks are the receiver's
     _recv        while a message has left its channel and is not claimed, nobody may reclaim its
-                 blocks; a large message from a process that does not take part is counted
+                 blocks; a large in-band message is read straight, and counted if it comes from a
+                 process that does not take part
 
 **Lifetime.** Each replacement asks at call time whether the hook is in, and else does what it
 replaced.
