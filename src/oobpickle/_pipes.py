@@ -163,7 +163,8 @@ def unreadable(
     channels : collection of int
         From `channel_id`; 0 is never unreadable.
     pids : collection of int
-        Processes that may have them open besides those of this user.
+        The participants. Besides the processes of this user, they and those that descend from them
+        may have a channel open; only these may have one on its way in a socket.
     even_if_empty : bool
         Whether a channel in which nothing is left counts, though it is open.
     """
@@ -181,13 +182,15 @@ def unreadable(
                     continue  # closed by another thread a moment ago
                 left.discard(channel)
         # A descriptor may be on its way from one process to another: look twice, with none in a
-        # socket. One that is there is somebody's in a moment.
+        # socket. One that is there is somebody's in a moment. What waits in the sockets of processes
+        # that do not descend from a participant is not ours: a strange program with one stuck there
+        # would otherwise keep everything from being reclaimed.
         n_looks = 0
         for pause_s in _PAUSES_S:
             others = {*pids, *_own_pids()} if left else set()
             for pid in others - {os.getpid()}:
                 left.difference_update(_may_have(pid, names, pids))
-            if left and any(_is_receiving(pid, pids) for pid in others):
+            if left and any(_is_receiving(pid) for pid in others if is_related(pid, pids)):
                 n_looks = 0
                 time.sleep(pause_s)
                 continue
@@ -229,14 +232,14 @@ def _may_have(pid: int, names: Mapping[str, int], participants: Collection[int])
         return set(names.values()) if is_related(pid, participants) else set()
 
 
-def _is_receiving(pid: int, participants: Collection[int]) -> bool:
+def _is_receiving(pid: int) -> bool:
     """Tell whether descriptors wait in a socket of the process (SCM_RIGHTS), where nobody has
-    them."""
+    them; also if it hides them."""
     try:
         sockets = [fd for fd, name in _descriptors_of(str(pid)) if name.startswith("socket:")]
         return any(_n_waiting(pid, fd) for fd in sockets)
     except PermissionError:
-        return is_related(pid, participants)
+        return True
 
 
 def _n_waiting(pid: int, fd: str) -> int:

@@ -733,15 +733,17 @@ def descriptors_in_a_message_that_is_taken_apart_twice():
     """Overlapping arrays are, and what cloudpickle has to take; no descriptor stays open."""
     array = content(1, 1_000_000)
     with oobpickle.enabled(), multiprocessing.get_context("fork").Pool(1) as pool:
-        counts = []
+        pool.apply(_call, (type, [array, lambda: 0]))
+        n_open = len(os.listdir("/proc/self/fd"))
         for _ in range(4):
             for more in (array[1:], lambda: 0):
                 read, write = multiprocessing.Pipe()
                 pool.apply(_call, (type, [array, more, read]))
                 read.close()
                 write.close()
-            counts.append(len(os.listdir("/proc/self/fd")))
-        assert len(set(counts)) == 1, counts
+        # The thread of multiprocessing that handed the ends out closes them after the answer; its
+        # listener stays.
+        inside.eventually(lambda: len(os.listdir("/proc/self/fd")) == n_open + 1)
 
 
 def registered_classes_in_both_directions(method):

@@ -422,6 +422,28 @@ def reader_on_its_way_in_a_socket():
     inside.assert_empty(arena)
 
 
+def something_stuck_in_the_socket_of_a_stranger():
+    """A program that is no descendant of a participant keeps nothing from being reclaimed."""
+    one, other = socket.socketpair()
+
+    def participant():
+        one.close()
+        other.close()
+        arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+        read, write = _pipe()
+        write.send(message(1))
+        read.close()
+        write.close()
+        arena.trim()
+        assert arena.statistics().n_reclaimed == 1, arena.statistics()
+
+    with open(os.devnull) as stuck:
+        socket.send_fds(one, [b"x"], [stuck.fileno()])
+    reap(fork(participant))
+    one.close()
+    other.close()
+
+
 def descendant_of_a_process_that_reads_without_saying():
     """A child has uninstalled, forks and ends: its child still reads without saying when."""
     arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
