@@ -55,6 +55,8 @@ os.register_at_fork(after_in_child=_after_in_child)
 
 def main():
     """Run the case that the first argument names, with the others as its arguments."""
+    # A shell starts its background jobs with Ctrl-C ignored, and so would be all that tests it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     case = sys.modules["__main__"].__dict__[sys.argv[1]]
     case(*sys.argv[2:])
 
