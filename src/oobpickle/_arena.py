@@ -27,7 +27,7 @@ import struct
 import time
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
-from oobpickle import _copying, _fork, _statistics, _system
+from oobpickle import _copying, _fork, _huge_pages, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings
@@ -41,6 +41,7 @@ from oobpickle._layout import (
     H_DATA_NBYTES,
     H_HANDED,
     H_HANDED_ENDS,
+    H_HUGE,
     H_IDENTITY,
     H_MAGIC,
     H_N_BLOCKS,
@@ -62,7 +63,7 @@ from oobpickle._ledger import Census, Ledger, Shortage
 from oobpickle._membership import HURRIED_S, Membership
 from oobpickle._options import Options
 from oobpickle._room import Room
-from oobpickle._segment import Segment, largest_file_nbytes, locked_nbytes, page_round
+from oobpickle._segment import Segment, largest_file_nbytes, locked_nbytes
 from oobpickle._statistics import Statistics, format_nbytes
 
 if TYPE_CHECKING:
@@ -148,7 +149,7 @@ class Arena:
             if segments[1].backing != "memfd":  # a mount can be full: then its pages fault fatally
                 segments[1].reserve(0, 8 * BLOCKS_AT)
             segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
-            _write_header(segments[1].words(), options, segments[0].nbytes)
+            _write_header(segments[1].words(), options, segments[0])
             arena = cls(segments[0], segments[1], segments[2].fd)
             segments.pop().kept = True
             arena._reserve_rows(0)
@@ -296,7 +297,7 @@ class Arena:
             raise ArenaFullError("no address space to map the arena; see ulimit -v", "detached")
         sizes = list(sizes)
         layout = plan(sizes)
-        least = sum(page_round(nbytes) for nbytes in layout.needs)
+        least = sum(self.ledger.pages_nbytes(nbytes) for nbytes in layout.needs)
         if least > self._capacity:
             raise self._full(Shortage("full", least, self._capacity))
         taken: list[tuple[int, int]] = []
@@ -458,6 +459,7 @@ class Arena:
             n_blocks=census.n_blocks,
             nbytes=census.nbytes,
             nbytes_resident=self.data.resident_nbytes(),
+            nbytes_huge=self.data.huge_nbytes() if self._words[H_HUGE] else 0,
             capacity=self._capacity,
         )
 
@@ -692,11 +694,12 @@ def _create_data(nbytes: int) -> Segment:
             nbytes //= 4
 
 
-def _write_header(words: memoryview, options: Options, data_nbytes: int) -> None:
+def _write_header(words: memoryview, options: Options, data: Segment) -> None:
     identity = secrets.token_bytes(16)
     words[H_IDENTITY] = int.from_bytes(identity[:8], "little")
     words[H_IDENTITY + 1] = int.from_bytes(identity[8:], "little")
     options.write(words)
-    words[H_DATA_NBYTES] = data_nbytes
+    words[H_DATA_NBYTES] = data.nbytes
+    words[H_HUGE] = _huge_pages.policy() if data.backing == "memfd" else _huge_pages.NEVER
     words[H_VERSION] = VERSION
     words[H_MAGIC] = MAGIC

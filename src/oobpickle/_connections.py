@@ -131,11 +131,11 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
         hook.count_fallback("channel", payload.nbytes)
         older = fd is not None and hook.channels.is_older(fd)
         head = _offers.prefix(hook.arena.name) if older else b""
-        return _in_band(payload, head, tail, straight=fd is not None and _is_waited_for(frame))
+        return _in_band(payload, head, tail, frame if fd is not None else None)
     hook.channels.wait_for_budget(fd, channel, payload.nbytes)
     envelope = pack(hook, payload, channel)
     if envelope is None:
-        return _in_band(payload, tail=tail, straight=_is_waited_for(frame))
+        return _in_band(payload, b"", tail, frame)
     if envelope.lease.blocks:
         hook.channels.sent(channel, envelope.lease.blocks[0], payload.nbytes)
     if _hook.current is not hook:
@@ -170,24 +170,26 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
     return envelope
 
 
-def _is_waited_for(frame: FrameType) -> bool:
-    """Tell whether the caller of ``dumps`` writes at once, and nobody else can run meanwhile.
-
-    Else the object may change before all of it is written, and a slow reader makes that a long
-    time: in a process with other threads, such as the feeder of a queue.
-    """
-    is_at_once = isinstance(
+def _writes_at_once(frame: FrameType) -> bool:
+    """Tell whether the caller of ``dumps`` gives the bytes to a connection, and to nobody else."""
+    return frame.f_code is mp_queues.Queue._feed.__code__ or isinstance(  # type: ignore[attr-defined]
         frame.f_locals.get("self"), (mp_connection.Connection, mp_queues.SimpleQueue)
     )
-    return is_at_once and len(sys._current_frames()) == 1
 
 
 def _in_band(
-    payload: Payload, head: bytes = b"", tail: bytes = _COUNTED, *, straight: bool = False
+    payload: Payload, head: bytes = b"", tail: bytes = _COUNTED, frame: FrameType | None = None
 ) -> memoryview | bytes:
-    """Return a pickle that every Python can load, and whose tail says who has counted it."""
-    if straight and payload.nbytes >= _straight.LEAST_NBYTES:
-        return Straight.make(payload, MARK, head=head, tail=tail)
+    """Return a pickle that every Python can load, and whose tail says who has counted it.
+
+    `frame` is that of the caller of ``dumps``, if it is known where the message goes.
+    """
+    if payload.nbytes >= _straight.LEAST_NBYTES and frame is not None and _writes_at_once(frame):
+        # With other threads, such as the feeder of a queue, the object may change before all of it
+        # is written, and a slow reader makes that a long time.
+        is_alone = len(sys._current_frames()) == 1
+        if is_alone or payload.nbytes >= _straight.LEAST_COPIED_NBYTES:
+            return Straight.make(payload, MARK, copied=not is_alone, head=head, tail=tail)
     if payload.sizes:
         return payload.to_pickle(head=head, tail=tail)
     return head + payload.stream + tail

@@ -155,7 +155,8 @@ class Holdings:
             anchor = watch()
             if anchor is not None and watch.anchored and not watch.frees:
                 ((index, _),) = watch.blocks
-                calls = self._data.freeing_calls(self._ledger.offset[index], anchor.nbytes)
+                nbytes = max(anchor.nbytes, self._ledger.resident[index])
+                calls = self._data.freeing_calls(self._ledger.offset[index], nbytes)
                 watch.frees = tuple(_Reference(anchor, call) for call in calls)
 
     def settle_all_at_death(self) -> None:

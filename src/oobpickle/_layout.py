@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from typing import Final, NamedTuple
 
+from oobpickle._huge_pages import HUGE_NBYTES
 from oobpickle._system import PAGE_NBYTES
 
 MAGIC: Final = int.from_bytes(b"OOBPICKL", "little")
@@ -43,6 +44,7 @@ H_COPY_OUT: Final = 8
 H_CLOSED: Final = 9
 H_STRANGERS: Final = 10  # a process that cannot join has read messages: none is known to be unread
 H_HANDED: Final = 11  # how many ends of channels were passed on
+H_HUGE: Final = 12  # how huge pages are to be had: `_huge_pages.policy`
 H_DIRTY: Final = 16
 H_N_BLOCKS: Final = 17
 H_FRONTIER: Final = 18
@@ -110,7 +112,6 @@ FOLLOWS: Final = 1 << 62
 OWN_BLOCK_NBYTES: Final = 64 << 10
 PACK_NBYTES: Final = 1 << 20
 ALIGN_NBYTES: Final = 64
-_HUGE_NBYTES: Final = 2 << 20
 
 
 def commit_word(state: int, owner: int, generation: int) -> int:
@@ -138,7 +139,7 @@ def class_nbytes(size_class: int) -> int:
 def class_stride(size_class: int) -> int:
     """Return the address space of one block: its bytes, then a hole that an overflow falls into."""
     nbytes = class_nbytes(size_class)
-    unit = _HUGE_NBYTES if nbytes >= _HUGE_NBYTES else PAGE_NBYTES
+    unit = HUGE_NBYTES if nbytes >= HUGE_NBYTES else PAGE_NBYTES
     return -(-(nbytes + PAGE_NBYTES) // unit) * unit
 
 

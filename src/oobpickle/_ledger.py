@@ -28,6 +28,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from oobpickle import _faults
+from oobpickle._huge_pages import HUGE_NBYTES, NEVER
 from oobpickle._layout import (
     BLOCKS_AT,
     C_CHANNEL,
@@ -48,6 +49,7 @@ from oobpickle._layout import (
     H_EMPTY,
     H_FRONTIER,
     H_HELD,
+    H_HUGE,
     H_N_BLOCKS,
     H_RESIDENT,
     H_WARM,
@@ -71,7 +73,6 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-_HUGE_NBYTES: Final = 2 << 20
 _AFFINITY_DEPTH: Final = 8
 _CLASSES_UP: Final = 4
 
@@ -133,6 +134,12 @@ class Ledger:
 
         return np.frombuffer(column, np.uint64)[: self.words[H_N_BLOCKS]]
 
+    def pages_nbytes(self, nbytes: int) -> int:
+        """Return how many bytes the pages under the first `nbytes` bytes of a block take."""
+        if nbytes >= HUGE_NBYTES and self.words[H_HUGE] != NEVER:
+            return -(-nbytes // HUGE_NBYTES) * HUGE_NBYTES
+        return page_round(nbytes)
+
     # --- leasing
 
     def lease(
@@ -148,7 +155,7 @@ class Ledger:
             size_class = class_of(nbytes)
             index, link = self._find(size_class, nbytes, slot)
             present = self.resident[index] if index >= 0 else 0
-            grow = page_round(nbytes) - present
+            grow = self.pages_nbytes(nbytes) - present
             if grow > 0:
                 room = words[H_CAPACITY] - words[H_RESIDENT]
                 if grow > room:
@@ -208,8 +215,8 @@ class Ledger:
         if index >= MAX_BLOCKS:
             return Shortage("table", nbytes, 0)
         offset = words[H_FRONTIER]
-        if class_nbytes(size_class) >= _HUGE_NBYTES:
-            offset = -(-offset // _HUGE_NBYTES) * _HUGE_NBYTES
+        if class_nbytes(size_class) >= HUGE_NBYTES:
+            offset = -(-offset // HUGE_NBYTES) * HUGE_NBYTES
         end = offset + class_stride(size_class)
         if end > words[H_DATA_NBYTES]:
             return Shortage("table", nbytes, 0)

@@ -182,9 +182,9 @@ def unreadable(
                     continue  # closed by another thread a moment ago
                 left.discard(channel)
         # A descriptor may be on its way from one process to another: look twice, with none in a
-        # socket. One that is there is somebody's in a moment. What waits in the sockets of processes
-        # that do not descend from a participant is not ours: a strange program with one stuck there
-        # would otherwise keep everything from being reclaimed.
+        # socket. One that is there is somebody's in a moment. What waits in a socket of a process
+        # that does not descend from a participant is not ours: a strange program with one stuck
+        # there would otherwise keep everything from being reclaimed.
         n_looks = 0
         for pause_s in _PAUSES_S:
             others = {*pids, *_own_pids()} if left else set()

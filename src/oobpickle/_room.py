@@ -24,11 +24,12 @@ from oobpickle import _faults, _headroom
 from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings, Keeper
-from oobpickle._layout import FOLLOWS, H_CLOSED
+from oobpickle._huge_pages import BY_FAULT, HUGE_NBYTES
+from oobpickle._layout import FOLLOWS, H_CLOSED, H_HUGE
 from oobpickle._ledger import Ledger, Shortage
 from oobpickle._membership import Membership
 from oobpickle._pipes import unreadable
-from oobpickle._segment import STEP_NBYTES, Segment, page_round
+from oobpickle._segment import STEP_NBYTES, Segment
 from oobpickle._statistics import N_RECLAIMED, format_nbytes
 
 _MARGIN_NBYTES: Final = 256 << 20
@@ -72,14 +73,14 @@ class Room:
         """
         offset = self._ledger.offset[index]
         self._enter(index, offset, min(nbytes, present_nbytes))
-        fresh = page_round(nbytes) - present_nbytes
+        fresh = self._ledger.pages_nbytes(nbytes) - present_nbytes
         if fresh <= 0:
             return
         for start in range(offset + present_nbytes, offset + present_nbytes + fresh, STEP_NBYTES):
             step = min(STEP_NBYTES, offset + present_nbytes + fresh - start)
             self._check_headroom(step, fresh)
             try:
-                self._data.reserve(start, step)
+                self._reserve(start, step)
             except ArenaError as error:  # somebody closed the descriptor
                 raise ArenaFullError(str(error), "detached") from error
             except OSError as error:
@@ -92,6 +93,12 @@ class Room:
             _faults.reach("room.reserved")
             self._data.populate(start, step, write=True)
         self._touched[index] = (self._ledger.punches[index], nbytes)
+
+    def _reserve(self, start: int, nbytes: int) -> None:
+        if nbytes >= HUGE_NBYTES and self._ledger.words[H_HUGE] == BY_FAULT:
+            # What exists already is not reserved again: its pages stay huge.
+            self._data.populate(start, nbytes, write=True)
+        self._data.reserve(start, nbytes)
 
     def enter(self, index: int, nbytes: int) -> None:
         """Make the first `nbytes` bytes of a claimed block fast to read and write."""

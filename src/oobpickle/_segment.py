@@ -34,7 +34,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
-from oobpickle import _faults, _system
+from oobpickle import _faults, _huge_pages, _system
 from oobpickle._errors import ArenaError
 from oobpickle._file_words import WORD_NBYTES, FileWords
 from oobpickle._foreign import ignoring, pass_on_foreign
@@ -293,6 +293,10 @@ class Segment:
     def resident_nbytes(self) -> int:
         """Bytes of the file that have pages (or blocks on disk)."""
         return os.fstat(self.fd).st_blocks * 512
+
+    def huge_nbytes(self) -> int:
+        """Bytes of the mapping that this process has in huge pages."""
+        return _huge_pages.mapped_nbytes(self._address, self.nbytes) if self.mapped else 0
 
     def close(self) -> None:
         """Unmap and close. Nobody may hold an array of this segment."""

@@ -95,6 +95,9 @@ class Statistics:
         message), ``"leased"``, ``"in_flight"``, ``"held"``.
     nbytes_resident : int
         Bytes of the arena that have pages now.
+    nbytes_huge : int
+        Bytes of it that the process that asks has mapped in huge pages; 0 where the system gives
+        none for shared memory.
     capacity : int
         The most bytes that the arena may occupy.
     """
@@ -114,6 +117,7 @@ class Statistics:
     n_blocks: Mapping[str, int]
     nbytes: Mapping[str, int]
     nbytes_resident: int
+    nbytes_huge: int
     capacity: int
 
     @property
@@ -134,6 +138,7 @@ def summed(
     n_blocks: Mapping[str, int],
     nbytes: Mapping[str, int],
     nbytes_resident: int,
+    nbytes_huge: int,
     capacity: int,
 ) -> Statistics:
     """Make the dataclass from the counters of all participants and what the arena knows."""
@@ -153,6 +158,7 @@ def summed(
         n_blocks=n_blocks,
         nbytes=nbytes,
         nbytes_resident=nbytes_resident,
+        nbytes_huge=nbytes_huge,
         capacity=capacity,
     )
 
@@ -166,6 +172,7 @@ def nothing() -> Statistics:
         n_blocks=states,
         nbytes=states,
         nbytes_resident=0,
+        nbytes_huge=0,
         capacity=0,
     )
 

@@ -9,8 +9,12 @@ The receiver knows the pickle by how it begins, and reads each buffer into memor
 it hands on is a small pickle that fetches them. So both together need twice the object, where plain
 pickling needs four times as much.
 
+Where others may change the object meanwhile, what is written is a copy in pieces, and each piece is
+gone when it was written: the receiver's memory grows while the sender's shrinks.
+
 **Lifetime.** A `Straight` belongs to whoever is about to write it, and refers to the user's memory
-until then. What has arrived belongs to the message that was handed on, until that is loaded.
+until then, unless it has a copy. What has arrived belongs to the message that was handed on, until
+that is loaded.
 
 **When it cannot.** A message that does not go on as it began is put together as it was sent. Who
 asks for the bytes of a message gets the bytes.
@@ -20,15 +24,18 @@ from __future__ import annotations
 
 import io
 import itertools
+import mmap
 import os
 import pickle
 import struct
 import sys
 import weakref
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from oobpickle._errors import StaleEnvelopeError
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._payload import (
     BYTEARRAY8,
     PICKLE_BUFFER,
@@ -42,6 +49,10 @@ from oobpickle._payload import (
 
 #: Below this one write is as good.
 LEAST_NBYTES: Final = 1 << 20
+#: Below this a copy may as well be one.
+LEAST_COPIED_NBYTES: Final = 64 << 20
+_COPIED_NBYTES: Final = 16 << 20
+_ORDINARY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 _GATHER_NBYTES: Final = 64 << 10
 _MOST_READ_NBYTES: Final = 1 << 30
 
@@ -58,22 +69,32 @@ class Straight(bytes):
     """
 
     nbytes: int
-    _payload: Payload
-    _ends: dict[str, bytes]
-    _scratch: memoryview
+    _parts: Iterator[Any]
     _token: object
 
     @classmethod
-    def make(cls, payload: Payload, stub_nbytes: int, **ends: bytes) -> Straight:
+    def make(
+        cls, payload: Payload, stub_nbytes: int, *, copied: bool = False, **ends: bytes
+    ) -> Straight:
         """Return a message of a payload, itself of `stub_nbytes` bytes.
 
-        `ends` are the ``head`` and ``tail`` of `Payload.to_pickle`.
+        Parameters
+        ----------
+        payload : Payload
+            What it holds.
+        stub_nbytes : int
+            How long the message pretends to be.
+        copied : bool
+            Whether it is what the object holds now, and not what it holds when it is written.
+        **ends : bytes
+            The ``head`` and ``tail`` of `Payload.to_pickle`.
         """
         message = cls(stub_nbytes)
         message.nbytes = payload.pickle_nbytes(**ends)
-        message._payload = payload
-        message._ends = ends
-        message._scratch = payload.scratch()  # now: later half of the message is in the pipe
+        # Memory is taken now: later half of the message is in the pipe.
+        message._parts = payload.pickle_parts(payload.scratch(), **ends)
+        if copied:
+            message._parts = _emptied(_copied(message._parts))
         message._token = _Token()
         unsent.add(message._token)
         return message
@@ -84,7 +105,7 @@ class Straight(bytes):
         gathered = bytearray(
             struct.pack("!i", self.nbytes) if small else struct.pack("!iQ", -1, self.nbytes)
         )
-        for part in self._payload.pickle_parts(self._scratch, **self._ends):
+        for part in self._parts:
             if len(gathered) + len(part) > _GATHER_NBYTES and gathered:
                 send(memoryview(gathered))
                 gathered = bytearray()
@@ -97,6 +118,39 @@ class Straight(bytes):
     def forget(self) -> None:
         """It was written, as far as it could be."""
         unsent.discard(self._token)
+
+
+def _copied(parts: Iterator[Any]) -> deque[memoryview]:
+    """Return pieces of memory whose pages the system has back as soon as they are dropped."""
+    pieces: deque[memoryview] = deque()
+    n_free = 0
+    for part in parts:
+        source = memoryview(part).cast("B")
+        while source.nbytes:
+            if n_free == 0:
+                pieces.append(_fresh_piece())
+                n_free = _COPIED_NBYTES
+            n = min(n_free, source.nbytes)
+            at = _COPIED_NBYTES - n_free
+            pieces[-1][at : at + n] = source[:n]
+            source, n_free = source[n:], n_free - n
+    if pieces:
+        pieces[-1] = pieces[-1][: _COPIED_NBYTES - n_free]
+    return pieces
+
+
+def _fresh_piece() -> memoryview:
+    # Not by malloc, which keeps what is freed below something that is not.
+    try:
+        return memoryview(mmap.mmap(-1, _COPIED_NBYTES, flags=_ORDINARY))
+    except OSError as error:
+        pass_on_foreign(error)
+        raise MemoryError(f"no memory to copy {_COPIED_NBYTES} bytes of a message") from error
+
+
+def _emptied(pieces: deque[memoryview]) -> Iterator[memoryview]:
+    while pieces:
+        yield pieces.popleft()
 
 
 class _Token:

@@ -4,12 +4,17 @@ import pytest
 
 from process.harness import cases_of, run_program
 
-WITH_ARGUMENTS = {"takes_what_it_needs"}
+WITH_ARGUMENTS = {"takes_what_it_needs", "with_other_threads_the_copy_goes_as_it_is_sent"}
 
 
 @pytest.mark.parametrize("case", [c for c in cases_of("straight") if c not in WITH_ARGUMENTS])
 def test_straight(case):
     run_program("straight", case)
+
+
+@pytest.mark.parametrize("way", ["queue", "pipe"])
+def test_peak_memory_of_a_process_with_threads(way):
+    run_program("straight", "with_other_threads_the_copy_goes_as_it_is_sent", way)
 
 
 @pytest.mark.parametrize("way", ["result", "executor", "pipe", "SimpleQueue"])

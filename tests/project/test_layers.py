@@ -12,7 +12,7 @@ SOURCE = Path(oobpickle.__file__).parent
 
 #: The level of each module; a new one has to be given its place here.
 LEVELS = {
-    0: {"_errors", "_foreign", "_faults", "_system", "_interrupts"},
+    0: {"_errors", "_foreign", "_faults", "_system", "_interrupts", "_huge_pages"},
     1: {
         "_copying",
         "_reducers",

@@ -23,7 +23,8 @@ from oobpickle import (
 )
 from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
-from oobpickle._layout import BLOCKS_AT, H_HELD, H_N_BLOCKS
+from oobpickle._huge_pages import BY_FAULT
+from oobpickle._layout import BLOCKS_AT, H_HELD, H_HUGE, H_N_BLOCKS
 from oobpickle._options import Options
 from oobpickle._segment import Segment
 
@@ -438,6 +439,25 @@ def test_statistics_outlive_the_memory():
     assert arena.try_destroy()  # again does nothing
     with pytest.raises(ArenaFullError):
         arena.acquire([1])
+
+
+@pytest.mark.parametrize("nbytes", [9 * MIB + 1, MIB])
+def test_pages_that_only_a_fault_makes_huge_are_made_by_faults(arena, monkeypatch, nbytes):
+    """`fallocate` would make small ones; so would faults for what is smaller than a huge page."""
+    reserve, before = Segment.reserve, []
+
+    def look(segment, offset, nbytes):
+        before.append(segment.resident_nbytes())
+        reserve(segment, offset, nbytes)
+
+    monkeypatch.setattr(Segment, "reserve", look)
+    arena.ledger.words[H_HUGE] = BY_FAULT
+    lease = arena.acquire([nbytes])
+    resident = arena.data.resident_nbytes()
+    lease.release()
+
+    assert before[-1] == (resident if nbytes > 2 * MIB else 0)
+    assert resident == (10 * MIB if nbytes > 2 * MIB else MIB)
 
 
 def test_a_ledger_of_another_version_is_refused(arena):

@@ -3,6 +3,7 @@
 import pytest
 
 from ledger_tools import assert_in_order, make_ledger, owner_of, state_of
+from oobpickle import _huge_pages
 from oobpickle import _layout as layout
 
 MIB = 1 << 20
@@ -34,6 +35,27 @@ def test_a_leased_block_holds_what_was_asked_for(ledger):
     assert (layout.LEASED, 1) == (state_of(ledger, index), owner_of(ledger, index))
     assert (1, 70_000) == (generation, ledger.used[index])
     assert ledger.resident[index] == ledger.words[layout.H_RESIDENT] == 73_728
+
+
+def test_huge_pages_are_counted_whole(ledger):
+    """Otherwise the arena would occupy more than its capacity."""
+    ledger.words[layout.H_HUGE] = _huge_pages.BY_FAULT
+
+    (large, _), (small, _) = lease(ledger, 2 * MIB + 1, 70_000)
+
+    assert ledger.resident[large] == 4 * MIB
+    assert ledger.resident[small] == 73_728
+    assert ledger.words[layout.H_RESIDENT] == 4 * MIB + 73_728
+
+
+@pytest.mark.parametrize("nbytes", [2 * MIB, 2 * MIB + 1, 7 * MIB, 20 * MIB + 1, 33 * MIB])
+def test_huge_pages_stay_within_their_block(ledger, nbytes):
+    ledger.words[layout.H_HUGE] = _huge_pages.ALWAYS
+
+    (first, _), (second, _) = lease(ledger, nbytes, 70_000)
+
+    assert ledger.offset[first] % (2 * MIB) == 0
+    assert ledger.offset[first] + ledger.resident[first] <= ledger.offset[second]
 
 
 def test_a_released_block_is_leased_again_warm_with_the_next_generation(ledger):

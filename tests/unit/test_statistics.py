@@ -35,6 +35,7 @@ KNOWN = {
     "n_blocks": {"free": 1, "leased": 2, "in_flight": 3, "held": 4},
     "nbytes": {"free": 10, "leased": 20, "in_flight": 30, "held": 40},
     "nbytes_resident": 100,
+    "nbytes_huge": 50,
     "capacity": 1 << 20,
 }
 

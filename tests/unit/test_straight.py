@@ -76,14 +76,34 @@ def through_a_pipe(data, n_announced=None):
             thread.join()
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("head", [b"", b"\x80\x05N0"])
-def test_what_is_written_is_the_ordinary_pickle(obj, head, small_parts):
+def test_what_is_written_is_the_ordinary_pickle(obj, head, copied, small_parts, monkeypatch):
+    monkeypatch.setattr(_straight, "_COPIED_NBYTES", 100_000)
     payload = oobpickle.dumps(obj)
-    message = Straight.make(payload, 37, head=head, tail=TAIL)
+    message = Straight.make(payload, 37, copied=copied, head=head, tail=TAIL)
 
-    assert bytes(payload.to_pickle(head=head, tail=TAIL)) == sent(message)
+    whole = sent(message)
+
+    assert bytes(payload.to_pickle(head=head, tail=TAIL)) == whole
     assert len(message) == 37
-    assert equal(obj, pickle.loads(sent(message)))
+    assert equal(obj, pickle.loads(whole))
+
+
+@pytest.mark.parametrize(("copied", "expected"), [(True, 1), (False, 2)])
+def test_a_copy_is_what_the_object_was(copied, expected):
+    array = np.ones(MIB, np.uint8)
+    message = Straight.make(oobpickle.dumps(array), 37, copied=copied)
+    array[:] = 2
+
+    assert (pickle.loads(sent(message)) == expected).all()
+
+
+def test_no_memory_for_a_copy_is_a_memory_error(monkeypatch):
+    monkeypatch.setattr(_straight, "_COPIED_NBYTES", 1 << 62)
+
+    with pytest.raises(MemoryError, match="no memory to copy"):
+        Straight.make(oobpickle.dumps(OBJECTS["contiguous"]), 37, copied=True)
 
 
 def test_what_arrives_is_loaded_without_the_whole_in_between(obj):

@@ -1,11 +1,13 @@
 """Large messages for which there is no room: in-band, and in no more memory than they need."""
 
+import mmap
 import multiprocessing
 import multiprocessing.connection
 import os
 import pickle
 import resource
 import signal
+import struct
 import threading
 import warnings
 from concurrent.futures import ProcessPoolExecutor
@@ -152,6 +154,43 @@ def other_threads_may_change_what_is_sent():
         one[1][:] = 0
         verify(read.recv(), 1)
         sending.join()
+
+
+def _anonymous_nbytes():
+    with open("/proc/self/status") as file:
+        (kib,) = (line.split()[1] for line in file if line.startswith("RssAnon:"))
+    return int(kib) << 10
+
+
+def _read_step_by_step(fd, memory):
+    """Fill `memory` with a message; return the most ordinary memory that was in use meanwhile."""
+    nbytes, done, most = struct.unpack("!i", os.read(fd, 4))[0], 0, 0
+    while done < nbytes:
+        done += os.readv(fd, [memoryview(memory)[done : min(nbytes, done + MIB)]])
+        most = max(most, _anonymous_nbytes())
+    return nbytes, most
+
+
+def with_other_threads_the_copy_goes_as_it_is_sent(way):
+    """The object, its copy and what has arrived are never more than twice the object together."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB) as arena:
+        warnings.simplefilter("ignore")
+        memory = mmap.mmap(
+            -1, NBYTES + MIB, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        )  # takes pages as it is filled
+        before = _anonymous_nbytes()
+        one = _make(NBYTES)
+        read, write = multiprocessing.Pipe(duplex=False)
+        queue = multiprocessing.Queue()
+        if way == "queue":
+            queue.put(one)
+            read = queue._reader
+        else:
+            threading.Thread(target=write.send, args=(one,)).start()
+        nbytes, most = _read_step_by_step(read.fileno(), memory)
+        assert most - before < (2 + SLACK) * NBYTES, (most - before) / NBYTES
+        assert (pickle.loads(memoryview(memory)[:nbytes]) == one).all()
+        assert arena.statistics().fallbacks["full"].n_messages == 1
 
 
 def not_enough_memory_for_a_strided_array():

@@ -1,0 +1,73 @@
+"""Huge pages for shared memory: how the system gives them, and whether they came.
+
+**What.** `policy` says whether pages of 2 MiB can be had for a memfd, and how; `mapped_nbytes` how
+much of a range is mapped in them.
+
+**How it works.** ``shmem_enabled`` below ``/sys/kernel/mm/transparent_hugepage`` holds for all
+shared memory, and the one below ``hugepages-2048kB`` for this size, unless it says ``inherit``.
+With ``advise`` only a page fault in an advised mapping makes huge pages: ``fallocate(2)`` and
+``pwrite(2)`` know no mapping, and make small ones. Source: the kernel's admin-guide/mm/transhuge.
+
+**Lifetime.** No state. Whoever creates an arena asks once, and writes the answer into the ledger.
+
+**When it cannot.** What cannot be read counts as ``NEVER``, and as no byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+
+from oobpickle._foreign import pass_on_foreign
+
+HUGE_NBYTES: Final = 2 << 20
+
+NEVER: Final = 0
+BY_FAULT: Final = 1  # only by a fault in a mapping that asked for them
+ALWAYS: Final = 2  # by whatever makes pages
+
+_FOLDER: Final = "/sys/kernel/mm/transparent_hugepage/"
+_OF_WORD: Final = {"advise": BY_FAULT, "always": ALWAYS, "within_size": ALWAYS, "force": ALWAYS}
+
+
+def policy() -> int:
+    """Return `NEVER`, `BY_FAULT` or `ALWAYS`, for a file of a memfd's kind."""
+    general = _chosen(_FOLDER + "shmem_enabled")
+    if general in ("deny", "force"):
+        return _OF_WORD.get(general, NEVER)
+    of_size = _chosen(_FOLDER + "hugepages-2048kB/shmem_enabled")  # Linux 6.11
+    return _OF_WORD.get(general if of_size in ("", "inherit") else of_size, NEVER)
+
+
+def _chosen(path: str) -> str:
+    """Return the word in brackets."""
+    try:
+        with open(path) as file:
+            text = file.read()
+    except OSError as error:
+        pass_on_foreign(error)
+        return ""
+    return text.partition("[")[2].partition("]")[0]
+
+
+def mapped_nbytes(address: int, nbytes: int) -> int:
+    """Return how many bytes of a range are mapped in huge pages by this process.
+
+    Takes a walk over its page tables, milliseconds for each GB of small pages.
+    """
+    try:
+        with open("/proc/self/smaps") as file:
+            return _sum(file, address, address + nbytes)
+    except OSError as error:
+        pass_on_foreign(error)
+        return 0
+
+
+def _sum(lines: Iterator[str], start: int, end: int) -> int:
+    total, is_inside = 0, False
+    for line in lines:
+        key = line.split(maxsplit=1)[0]
+        if not key.endswith(":"):  # address-address permissions offset ...
+            is_inside = start <= int(key.partition("-")[0], 16) < end
+        elif is_inside and key == "ShmemPmdMapped:":
+            total += int(line.split()[1]) << 10
+    return total
