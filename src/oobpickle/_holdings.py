@@ -113,6 +113,7 @@ class Holdings:
         self._unlocked: deque[tuple[int, int]] = deque()
         self._punched: deque[int] = deque()
         self._collecting = ThreadLock()
+        self._inherited: tuple[object, ...] = ()
 
     # --- watching
 
@@ -343,10 +344,9 @@ class Holdings:
     def reset_in_child(self) -> None:
         """Start anew in a forked child: what was inherited is the parent's."""
         self.epoch += 1
-        self.leased.clear()
-        self.held.clear()
-        self.adopted.clear()
-        self._returning.clear()
+        # Kept, not cleared: to drop what they refer to would copy the pages that it lies in.
+        self._inherited = self.leased, self.held, self.adopted, self._returning
+        self.leased, self.held, self.adopted, self._returning = {}, {}, {}, set()
         self._pending.clear()
         self._unlocked.clear()
         self._punched.clear()

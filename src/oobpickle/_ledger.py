@@ -320,20 +320,23 @@ class Ledger:
         word = self._array(self.word)
         return [int(i) for i in np.flatnonzero((word & low) == slot << OWNER_SHIFT | state)]
 
-    def recover(self, slot: int) -> None:
-        """Free what a dead participant leased or held.
+    def recover(self, slots: Collection[int]) -> None:
+        """Free what dead participants leased or held: one look at all rows, however many died.
 
-        What it sent is left as it is: a reader may be making it its own at this moment, without the
-        lock. It is nobody's as long as nobody has the slot, and then its new owner's.
+        What they sent is left as it is: a reader may be making it its own at this moment, without
+        the lock. It is nobody's as long as nobody has the slot, and then its new owner's.
         """
         import numpy as np
 
         word = self._array(self.word)
         state = word & np.uint64(STATE_MASK)
-        mine = (word >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)) == slot
-        generation = word & ~np.uint64((1 << 32) - 1)
-        had = mine & ((state == LEASED) | (state == HELD))
-        word[had] = generation[had] | np.uint64(FREE)
+        had = np.flatnonzero((state == LEASED) | (state == HELD))
+        owner = word[had] >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)
+        had = had[np.isin(owner, np.array(list(slots), np.uint64))]
+        if not len(had):
+            return  # the lists and sums are right: whoever died in a step left them to be rebuilt
+        generation = word[had] & ~np.uint64((1 << 32) - 1)
+        word[had] = generation | np.uint64(FREE)
         _faults.reach("ledger.recover.had")
         self.rebuild()
 
@@ -405,11 +408,16 @@ class Ledger:
             words[H_WARM + size_class] = words[H_EMPTY + size_class] = 0
         free = np.flatnonzero((self._array(self.word) & np.uint64(STATE_MASK)) == FREE)
         warm = self._array(self.resident)[free] > 0
-        link = self._array(self.size_class)[free].astype(np.int64)
-        link += np.where(warm, H_WARM, H_EMPTY)
-        # Highest address first, so that the lowest is at the head.
-        for index, at in zip(free[::-1].tolist(), link[::-1].tolist(), strict=True):
-            self.next[index] = words[at]
+        link = self._array(self.size_class)[free].astype(np.int16)  # few bits: a sort in one pass
+        link += np.where(warm, H_WARM, H_EMPTY).astype(np.int16)
+        # Lists lie one after another, and each in the order of addresses, the lowest at its head.
+        order = np.argsort(link, kind="stable")
+        free, link = free[order], link[order]
+        following = np.zeros(len(free), np.uint64)
+        following[:-1] = np.where(link[:-1] == link[1:], free[1:] + 1, 0)
+        self._array(self.next)[free] = following
+        first = np.flatnonzero(np.diff(link, prepend=-1))
+        for at, index in zip(link[first].tolist(), free[first].tolist(), strict=True):
             words[at] = index + 1
 
     def census(self) -> Census:

@@ -92,15 +92,15 @@ class Participants:
 
     def reap(self, locks: LockFile, own_slot: int | None = None) -> int:
         """Step: recover every dead participant; return how many there were."""
-        n_dead = 0
-        for slot in range(self.words[H_N_SLOTS]):
-            if slot != own_slot and self._is_dead(slot, locks):
-                self._ledger.recover(slot)
-                self._absorb(slot)
-                self.words[self._row(slot) + P_STATE] = VACANT
-                _faults.reach("participants.reaped")
-                n_dead += 1
-        return n_dead
+        slots = range(self.words[H_N_SLOTS])
+        dead = [slot for slot in slots if slot != own_slot and self._is_dead(slot, locks)]
+        if dead:
+            self._ledger.recover(dead)
+        for slot in dead:
+            self._absorb(slot)
+            self.words[self._row(slot) + P_STATE] = VACANT
+            _faults.reach("participants.reaped")
+        return len(dead)
 
     def _is_dead(self, slot: int, locks: LockFile) -> bool:
         return self.words[self._row(slot) + P_STATE] == JOINED and not locks.is_alive(slot)

@@ -49,6 +49,7 @@ class Room:
         self._holdings = holdings
         self._membership = membership
         self._touched: dict[int, tuple[int, int]] = {}
+        self._inherited: dict[int, tuple[int, int]] = {}
         self._allowance = 0
         self._look_again_at = 0.0
         self._look_s = 0.0
@@ -117,7 +118,8 @@ class Room:
 
     def forget(self) -> None:
         """In a forked child: page tables of shared mappings are not inherited."""
-        self._touched.clear()
+        # Kept, not cleared: to drop what it refers to would copy the pages that it lies in.
+        self._inherited, self._touched = self._touched, {}
         self._allowance = 0
 
     def _check_headroom(self, nbytes: int, total: int) -> None:

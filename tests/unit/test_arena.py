@@ -719,3 +719,22 @@ def test_an_arena_that_was_left_refuses_to_prepare():
         pass
     with pytest.raises(oobpickle.ArenaFullError, match="closed"):
         arena.prepare(nbytes=10)
+
+
+def test_what_a_child_inherits_is_kept_and_not_taken_apart(arena):
+    """To drop it would copy the pages of the parent that it lies in, one block after another."""
+    lease = arena.acquire([100])
+    books = arena.holdings.leased, arena.room._touched
+    before = [dict(book) for book in books]
+    pid = os.fork()
+    if pid == 0:
+        try:
+            is_anew = arena.holdings.leased == {} and arena.room._touched == {}
+            os._exit(0 if is_anew and [dict(book) for book in books] == before else 1)
+        finally:
+            os._exit(2)
+    _, status = os.waitpid(pid, 0)
+
+    assert 0 == os.waitstatus_to_exitcode(status)
+    assert all(before)
+    lease.release()

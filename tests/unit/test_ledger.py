@@ -165,7 +165,7 @@ def test_recovery_frees_what_the_dead_had_and_keeps_what_it_sent(ledger):
     others = lease(ledger, 400, slot=2)
     ledger.claim(held, [300], 1)
 
-    ledger.recover(1)
+    ledger.recover([1])
 
     states = [state_of(ledger, block[0][0]) for block in (leased, sent, held, others)]
     assert [layout.FREE, layout.IN_FLIGHT, layout.FREE, layout.LEASED] == states
@@ -173,6 +173,46 @@ def test_recovery_frees_what_the_dead_had_and_keeps_what_it_sent(ledger):
     assert [sent[0][0]] == [index for index, _, _ in ledger.in_flight([2, 3])]
     assert [] == ledger.in_flight([1])
     assert ledger.claim(sent, [200], 2) is None
+
+
+def test_many_dead_are_recovered_with_one_rebuild(ledger, monkeypatch):
+    blocks = [lease(ledger, 100, MIB, slot=slot) for slot in range(1, 6)]
+    rebuild, n_rebuilt = ledger.rebuild, []
+    monkeypatch.setattr(ledger, "rebuild", lambda: n_rebuilt.append(rebuild()))
+
+    ledger.recover([1, 2, 4, 5, 6])
+
+    assert 1 == len(n_rebuilt)
+    states = [{state_of(ledger, index) for index, _ in of_one} for of_one in blocks]
+    free, leased = {layout.FREE}, {layout.LEASED}
+    assert [free, free, leased, free, free] == states
+
+
+def test_the_dead_who_had_nothing_cost_no_rebuild(ledger, monkeypatch):
+    blocks = lease(ledger, 100, MIB)
+    send(ledger, 100, slot=2)
+    monkeypatch.setattr(ledger, "rebuild", lambda: pytest.fail("rebuilt for nothing"))
+
+    ledger.recover([2, 3])
+
+    assert {layout.LEASED} == {state_of(ledger, index) for index, _ in blocks}
+
+
+def test_rebuilt_lists_are_in_the_order_of_addresses(ledger):
+    blocks = lease(ledger, *[100, MIB, 5 * MIB] * 5)
+    ledger.release(blocks[::-2] + blocks[1::2], 1)
+    ledger.mark_punched([index for index, _ in blocks[6:]])
+
+    ledger.rebuild()
+
+    found = {}
+    for head in range(layout.H_WARM, layout.H_EMPTY + layout.N_CLASSES):
+        link = ledger.words[head]
+        while link:
+            found.setdefault(head, []).append(link - 1)
+            link = ledger.next[link - 1]
+    assert [2, 2, 2, 3, 3, 3] == sorted(len(indices) for indices in found.values())
+    assert all(indices == sorted(indices) for indices in found.values())
 
 
 def test_forgetting_frees_only_what_the_process_does_not_know(ledger):
