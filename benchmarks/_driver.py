@@ -212,11 +212,11 @@ class Side:
         return statistics.median(durations_s)
 
 
-def main(name: str, start_method: str) -> None:
-    """Answer requests until stdin ends."""
+def main(name: str, start_method: str, make: type[Side] = Side) -> None:
+    """Answer requests, which are methods of what is made, until stdin ends."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # Whatever else prints must not get among the answers.
-    side = Side(name, start_method)
+    side = make(name, start_method)
     for line in sys.stdin:
         command, *arguments = json.loads(line)
         try:

@@ -52,10 +52,10 @@ class MismatchError(Exception):
 class Driver:
     """A side in its own process: ``driver("send", 3)`` runs a command and returns its value."""
 
-    def __init__(self, name: str, start_method: str) -> None:
-        script = Path(__file__).with_name("transfer.py")
+    def __init__(self, name: str, start_method: str, script: str = "transfer.py") -> None:
+        path = Path(__file__).with_name(script)
         self._process = subprocess.Popen(
-            [sys.executable, str(script), "--side", name, "--start-method", start_method],
+            [sys.executable, str(path), "--side", name, "--start-method", start_method],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )
