@@ -16,7 +16,8 @@ Lifetime
     Values only.
 
 When it cannot
-    A part that grows faster than the work is seen once it is as large as half of what does not:
+    What the reference grows by, a line may grow by too: that is the collector of Python, which looks
+    at more objects, or the system. A part that grows faster than the work is seen once it is as large as half of what does not:
     see `BOUND`. With one step there is nothing to compare, and the growth is 1.
 """
 
@@ -119,8 +120,9 @@ class Series:
     def shortfall(self) -> str:
         """Why it falls short: it grows faster than its work; empty if it does not."""
         reasons = []
-        if self.growth() > self.bound:
-            reasons.append(f"growth {self.growth():.2f}, bound {self.bound:g}")
+        bound = max(self.bound, self.reference_growth() or 0)
+        if self.growth() > bound:
+            reasons.append(f"growth {self.growth():.2f}, bound {bound:.3g}")
         most = self.most_of_reference
         for step in self.steps:
             if most is not None and self.cost_s(step) > most * self.reference_cost_s(step):

@@ -36,7 +36,7 @@ def plot_row(name: str, found: list[Series], directory: Path) -> None:
     n_columns = min(_COLUMNS, len(drawn))
     n_rows = -(-len(drawn) // n_columns)
     # No dates and no random names in it: the same figures give the same file.
-    mpl.rcParams["svg.hashsalt"] = name
+    mpl.rcParams.update({"svg.hashsalt": name, "svg.fonttype": "none"})
     figure = Figure((_INCHES[0] * n_columns, _INCHES[1] * n_rows), layout="constrained")
     axes = figure.subplots(n_rows, n_columns, squeeze=False).flat
     for series, one in zip(drawn, axes, strict=False):
@@ -60,7 +60,7 @@ def _draw(series: Series, axes: Any) -> None:
     label = "proportional to the number" if series.is_each else "the same at any number"
     axes.loglog(numbers, [each_s * work for work in works], "k:", label=label)
     low = min([*costs_s, *(s for step in compared for s in step.reference_s)])
-    axes.set_ylim(bottom=low / 3)
+    axes.set_ylim(bottom=low / 3)  # the line goes on below, where a fixed part is what counts
     axes.set_title(series.name, fontsize=10)
     axes.set_xlabel(series.unit, fontsize=8)
     axes.set_ylabel("seconds", fontsize=8)

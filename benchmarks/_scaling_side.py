@@ -100,11 +100,14 @@ class ScalingSide(Side):
     def receive(self, n_arrays: int) -> float:
         """Receive and keep so many arrays of a page; return the seconds of each message."""
         n_new = n_arrays - len(self._held)
+        gc.disable()
         start_s = time.perf_counter()
         while len(self._held) < n_arrays:
             self._writer.send(self._page)
             self._held.append(self._reader.recv())
-        return (time.perf_counter() - start_s) / max(1, n_new)
+        elapsed_s = time.perf_counter() - start_s
+        gc.enable()
+        return elapsed_s / max(1, n_new)
 
     def drop(self) -> float:
         """Drop all that was received, and give the blocks back; return the seconds of each."""
