@@ -16,9 +16,10 @@ Lifetime
     Values only.
 
 When it cannot
-    What the reference grows by, a line may grow by too: that is the collector of Python, which looks
-    at more objects, or the system. A part that grows faster than the work is seen once it is as large as half of what does not:
-    see `BOUND`. With one step there is nothing to compare, and the growth is 1.
+    A part that grows faster than the work is seen once it is as large as half of what does not:
+    see `BOUND`. What a line is compared with may grow too (the system, or Python's collector, which
+    has more objects to look at): a line may grow as much as that does. With one step there is
+    nothing to compare, and the growth is 1.
 """
 
 from __future__ import annotations

@@ -222,6 +222,19 @@ def _dead(options: Options) -> Iterator[Series]:
 # --- many processes
 
 
+def _crowd(options: Options) -> Iterator[Series]:
+    """What asks every process: looking for messages that nobody can read, and the statistics."""
+    look, statistics = (
+        Series(f"crowd-{name}", "idle processes", is_each=True) for name in ("look", "statistics")
+    )
+    for n in (1, 4, 16, 64) if options.is_quick else (1, 4, 16, 64, 256):
+        with _side("oobpickle") as side:
+            side("crowd", n)
+            look.add(n, _batches(options, partial(side, "time", "look", 2)))
+            statistics.add(n, _batches(options, partial(side, "time", "statistics", 10)))
+    yield from (look, statistics)
+
+
 def _workers(options: Options) -> Iterator[Series]:
     """Messages between n processes in pairs; and steps on the ledger with nothing else to do."""
     messages = Series("workers-messages", "processes", "plain")
@@ -267,6 +280,7 @@ ROWS: dict[str, Callable[[Options], Iterator[Series]]] = {
     "unread": _unread,
     "held": _held,
     "dead": _dead,
+    "crowd": _crowd,
     "workers": _workers,
     **{f"rate-{channel}": partial(_rate, channel) for channel in ("pipe", "queue", "pool")},
 }

@@ -190,6 +190,21 @@ class ScalingSide(Side):
         self._expect("leased", len(self._leases))
         return elapsed_s
 
+    def crowd(self, n_processes: int) -> None:
+        """Have so many idle participants, and a message in a channel that only they have open.
+
+        So whoever looks what can be reclaimed has to ask all of them.
+        """
+        self.send_unread(1)
+        reader, self._crowd = os.pipe()
+        for _ in range(n_processes):
+            if os.fork() == 0:
+                os.close(self._crowd)
+                os.read(reader, 1)  # until the parent ends
+                os._exit(0)
+        self._lost_reader.close()
+        self._lost_writer.close()
+
     def with_longest_hold(self, call: str, *arguments: int) -> list[float]:
         """Run another command; return its value, and the longest that one step held the lock."""
         from oobpickle import _mutex
