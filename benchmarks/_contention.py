@@ -6,10 +6,11 @@ What
     `Load`: what was done a second and, if asked, how long the lock was waited for and held.
 
 How it works
-    All processes start at a barrier and stop at a moment that they were told. `watch_lock` wraps
-    two methods of `LedgerMutex` in the process that calls it: the wait is what `_wait` takes, the
-    hold is from the lock's taking to the end of `run_owned`. That costs a microsecond a step, so
-    rates come from runs without it.
+    All processes work until they are warm, meet at a barrier, and stop at a moment that they are
+    told: a new process has to enter the ledger and the blocks of all others in its page tables.
+    `watch_lock` wraps methods of `LedgerMutex` in the process that calls it: the wait is what
+    `_wait` takes, the hold is from the lock's taking to the end of `run_owned`. That costs a
+    microsecond a step, so rates come from runs without it.
 
 Lifetime
     The processes end with the call; one that does not is killed after `_PATIENCE_S`.
@@ -22,11 +23,13 @@ When it cannot
 from __future__ import annotations
 
 import contextlib
+import math
 import multiprocessing
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -34,8 +37,10 @@ import numpy as np
 
 _PATIENCE_S = 60.0
 _BLOCK_NBYTES = 64 << 10
+_N_WARM = 40  # operations of each process before anything is counted
 
-Tally = list[float]  # operations, steps, steps that waited, seconds of waiting, seconds held
+#: Works until the clock says so, but not more often than the second number; returns how often.
+Work = Callable[[float, float], int]
 
 
 @dataclass
@@ -118,34 +123,34 @@ def ping_pong(n_processes: int, nbytes: int, seconds: float, *, watched: bool = 
     """
     ends: list[tuple[Connection, bool]] = []
     if n_processes == 1:
-        return _run([lambda until_s: _to_itself(nbytes, until_s)], seconds, watched)
+        return _run([partial(_to_itself, nbytes)], seconds, watched)
     for _ in range(n_processes // 2):
         one, other = multiprocessing.Pipe()
         ends += [(one, True), (other, False)]
 
-    def work_of(end: Connection, is_first: bool) -> Callable[[float], int]:
-        return lambda until_s: _back_and_forth(end, is_first, nbytes, until_s)
-
+    works = [partial(_back_and_forth, end, is_first, nbytes) for end, is_first in ends]
     try:
-        return _run([work_of(*end) for end in ends], seconds, watched)
+        return _run(works, seconds, watched)
     finally:
         for end, _ in ends:
             end.close()
 
 
-def _to_itself(nbytes: int, until_s: float) -> int:
+def _to_itself(nbytes: int, until_s: float, most: float) -> int:
     reader, writer = multiprocessing.Pipe(duplex=False)
     array, n_done = np.ones(nbytes // 8), 0
-    while time.monotonic() < until_s:
+    while time.monotonic() < until_s and n_done < most:
         writer.send(array)
         n_done += len(reader.recv()) > 0
     return n_done
 
 
-def _back_and_forth(end: Connection, is_first: bool, nbytes: int, until_s: float) -> int:
+def _back_and_forth(
+    end: Connection, is_first: bool, nbytes: int, until_s: float, most: float
+) -> int:
     array, n_done = np.ones(nbytes // 8), 0
     if is_first:
-        while time.monotonic() < until_s:
+        while time.monotonic() < until_s and n_done < most:
             end.send(array)
             n_done += 1 + (len(end.recv()) > 0)
         end.send(None)
@@ -158,9 +163,9 @@ def _back_and_forth(end: Connection, is_first: bool, nbytes: int, until_s: float
 def take_blocks(arena: Any, n_processes: int, seconds: float, *, watched: bool = False) -> Load:
     """Let processes take a block and give it back, without writing."""
 
-    def work(until_s: float) -> int:
+    def work(until_s: float, most: float) -> int:
         n_done = 0
-        while time.monotonic() < until_s:
+        while time.monotonic() < until_s and n_done < most:
             arena.acquire([_BLOCK_NBYTES]).release()
             n_done += 1
         return n_done
@@ -168,16 +173,17 @@ def take_blocks(arena: Any, n_processes: int, seconds: float, *, watched: bool =
     return _run([work] * n_processes, seconds, watched)
 
 
-def _run(works: list[Callable[[float], int]], seconds: float, watched: bool) -> Load:
+def _run(works: Sequence[Work], seconds: float, watched: bool) -> Load:
     context = multiprocessing.get_context("fork")
     ready, until_s = context.Barrier(len(works) + 1), context.Value("d", 0.0, lock=False)
     reader, writer = context.Pipe(duplex=False)
 
-    def main(work: Callable[[float], int]) -> None:
+    def main(work: Work) -> None:
+        work(math.inf, _N_WARM)
         seen = watch_lock() if watched else _Watched()
         ready.wait(_PATIENCE_S)  # all are there; then the parent says until when
         ready.wait(_PATIENCE_S)
-        n_done = work(until_s.value)
+        n_done = work(until_s.value, math.inf)
         tally = [n_done, seen.n_steps, seen.n_waited, seen.wait_s, seen.hold_s]
         # One write(2), so that the tallies of several processes do not mix.
         writer.send_bytes(np.array(tally, np.float64).tobytes())

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import mmap
 import multiprocessing
 import os
 import signal
@@ -66,6 +67,25 @@ class ScalingSide(Side):
         gc.freeze()
         gc.enable()
         return elapsed_s / max(1, n_new)
+
+    def pages(self, n_pages: int) -> float:
+        """Give so many pages of a file to it one by one, with a hole between; seconds for each.
+
+        What the system takes for it, without an arena.
+        """
+        from oobpickle import _system
+
+        fd = os.memfd_create("pages")
+        os.truncate(fd, 2 * _PAGE_NBYTES * n_pages)
+        with mmap.mmap(fd, 2 * _PAGE_NBYTES * n_pages) as mapping:
+            address = np.frombuffer(mapping, np.uint8).ctypes.data
+            start_s = time.perf_counter()
+            for offset in range(0, 2 * _PAGE_NBYTES * n_pages, 2 * _PAGE_NBYTES):
+                _system.allocate(fd, offset, _PAGE_NBYTES)
+                _system.advise(address + offset, _PAGE_NBYTES, _system.MADV_POPULATE_WRITE)
+            elapsed_s = time.perf_counter() - start_s
+        os.close(fd)
+        return elapsed_s / n_pages
 
     def free(self) -> float:
         """Release all leases; return the seconds that each took."""
@@ -159,7 +179,8 @@ class ScalingSide(Side):
 
     def make_room(self) -> float:
         """Seconds of giving the pages of one free block back, as for a message of another size."""
-        self._message()  # so that there is one
+        self._message()
+        self._arena.drain()  # so that there is one
         start_s = time.perf_counter()
         if not self._arena.room.punch_idle(_PAGE_NBYTES):
             raise ValueError("no block was free")
