@@ -154,9 +154,12 @@ class Sink:
         Plain pickle takes the content when an object is reduced, we when all are. So a reducer that
         fills one scratch memory for each of its objects would have all arrive as the last one.
         """
+        owners = [id(_owner_of(source)) for source in self.sources]
+        if len(set(owners)) == len(owners):
+            return False  # before a list is made for each: those are work for the collector
         groups: dict[int, list[Source]] = {}
-        for source in self.sources:
-            groups.setdefault(id(_owner_of(source)), []).append(source)
+        for owner, source in zip(owners, self.sources, strict=True):
+            groups.setdefault(owner, []).append(source)
         return any(_overlap(group) for group in groups.values() if len(group) > 1)
 
     def _stays(self, nbytes: int) -> bool:

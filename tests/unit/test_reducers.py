@@ -1,6 +1,7 @@
 """Reducers: how objects are taken apart, and which ones apply."""
 
 import copyreg
+import gc
 import pickle
 import sys
 from multiprocessing.reduction import ForkingPickler
@@ -341,3 +342,21 @@ def test_bounds_of_a_buffer_are_its_own():
     at = samples.address_of(MEMORY)
 
     assert byte_bounds(held(memoryview(MEMORY)[10:30])) == (at + 10, at + 30)
+
+
+def test_arrays_that_own_their_memory_are_no_work_for_the_collector():
+    """A container for each of them would have it look at all objects again and again."""
+    sink, n_passes = Sink(0), []
+    sink.sources = [np.ones(64) for _ in range(2000)]
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.callbacks.append(lambda phase, info: n_passes.append(phase))
+    try:
+        gc.set_threshold(100)
+        has_overlap = sink.has_overlap()
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.pop()
+
+    assert not has_overlap
+    assert [] == n_passes
