@@ -73,9 +73,10 @@ class Limits:
 
 @dataclass
 class Cell:
-    """What one peer did in one row; seconds by round, then by message."""
+    """What one peer did in one row: seconds by round, then by message; ratios to oobpickle."""
 
     rounds: dict[int, list[float]] = field(default_factory=dict)
+    ratios: list[float] = field(default_factory=list)
     peak_nbytes: int = 0
     is_writable: bool | None = None
     is_private: bool | None = None
@@ -256,7 +257,7 @@ def _warm(side: PeerSide, cell: Cell) -> int:
         return 1
     side("verify")
     once_s = min(side("send", 3 if first_s > _BATCH_S else 20))
-    side("send", max(1, min(_MAX_BATCH, int(_SAMPLED_S / once_s))), cell=cell)
+    side("send", max(1, int(_SAMPLED_S / once_s)), cell=cell)
     return max(1, min(_MAX_BATCH, int(_BATCH_S / once_s)))
 
 

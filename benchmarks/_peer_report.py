@@ -59,7 +59,7 @@ class Verdict:
     is_goal_reached: bool
 
 
-def figures(row: Row, cell: Cell, ours: Cell | None, known: Cell | None = None) -> Figures | None:
+def figures(row: Row, cell: Cell, known: Cell | None = None) -> Figures | None:
     """The figures of a cell; None if it failed.
 
     `known` is a cell of the same peer and workload in which it was tried out what is held.
@@ -74,19 +74,26 @@ def figures(row: Row, cell: Cell, ours: Cell | None, known: Cell | None = None) 
         best_s=min(seconds),
         n_messages=len(seconds),
         gigabytes_per_s=row.n_transfers * row.nbytes / median_s / 1e9,
-        ratio=_ratio(cell, ours) if ours is not None else None,
+        ratio=statistics.median(cell.ratios) if cell.ratios else None,
         peak_nbytes=cell.peak_nbytes,
         is_writable=held.is_writable,
         is_private=held.is_private,
     )
 
 
-def _ratio(theirs: Cell, ours: Cell) -> float | None:
-    ratios = [
-        statistics.median(theirs.rounds[index]) / statistics.median(ours.rounds[index])
-        for index in theirs.rounds.keys() & ours.rounds.keys()
-    ]
-    return statistics.median(ratios) if ratios else None
+def compare(cells: Mapping[str, Cell]) -> None:
+    """Note in each cell the ratios within the rounds that it has in common with oobpickle's.
+
+    All cells are of one run: rounds of different runs have nothing in common.
+    """
+    ours = cells.get(OURS)
+    for cell in cells.values() if ours is not None else ():
+        assert ours is not None
+        cell.ratios = [
+            statistics.median(durations_s) / statistics.median(ours.rounds[index])
+            for index, durations_s in cell.rounds.items()
+            if index in ours.rounds
+        ]
 
 
 def judge(row: Row, all_figures: Mapping[str, Figures]) -> Verdict | None:
@@ -113,10 +120,9 @@ def judge(row: Row, all_figures: Mapping[str, Figures]) -> Verdict | None:
 
 def lines(row: Row, cells: Mapping[str, Cell], known: Mapping[str, Cell]) -> list[str]:
     """The table of one row, the fastest first, what failed last; and the verdict."""
-    ours = cells.get(OURS)
     all_figures = {}
     for name, cell in cells.items():
-        found = figures(row, cell, ours, known.get(name))
+        found = figures(row, cell, known.get(name))
         if found is not None:
             all_figures[name] = found
     text = [f"{row.name}  ({row.n_workers} workers)" if row.n_workers > 1 else row.name]

@@ -42,7 +42,7 @@ from _peer_harness import (
     measure_together,
     remove_leftovers,
 )
-from _peer_report import OURS, figures, header, lines
+from _peer_report import compare, figures, header, lines
 from _peer_rows import ROWS, Row
 
 Found = dict[Row, dict[str, Cell]]
@@ -60,6 +60,7 @@ def _parse(arguments: list[str], description: str) -> argparse.Namespace:
     parser.add_argument("--sizes", default="*", help="patterns, separated by commas, as 64M,1G")
     parser.add_argument("--quick", action="store_true", help="1M and 64M only, fewer rounds")
     parser.add_argument("--passes", type=int, default=3, help="for the rows above 64M (3)")
+    parser.add_argument("--budget", type=float, default=30.0, help="seconds for a cell (30)")
     parser.add_argument("--memory-gib", type=int, default=12, help="at most, for one peer (12)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store all figures there")
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw into this directory")
@@ -70,7 +71,7 @@ def _parse(arguments: list[str], description: str) -> argparse.Namespace:
         metavar="FILE",
         dest="stored",
         default=[],
-        help="print and draw what was stored; of a row in several files, the last counts",
+        help="print and draw what was stored; of a cell in several files, the last counts",
     )
     default = _environment.default_folder()
     text = f"where the libraries are installed ({default})"
@@ -110,48 +111,53 @@ def _reason(peer: str, failures: Mapping[str, str]) -> str:
     return ""
 
 
-def _measure(arguments: argparse.Namespace, failures: Mapping[str, str]) -> Found:
+def _measure(
+    arguments: argparse.Namespace, failures: Mapping[str, str], facts: dict[str, str]
+) -> Found:
     names = [name for name in _peers.NAMES if _matches(name, arguments.peers)]
     missing = {name: reason for name in names if (reason := _reason(name, failures))}
     sizes = "1M,64M" if arguments.quick else arguments.sizes
     rows = [row for row in ROWS if _matches(row.name, arguments.rows) and _matches(row.size, sizes)]
     limits = Limits(
-        cell_s=4.0 if arguments.quick else 30.0,
+        cell_s=4.0 if arguments.quick else arguments.budget,
         reply_s=120.0,
         memory_nbytes=arguments.memory_gib << 30,
         n_rounds=3 if arguments.quick else 7,
         n_passes=arguments.passes,
     )
     there = [name for name in names if name not in missing]
-    found: dict[Row, dict[str, Cell]] = {}
+    found: Found = {}
     try:
-        for n_workers in sorted({row.n_workers for row in rows}):
-            found |= _measure_open(
-                [row for row in rows if row.n_workers == n_workers], there, limits
-            )
-        for row in rows:
-            if row.is_apart:
-                with _noting_time(row):
-                    found[row] = measure_apart(row, there, limits)
+        for row, cells in _measure_rows(rows, there, limits):
+            compare(cells)
+            cells.update({name: Cell(failure=reason) for name, reason in missing.items()})
+            found[row] = cells
+            if arguments.json:
+                _store(arguments.json, facts, found)  # After each row: a run may be cut short.
     finally:
         remove_leftovers()
-    for cells in found.values():
-        cells.update({name: Cell(failure=reason) for name, reason in missing.items()})
     return {row: found[row] for row in rows}
 
 
-def _measure_open(rows: list[Row], names: list[str], limits: Limits) -> dict[Row, dict[str, Cell]]:
-    """The rows for which all sides stay open; they have the same number of workers."""
-    sides: dict[str, PeerSide] = {}
-    found = {}
-    try:
-        for row in rows:
+def _measure_rows(
+    rows: list[Row], names: list[str], limits: Limits
+) -> Iterator[tuple[Row, dict[str, Cell]]]:
+    for n_workers in sorted({row.n_workers for row in rows}):
+        sides: dict[str, PeerSide] = {}
+        try:
+            for row in rows:
+                if row.n_workers == n_workers and not row.is_apart:
+                    with _noting_time(row):
+                        cells = measure_together(row, names, sides, limits)
+                    yield row, cells
+        finally:
+            for side in sides.values():
+                side.__exit__()
+    for row in rows:
+        if row.is_apart:
             with _noting_time(row):
-                found[row] = measure_together(row, names, sides, limits)
-    finally:
-        for side in sides.values():
-            side.__exit__()
-    return found
+                cells = measure_apart(row, names, limits)
+            yield row, cells
 
 
 @contextlib.contextmanager
@@ -174,7 +180,9 @@ def _load(paths: Iterable[Path]) -> tuple[list[dict[str, str]], Found]:
         for row in ROWS:
             cells = stored["rows"].get(row.name)
             if cells:
-                found[row] = {name: _cell(values) for name, values in cells.items()}
+                found.setdefault(row, {}).update(
+                    {name: _cell(values) for name, values in cells.items()}
+                )
     return all_facts, {row: found[row] for row in ROWS if row in found}
 
 
@@ -199,7 +207,7 @@ def _show(found: Found, plots: Path | None) -> None:
         all_figures[row] = {
             name: made
             for name, cell in cells.items()
-            if (made := figures(row, cell, cells.get(OURS), known.get(name))) is not None
+            if (made := figures(row, cell, known.get(name))) is not None
         }
     if plots is not None:
         import _plots
@@ -226,11 +234,11 @@ def main(words: list[str], description: str, failures: Mapping[str, str]) -> int
         if arguments.stored:
             all_facts, found = _load(arguments.stored)
         else:
-            found = _measure(arguments, failures)
+            found = _measure(arguments, failures, all_facts[0])
     except MismatchError as error:
         print(error, file=sys.stderr)
         return 2
-    if arguments.json:
+    if arguments.json and arguments.stored:
         _store(arguments.json, all_facts[0], found)
     for facts in all_facts:
         print(*(f"{name}: {fact}" for name, fact in facts.items()), "", sep="\n")
