@@ -55,7 +55,7 @@ _BATCH_S = 0.1  # So much is measured in a round of one peer, at least one messa
 _SAMPLED_S = 0.3
 _MAX_BATCH = 100
 _FEW = 10
-_FAST_S = 0.5
+_N_WARM, _N_COUNTED = 3, 3  # In a pass.
 _TRIED_S = 5.0  # What is held is tried out where a message takes less, else in a smaller row.
 _SLOW_S = 2.0  # A message that takes longer has nothing to warm up that would matter.
 
@@ -198,7 +198,8 @@ def measure_together(
     for name, side in list(sides.items()):
         with _noting(cells[name], sides, name):
             side("open", row.workload, row.nbytes, row.n_workers, expected)
-            n_messages[name] = _warm(side, cells[name])
+            n_fitting = int(_BATCH_S / _warm(side, cells[name]))
+            n_messages[name] = max(1, min(_MAX_BATCH, n_fitting))
     for index in range(limits.n_rounds):
         for name in _turned(n_messages, index):
             cell = cells[name]
@@ -230,7 +231,7 @@ def measure_apart(row: Row, peers: list[str], limits: Limits) -> dict[str, Cell]
             cell = cells[name]
             if cell.failure or cell.spent_s > limits.cell_s:
                 continue
-            with _noting(cell), PeerSide(name, row.n_workers, limits) as side:
+            with _noting(cell, name=name), PeerSide(name, row.n_workers, limits) as side:
                 _pass(side, row, expected, cell, index)
             remove_leftovers()
     return cells
@@ -238,27 +239,26 @@ def measure_apart(row: Row, peers: list[str], limits: Limits) -> dict[str, Cell]
 
 def _pass(side: PeerSide, row: Row, expected: dict[str, int], cell: Cell, index: int) -> None:
     side("open", row.workload, row.nbytes, row.n_workers, expected)
-    if index == 0:
-        _warm(side, cell)
-    elif cell.last_s() < _SLOW_S:
-        side("send", 2)
-    n_messages = 3 if cell.rounds and cell.last_s() < _FAST_S else 1
-    cell.rounds[index] = side("send", n_messages)
-    if index == 0 and cell.last_s() < _TRIED_S:
+    once_s = cell.last_s() if cell.rounds else _warm(side, cell)
+    if cell.rounds and once_s < _SLOW_S:
+        side("send", _N_WARM)
+    cell.rounds[index] = side("send", _N_COUNTED if once_s < _SLOW_S else 1)
+    if cell.is_writable is None and once_s < _TRIED_S:
         _finish(side, cell)
     else:
         cell.facts = side("facts")
 
 
-def _warm(side: PeerSide, cell: Cell) -> int:
-    """Transfer without counting; return how many messages make a batch."""
+def _warm(side: PeerSide, cell: Cell) -> float:
+    """Transfer without counting; return about how long a message takes."""
     [first_s] = side("send", 1, cell=cell)
     if first_s > _SLOW_S:
-        return 1
+        return float(first_s)
     side("verify")
-    once_s = min(side("send", 3 if first_s > _BATCH_S else 20))
-    side("send", max(1, int(_SAMPLED_S / once_s)), cell=cell)
-    return max(1, min(_MAX_BATCH, int(_BATCH_S / once_s)))
+    once_s = float(min(side("send", 20 if first_s < _BATCH_S else _N_WARM)))
+    if once_s < _SAMPLED_S:
+        side("send", int(_SAMPLED_S / once_s), cell=cell)
+    return once_s
 
 
 def _finish(side: PeerSide, cell: Cell) -> None:

@@ -24,6 +24,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,8 +59,8 @@ def _parse(arguments: list[str], description: str) -> argparse.Namespace:
     parser.add_argument("--rows", default="*", help="only the rows that match, as result-*")
     parser.add_argument("--peers", default="*", help="patterns, separated by commas")
     parser.add_argument("--sizes", default="*", help="patterns, separated by commas, as 64M,1G")
-    parser.add_argument("--quick", action="store_true", help="1M and 64M only, fewer rounds")
-    parser.add_argument("--passes", type=int, default=3, help="for the rows above 64M (3)")
+    parser.add_argument("--quick", action="store_true", help="64M only, fewer rounds")
+    parser.add_argument("--passes", type=int, default=2, help="for the rows above 64M (2)")
     parser.add_argument("--budget", type=float, default=30.0, help="seconds for a cell (30)")
     parser.add_argument("--memory-gib", type=int, default=12, help="at most, for one peer (12)")
     parser.add_argument("--json", type=Path, metavar="FILE", help="store all figures there")
@@ -116,7 +117,7 @@ def _measure(
 ) -> Found:
     names = [name for name in _peers.NAMES if _matches(name, arguments.peers)]
     missing = {name: reason for name in names if (reason := _reason(name, failures))}
-    sizes = "1M,64M" if arguments.quick else arguments.sizes
+    sizes = "64M" if arguments.quick else arguments.sizes
     rows = [row for row in ROWS if _matches(row.name, arguments.rows) and _matches(row.size, sizes)]
     limits = Limits(
         cell_s=4.0 if arguments.quick else arguments.budget,
@@ -229,6 +230,8 @@ def main(words: list[str], description: str, failures: Mapping[str, str]) -> int
     if arguments.side:
         _peer_side.main(arguments.side)
         return 0
+    # Sides are in sessions of their own: who ends this program must not leave them behind.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     all_facts = [_facts(words)]
     try:
         if arguments.stored:

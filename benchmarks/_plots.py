@@ -82,6 +82,9 @@ def _draw_latency(all_figures: AllFigures, names: list[str], path: Path) -> Path
             if points:
                 [handles[name]] = axis.plot(*zip(*points, strict=True), **_style(names, name))
         axis.set(xscale="log", yscale="log", title=workload, xlabel="size of the model", ylabel="s")
+        if not axis.lines:
+            axis.axis("off")
+            continue
         sizes = {row.size for row in all_figures if row.workload == workload}
         axis.set_xticks([SIZES[size] for size in sizes], sizes)
         axis.minorticks_off()

@@ -66,14 +66,14 @@ class ExecutorPeer(Peer):
     def exchange(self, model: Model) -> Model:
         return self._result(self._executor.submit(change, self.prepared(model)))
 
-    def results(self, n_results: int) -> Iterator[Model]:
-        futures = {self._executor.submit(self.make_task(), stamp) for stamp in range(n_results)}
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
+        futures = {self._executor.submit(self.make_task(), stamp) for _ in range(n_results)}
         for future in concurrent.futures.as_completed(futures):
             futures.remove(future)  # Else each model would live until the last one was merged.
             yield self._result(future)
 
-    def collect(self, n_results: int) -> list[Model]:
-        return list(self._executor.map(self.make_task(), range(n_results)))
+    def collect(self, n_results: int, stamp: int) -> list[Model]:
+        return list(self._executor.map(self.make_task(), [stamp] * n_results))
 
     def make_task(self) -> Any:
         return make_result

@@ -52,12 +52,15 @@ class Peer(ABC):
         """Send the model to a worker, which changes one element, and get it back."""
 
     @abstractmethod
-    def results(self, n_results: int) -> Iterator[Model]:
-        """Get so many models from the workers, stamped 0, 1, ..., as they arrive."""
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
+        """Get so many models from the workers, with this stamp, as they arrive.
 
-    def collect(self, n_results: int) -> list[Model]:
+        All have the same one: a library may keep a result by reference until it is fetched.
+        """
+
+    def collect(self, n_results: int, stamp: int) -> list[Model]:
         """Get so many models from the workers and hold them all."""
-        return list(self.results(n_results))
+        return list(self.results(n_results, stamp))
 
     def end(self) -> None:
         """Nothing is sent any more, and nothing will be started."""

@@ -104,12 +104,12 @@ class PoolPeer(Peer):
     def exchange(self, model: Model) -> Model:
         return self._receive(self._pool.apply(_change, (self._pack(model),)))
 
-    def results(self, n_results: int) -> Iterator[Model]:
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
         # No variable here: it would keep each model until the next one is there.
-        yield from map(self._receive, self._pool.imap_unordered(_make, range(n_results)))
+        yield from map(self._receive, self._pool.imap_unordered(_make, [stamp] * n_results))
 
-    def collect(self, n_results: int) -> list[Model]:
-        messages = self._pool.map(_make, range(n_results), chunksize=1)
+    def collect(self, n_results: int, stamp: int) -> list[Model]:
+        messages = self._pool.map(_make, [stamp] * n_results, chunksize=1)
         return [self._receive(message) for message in messages]
 
     def tidy(self) -> None:

@@ -68,24 +68,24 @@ class Dask(Peer):
     def exchange(self, model: Model) -> Model:
         return self._get(self._client.submit(change, self._scatter(model), pure=False))
 
-    def results(self, n_results: int) -> Iterator[Model]:
-        futures = as_completed(self._request(n_results), with_results=False)
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
+        futures = as_completed(self._request(n_results, stamp), with_results=False)
         for future in futures:
             model = self._get(future)
             del future
             yield model
 
-    def collect(self, n_results: int) -> list[Model]:
-        models: list[Model] = self._client.gather(self._request(n_results), direct=True)
+    def collect(self, n_results: int, stamp: int) -> list[Model]:
+        models: list[Model] = self._client.gather(self._request(n_results, stamp), direct=True)
         return models
 
-    def _request(self, n_results: int) -> list[Any]:
+    def _request(self, n_results: int, stamp: int) -> list[Any]:
         n_workers = len(self._addresses)
         return [
             self._client.submit(
-                make_result, stamp, pure=False, workers=[self._addresses[stamp % n_workers]]
+                make_result, stamp, pure=False, workers=[self._addresses[index % n_workers]]
             )
-            for stamp in range(n_results)
+            for index in range(n_results)
         ]
 
     def _scatter(self, model: Model) -> Any:

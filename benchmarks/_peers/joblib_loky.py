@@ -60,13 +60,13 @@ class Joblib(Peer):
     def exchange(self, model: Model) -> Model:
         return self._one(delayed(change)(model))
 
-    def results(self, n_results: int) -> Iterator[Model]:
-        calls = (delayed(make_result)(stamp) for stamp in range(n_results))
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
+        calls = (delayed(make_result)(stamp) for _ in range(n_results))
         parallel = Parallel(n_jobs=self._n_jobs, batch_size=1, return_as="generator_unordered")
         yield from parallel(calls)
 
-    def collect(self, n_results: int) -> list[Model]:
-        return self._parallel(delayed(make_result)(stamp) for stamp in range(n_results))
+    def collect(self, n_results: int, stamp: int) -> list[Model]:
+        return self._parallel(delayed(make_result)(stamp) for _ in range(n_results))
 
     def _one(self, call: Any) -> Model:
         model: Model = self._parallel([call])[0]

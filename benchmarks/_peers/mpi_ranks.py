@@ -98,9 +98,9 @@ class Ranks(Peer):
     def exchange(self, model: Model) -> Model:
         return self._call(change, model)
 
-    def results(self, n_results: int) -> Iterator[Model]:
-        for stamp in range(n_results):
-            rank = self._ranks[stamp % len(self._ranks)]
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
+        for index in range(n_results):
+            rank = self._ranks[index % len(self._ranks)]
             _communicator.send((make_result, stamp, False), dest=rank)
         for _ in range(n_results):
             yield _communicator.recv(source=MPI.ANY_SOURCE)

@@ -84,16 +84,16 @@ class Ray(Peer):
         changed: Model = ray.get(self._actors[0].change.remote(ray.put(model)))
         return changed
 
-    def results(self, n_results: int) -> Iterator[Model]:
-        waiting = self._request(n_results)
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
+        waiting = self._request(n_results, stamp)
         while waiting:
             [ready], waiting = ray.wait(waiting, num_returns=1)
             yield ray.get(ready)
 
-    def collect(self, n_results: int) -> list[Model]:
-        models: list[Model] = ray.get(self._request(n_results))
+    def collect(self, n_results: int, stamp: int) -> list[Model]:
+        models: list[Model] = ray.get(self._request(n_results, stamp))
         return models
 
-    def _request(self, n_results: int) -> list[Any]:
+    def _request(self, n_results: int, stamp: int) -> list[Any]:
         n_actors = len(self._actors)
-        return [self._actors[stamp % n_actors].make.remote(stamp) for stamp in range(n_results)]
+        return [self._actors[index % n_actors].make.remote(stamp) for index in range(n_results)]

@@ -82,15 +82,14 @@ class Pairs(Peer):
     def exchange(self, model: Model) -> Model:
         return self._call(change, model)
 
-    def results(self, n_results: int) -> Iterator[Model]:
+    def results(self, n_results: int, stamp: int) -> Iterator[Model]:
         n_workers = len(self._workers)
-        for stamp in range(min(n_results, n_workers * CAPACITY)):
-            self._senders[stamp % n_workers].put((make_result, stamp))
-        for stamp in range(n_results):
-            model = self._receivers[stamp % n_workers].get()
-            further = stamp + n_workers * CAPACITY
-            if further < n_results:
-                self._senders[further % n_workers].put((make_result, further))
+        for index in range(min(n_results, n_workers * CAPACITY)):
+            self._senders[index % n_workers].put((make_result, stamp))
+        for index in range(n_results):
+            model = self._receivers[index % n_workers].get()
+            if index + n_workers * CAPACITY < n_results:
+                self._senders[index % n_workers].put((make_result, stamp))
             yield model
             del model
 
