@@ -25,6 +25,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
+matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "peers"})  # Small, repeatable.
 
 import matplotlib.pyplot as plt
 from _peer_report import OURS, Figures

@@ -110,6 +110,7 @@ def test_rows_up_to_one_mebibyte_are_not_judged(report: ModuleType) -> None:
     large = "\n".join(report.lines(row("result-64M"), cells, {}))
 
     assert "not judged" in small
+    assert "GOAL" not in small
     assert "GOAL NOT REACHED" in large
 
 
