@@ -25,7 +25,6 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("Agg")
-matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "peers"})  # Small, repeatable.
 
 import matplotlib.pyplot as plt
 from _peer_report import OURS, Figures
@@ -50,6 +49,8 @@ def _style(names: list[str], name: str) -> dict[str, Any]:
 def draw(all_figures: AllFigures, folder: Path) -> list[Path]:
     """Write all plots; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Small files, and the same ones for the same figures.
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "peers"})
     names = [name for name in _names(all_figures) if name != OURS]
     paths = [_draw_latency(all_figures, names, folder / "peers-latency.svg")]
     for quantity, label, title in (
