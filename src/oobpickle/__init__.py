@@ -20,6 +20,7 @@ from oobpickle._errors import (
     FallbackWarning,
     OobPickleError,
     PayloadError,
+    ResizedError,
     StaleEnvelopeError,
     StructureError,
 )
@@ -39,6 +40,7 @@ __all__ = [
     "OobPickleError",
     "Payload",
     "PayloadError",
+    "ResizedError",
     "StaleEnvelopeError",
     "Statistics",
     "StructureError",

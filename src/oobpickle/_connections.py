@@ -37,7 +37,7 @@ from typing import Any, Final
 from oobpickle import _envelope, _hook, _offers, _statistics, _straight
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
-from oobpickle._errors import ArenaError, ArenaFullError
+from oobpickle._errors import ArenaError, ArenaFullError, ResizedError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._hook import Hook, running
 from oobpickle._payload import Payload
@@ -82,8 +82,15 @@ def hooked_pickler(original: Any) -> Any:
             undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
             table = original._extra_reducers
             payload = serialize(obj, table, hook.threshold, by_value=True, undo=undo)
-            if payload.sizes or len(payload.stream) >= hook.threshold:
-                return _send(hook, payload, sys._getframe(1))
+            if payload.sizes or payload.stream_nbytes >= hook.threshold:
+                frame = sys._getframe(1)
+                try:
+                    return _send(hook, payload, frame)
+                except ResizedError:
+                    payload = serialize(
+                        obj, table, hook.threshold, by_value=True, copying=True, undo=undo
+                    )
+                    return _send(hook, payload, frame)
             return payload.stream
 
     _codes.add(vars(HookedPickler)["dumps"].__func__.__code__)

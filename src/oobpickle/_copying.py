@@ -1,6 +1,7 @@
 """Copying much memory at once, on two cores where there are two.
 
-**What.** `copy_array` is ``np.copyto`` for arrays of one shape and dtype.
+**What.** `copy_array` is ``np.copyto`` for arrays of one shape and dtype, `copy_bytes` the same for
+memory of one size.
 
 **How it works.** One core alone cannot move as much as memory can: two reach 1.6 times the rate
 here. So a large copy is cut into pieces, and a helper thread takes some of them if it gets a core
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 
 _LEAST_NBYTES: Final = 32 << 20
 _PIECE_NBYTES: Final = 8 << 20
+_SMALL_NBYTES: Final = 32 << 10
 
 
 class _Job:
@@ -67,6 +69,16 @@ def copy_array(destination: Array, source: Array) -> None:
         np.copyto(destination, source)
         return
     _copy_with_helper(_Job(_pieces(destination, source)))
+
+
+def copy_bytes(destination: memoryview, source: bytes | memoryview) -> None:
+    """Copy contiguous bytes; if they are many, the GIL is released meanwhile."""
+    if len(source) <= _SMALL_NBYTES:
+        destination[:] = source
+        return
+    import numpy as np
+
+    copy_array(np.frombuffer(destination, np.uint8), np.frombuffer(source, np.uint8))
 
 
 def _is_a_core_idle() -> bool:

@@ -98,22 +98,24 @@ def pack(
     ArenaFullError
         From `acquire`; nothing stays leased, here or after any other exception.
     """
-    sizes, stream = payload.sizes, payload.stream
+    sizes, n_stream = payload.sizes, payload.stream_nbytes
     indirect = _is_indirect(payload)
     if indirect:
-        index_nbytes = _index_nbytes(sizes, len(stream))
+        index_nbytes = _index_nbytes(sizes, n_stream)
         lease = acquire([index_nbytes, *sizes])
         index, *destinations = lease.destinations
-        _write_index(index, lease.blocks, sizes, stream)
+        table = _table(lease.blocks, sizes)
+        index[: len(table)] = table
+        payload.write_stream_into(index[len(table) : len(table) + n_stream])
         payload.write_into(destinations)
         body = _table(lease.blocks[:1], [index_nbytes])
     else:
         lease = acquire(sizes)
         payload.write_into(lease.destinations)
-        body = _table(lease.blocks, sizes) + stream
+        body = _table(lease.blocks, sizes) + payload.stream
     _faults.reach("envelope.copied")
     lease.seal(channel)
-    counts = (len(lease.blocks), len(sizes), _INDIRECT if indirect else 0, len(stream))
+    counts = (len(lease.blocks), len(sizes), _INDIRECT if indirect else 0, n_stream)
     framed = _framed(name, counts, body)
     envelope = Envelope(PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
     envelope.lease = lease
@@ -122,7 +124,7 @@ def pack(
 
 def _is_indirect(payload: Payload) -> bool:
     sizes = payload.sizes
-    n_inline = len(payload.stream) + 8 * len(sizes)
+    n_inline = payload.stream_nbytes + 8 * len(sizes)
     return FORCED or n_inline > _INLINE_NBYTES or not any(sizes)
 
 
@@ -130,7 +132,7 @@ def sizes_of(payload: Payload) -> list[int]:
     """Return what `pack` would acquire for the payload, bytes."""
     sizes = payload.sizes
     if _is_indirect(payload):
-        sizes = [_index_nbytes(sizes, len(payload.stream)), *sizes]
+        sizes = [_index_nbytes(sizes, payload.stream_nbytes), *sizes]
     return sizes
 
 
@@ -143,14 +145,6 @@ def _index_nbytes(sizes: Sequence[int], n_stream: int) -> int:
     # At least a block of its own, so that it does not change how the others are laid out.
     n_blocks = 1 + len(plan(list(sizes)).needs)
     return max(OWN_BLOCK_NBYTES, 16 * n_blocks + 8 * len(sizes) + n_stream)
-
-
-def _write_index(
-    index: memoryview, blocks: Sequence[tuple[int, int]], sizes: Sequence[int], stream: bytes
-) -> None:
-    table = _table(blocks, sizes)
-    index[: len(table)] = table
-    index[len(table) : len(table) + len(stream)] = stream
 
 
 def _framed(name: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:

@@ -27,9 +27,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
-from oobpickle._copying import copy_array
+from oobpickle._copying import copy_array, copy_bytes
 from oobpickle._errors import PayloadError
 from oobpickle._reducers import byte_bounds, in_memory_order
+from oobpickle._resizable import Resizable
+from oobpickle._stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
@@ -51,23 +53,32 @@ class Payload:
     Attributes
     ----------
     stream : bytes
-        The in-band pickle, protocol 5.
+        The in-band pickle, protocol 5; put together anew each time.
     sizes : list of int
         nbytes of each buffer.
     nbytes : int
         Stream and buffers together, bytes.
     """
 
-    __slots__ = ("_sources", "sizes", "stream")
+    __slots__ = ("_sources", "_stream", "sizes")
 
-    def __init__(self, stream: bytes, sources: Sequence[Any], sizes: list[int]) -> None:
-        self.stream = stream
+    def __init__(self, stream: bytes | Stream, sources: Sequence[Any], sizes: list[int]) -> None:
+        self._stream = stream if isinstance(stream, Stream) else Stream([stream])
         self._sources = sources
         self.sizes = sizes
 
     @property
+    def stream(self) -> bytes:
+        return bytes(self._stream)
+
+    @property
+    def stream_nbytes(self) -> int:
+        """Bytes of the stream."""
+        return self._stream.nbytes
+
+    @property
     def nbytes(self) -> int:
-        return len(self.stream) + sum(self.sizes)
+        return self._stream.nbytes + sum(self.sizes)
 
     @property
     def buffers(self) -> list[Source]:
@@ -78,14 +89,16 @@ class Payload:
         return [_exposed(source) for source in self._sources]
 
     def __repr__(self) -> str:
-        return f"<Payload of {self.nbytes} bytes: stream {len(self.stream)}, buffers {self.sizes}>"
+        return (
+            f"<Payload of {self.nbytes} bytes: stream {self.stream_nbytes}, buffers {self.sizes}>"
+        )
 
     def overlaps(self, targets: Sequence[Any]) -> bool:
         """Tell whether a source lies in the memory of a target other than the one at its place."""
         spans = sorted((*byte_bounds(t), i) for i, t in enumerate(targets) if t.nbytes)
         starts = [start for start, _, _ in spans]
         for position, source in enumerate(self._sources):
-            low, high = byte_bounds(as_pickle_buffer(source))
+            low, high = byte_bounds(source)
             at = max(0, bisect_right(starts, low) - 1)
             while at < len(spans) and spans[at][0] < high:
                 start, end, index = spans[at]
@@ -112,15 +125,24 @@ class Payload:
         for view, source in zip(views, self._sources, strict=True):
             _copy(view, source)
 
+    def write_stream_into(self, view: memoryview) -> None:
+        """Copy the stream once into memory of `stream_nbytes` bytes."""
+        self._stream.write_into(view)
+
+    def pinned(self) -> Payload:
+        """Return the same, with nothing in it that can be resized before it is written."""
+        held = [s.raw() if isinstance(s, Resizable) else s for s in self._sources]
+        return type(self)(self._stream.pinned(), held, self.sizes)
+
     def to_bytes(self) -> bytes:
         """Return everything as one string of bytes, with a checksum; see `from_bytes`."""
         sizes = struct.pack(f"<{len(self.sizes)}Q", *self.sizes)
-        head = _HEADER.pack(_MAGIC, _VERSION, len(self.sizes), 0, 0, len(self.stream)) + sizes
-        offsets, total = _offsets(len(head) + len(self.stream), self.sizes)
+        head = _HEADER.pack(_MAGIC, _VERSION, len(self.sizes), 0, 0, self.stream_nbytes) + sizes
+        offsets, total = _offsets(len(head) + self.stream_nbytes, self.sizes)
         whole = bytearray(total)
         view = memoryview(whole)
         view[: len(head)] = head
-        view[len(head) : len(head) + len(self.stream)] = self.stream
+        self.write_stream_into(view[len(head) : len(head) + self.stream_nbytes])
         for at, nbytes, source in zip(offsets, self.sizes, self._sources, strict=True):
             _copy(view[at : at + nbytes], source)
         struct.pack_into("<I", whole, _CRC_AT, zlib.crc32(whole))
@@ -184,8 +206,9 @@ class Payload:
             at = _put(whole, at, PICKLE_BUFFER.pack(BYTEARRAY8, nbytes))
             _copy(whole[at : at + nbytes], source)
             at += nbytes
-        at = _put(whole, _put(whole, at, self._pickle_middle()), self.stream)
-        _put(whole, _put(whole, at, PICKLE_END), tail)
+        at = _put(whole, at, self._pickle_middle())
+        self.write_stream_into(whole[at : at + self.stream_nbytes])
+        _put(whole, _put(whole, at + self.stream_nbytes, PICKLE_END), tail)
         return whole
 
     def pickle_nbytes(self, *, head: bytes = b"", tail: bytes = b"") -> int:
@@ -195,7 +218,7 @@ class Payload:
 
     def scratch(self) -> memoryview:
         """Return memory that is enough for `pickle_parts`."""
-        flats = (s for s in self._sources if not isinstance(s, (PickleBuffer, memoryview)))
+        flats = (s for s in self._sources if not isinstance(s, _FLAT))
         strided = (s.nbytes for s in flats if not in_memory_order(s).flags.c_contiguous)
         return _empty(min(_PART_NBYTES, max(strided, default=0)))
 
@@ -212,11 +235,11 @@ class Payload:
             if nbytes:
                 yield from _parts_of(source, scratch)
         yield self._pickle_middle()
-        yield self.stream
+        yield from self._stream.parts()
         yield PICKLE_END + tail
 
     def _pickle_middle(self) -> bytes:
-        return _PICKLE_MIDDLE + struct.pack("<Q", len(self.stream))
+        return _PICKLE_MIDDLE + struct.pack("<Q", self.stream_nbytes)
 
 
 # partial(loads, buffers=(bytearray, ...))(stream), written out by hand: nothing is pickled twice.
@@ -274,18 +297,21 @@ def _offsets(start: int, sizes: Sequence[int]) -> tuple[list[int], int]:
     return offsets, start
 
 
+#: What is bytes in a row; everything else is an array.
+_FLAT: Final = (PickleBuffer, memoryview, Resizable)
+
+
+def _raw(source: PickleBuffer | memoryview | Resizable) -> memoryview:
+    return source.cast("B") if isinstance(source, memoryview) else source.raw()
+
+
 def _exposed(source: Any) -> Any:
-    if isinstance(source, (PickleBuffer, memoryview)):
-        return source if isinstance(source, PickleBuffer) else PickleBuffer(source)
+    if isinstance(source, _FLAT):
+        return source if isinstance(source, PickleBuffer) else PickleBuffer(_raw(source))
     flat = in_memory_order(source)
     if not flat.flags.c_contiguous:
         return source
     return PickleBuffer(flat.reshape(-1).view("u1"))
-
-
-def as_pickle_buffer(source: Any) -> Any:
-    """Return a memoryview as a PickleBuffer; arrays and PickleBuffers as they are."""
-    return PickleBuffer(source) if isinstance(source, memoryview) else source
 
 
 def _writable(destination: Buffer) -> memoryview:
@@ -299,12 +325,11 @@ def _writable(destination: Buffer) -> memoryview:
 
 
 def _copy(view: memoryview, source: Any) -> None:
-    if isinstance(source, (PickleBuffer, memoryview)):
-        raw = memoryview(source) if isinstance(source, memoryview) else source.raw()
-        if raw.nbytes <= _SMALL_NBYTES:
-            view[:] = raw
-            return
-        _copy_bytes(view, raw)
+    if isinstance(source, Resizable):
+        source.copy_into(view)
+        return
+    if isinstance(source, _FLAT):
+        copy_bytes(view, _raw(source))
         return
     import numpy as np
 
@@ -320,8 +345,8 @@ def _copy(view: memoryview, source: Any) -> None:
 
 
 def _parts_of(source: Any, scratch: memoryview) -> Iterator[memoryview]:
-    if isinstance(source, (PickleBuffer, memoryview)):
-        yield memoryview(source).cast("B") if isinstance(source, memoryview) else source.raw()
+    if isinstance(source, _FLAT):
+        yield _raw(source)
         return
     flat = in_memory_order(source)
     if flat.flags.c_contiguous:
@@ -336,9 +361,3 @@ def _parts_of(source: Any, scratch: memoryview) -> Iterator[memoryview]:
         step = max(1, len(flat) * _PART_NBYTES // flat.nbytes)
         for start in range(0, len(flat), step):
             yield from _parts_of(flat[start : start + step], scratch)
-
-
-def _copy_bytes(view: memoryview, raw: memoryview) -> None:
-    import numpy as np
-
-    copy_array(np.frombuffer(view, np.uint8), np.frombuffer(raw, np.uint8))

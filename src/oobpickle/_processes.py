@@ -42,8 +42,10 @@ from typing import IO, Any, Final
 from oobpickle._arena import users
 from oobpickle._connections import is_standard, pack, undo_list_of_message
 from oobpickle._envelope import Envelope
+from oobpickle._errors import ResizedError
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Hook, running
+from oobpickle._payload import Payload
 from oobpickle._pipes import channel_id
 from oobpickle._serializer import serialize
 
@@ -97,16 +99,20 @@ def hooked_dump(original: Any) -> Any:
     return dump
 
 
-def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryview]:
-    """Yield the pickle of a process object, or its envelope and what closes the guard."""
+def _parts(hook: Hook, process: object, popen: Any) -> list[bytes | memoryview]:
+    """Return the pickle of a process object, or its envelope and what closes the guard."""
     n_fds = len(popen._fds)
-    payload = serialize(
-        process,
-        mp_reduction.ForkingPickler._extra_reducers,  # type: ignore[attr-defined]
-        hook.threshold,
-        by_value=True,
-        undo=[lambda: popen._fds.__delitem__(slice(n_fds, None))],
-    )
+    table = mp_reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    undo = [lambda: popen._fds.__delitem__(slice(n_fds, None))]
+    try:
+        payload = serialize(process, table, hook.threshold, by_value=True, undo=undo)
+        return list(_parts_of(hook, payload, popen))
+    except ResizedError:
+        payload = serialize(process, table, hook.threshold, by_value=True, copying=True, undo=undo)
+        return list(_parts_of(hook, payload, popen))
+
+
+def _parts_of(hook: Hook, payload: Payload, popen: Any) -> Iterator[bytes | memoryview]:
     if payload.nbytes >= hook.threshold:
         guard = Guard()
         envelope = pack(hook, payload, guard.channel)

@@ -25,6 +25,8 @@ from itertools import pairwise
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
+from oobpickle._resizable import Resizable
+
 if TYPE_CHECKING:
     import numpy as np
 
@@ -116,13 +118,13 @@ class Sink:
         Their nbytes.
     """
 
-    __slots__ = ("_copying", "_in_band_nbytes", "_stand_ins", "_threshold", "sizes", "sources")
+    __slots__ = ("_in_band_nbytes", "_stand_ins", "copying", "sizes", "sources", "threshold")
 
     def __init__(self, threshold: int, *, copying: bool = False) -> None:
-        self._copying = copying
+        self.copying = copying
+        self.threshold = threshold
         self.sources: list[Source] = []
         self.sizes: list[int] = []
-        self._threshold = threshold
         self._in_band_nbytes = 0
         self._stand_ins: dict[int, Array] = {}
 
@@ -138,13 +140,13 @@ class Sink:
         """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
         array = self._stand_ins.pop(id(buffer), None)
         if array is not None:
-            self.sources.append(_settled(array) if self._copying else array)
+            self.sources.append(_settled(array) if self.copying else array)
             self.sizes.append(array.nbytes)
             return False
         nbytes = memoryview(buffer).nbytes
         if self._stays(nbytes):
             return True
-        self.sources.append(PickleBuffer(bytearray(buffer.raw())) if self._copying else buffer)
+        self.sources.append(PickleBuffer(bytearray(buffer.raw())) if self.copying else buffer)
         self.sizes.append(nbytes)
         return False
 
@@ -164,7 +166,7 @@ class Sink:
 
     def _stays(self, nbytes: int) -> bool:
         total = self._in_band_nbytes + nbytes
-        if total < self._threshold:
+        if total < self.threshold:
             self._in_band_nbytes = total
             return True
         return False
@@ -238,7 +240,7 @@ def _settled(array: Array) -> Array:
 
 def _owner_of(source: Any) -> object:
     """Return the object whose memory it is, as far as that can be seen."""
-    if isinstance(source, PickleBuffer):
+    if isinstance(source, (PickleBuffer, Resizable)):
         source = source.raw()
     while True:
         owner = source.obj if isinstance(source, memoryview) else getattr(source, "base", None)
@@ -253,11 +255,12 @@ def _overlap(sources: list[Source]) -> bool:
 
 
 def byte_bounds(source: Any) -> tuple[int, int]:
-    """Return the addresses of the first byte of an array or PickleBuffer, and after its last."""
-    if isinstance(source, PickleBuffer):
+    """Return the addresses of the first byte of an array or other memory, and after its last."""
+    if isinstance(source, (PickleBuffer, Resizable, memoryview)):
         import numpy as np
 
-        source = np.frombuffer(source.raw(), np.uint8)
+        raw = source.cast("B") if isinstance(source, memoryview) else source.raw()
+        source = np.frombuffer(raw, np.uint8)
     start: int = source.__array_interface__["data"][0]
     if source.nbytes == 0:
         return start, start

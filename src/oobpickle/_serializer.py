@@ -16,7 +16,6 @@ several times more.
 from __future__ import annotations
 
 import copyreg
-import io
 import pickle
 from collections import ChainMap
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from oobpickle._foreign import pass_on_foreign
 from oobpickle._into import load_into
 from oobpickle._payload import Payload, check_sizes, fresh_destinations
 from oobpickle._reducers import Reducer, Sink
+from oobpickle._stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
@@ -74,21 +74,25 @@ def serialize(
     threshold: int,
     *,
     by_value: bool = False,
+    copying: bool = False,
     undo: list[Callable[[], Any]] | None = None,
 ) -> Payload:
     """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes.
 
     With `by_value`, what the plain pickler refuses goes to cloudpickle: functions and classes that
-    cannot be found by their names, modules. What is in `undo` by then is called before reducers run
-    a second time.
+    cannot be found by their names, modules. With `copying`, this is another attempt, for which the
+    content is taken at once. What is in `undo` by then is called before reducers run a second time.
     """
+    if copying:
+        _call_all(undo)
     try:
-        return _serialize(_dump, obj, reducers, threshold, undo)
+        return _serialize(_dump, obj, reducers, Sink(threshold, copying=copying), undo)
     except _REFUSALS:
         if by_value:
             _call_all(undo)
+            sink = Sink(threshold, copying=copying)
             try:
-                return _serialize(_dump_by_value, obj, reducers, threshold, undo)
+                return _serialize(_dump_by_value, obj, reducers, sink, undo)
             except Exception as error:
                 pass_on_foreign(error)
         raise
@@ -96,7 +100,7 @@ def serialize(
 
 #: What the plain pickler raises when it meets something that it cannot take.
 _REFUSALS: Final = (pickle.PicklingError, AttributeError, TypeError)
-_Dump = Callable[[object, dict[type, Reducer], Sink], bytes]
+_Dump = Callable[[object, dict[type, Reducer], Sink], Stream]
 
 
 def _call_all(undo: list[Callable[[], Any]] | None) -> None:
@@ -108,38 +112,37 @@ def _serialize(
     dump: _Dump,
     obj: object,
     reducers: dict[type, Reducer],
-    threshold: int,
+    sink: Sink,
     undo: list[Callable[[], Any]] | None,
 ) -> Payload:
-    sink = Sink(threshold)
     stream = dump(obj, reducers, sink)
-    if len(sink.sources) > 1 and sink.has_overlap():
-        # Perhaps scratch memory that a reducer has used again: the one case of reducing twice.
+    if not sink.copying and len(sink.sources) > 1 and sink.has_overlap():
+        # Perhaps scratch memory that a reducer has used again: then it reduces twice.
         _call_all(undo)
-        sink = Sink(threshold, copying=True)
+        sink = Sink(sink.threshold, copying=True)
         stream = dump(obj, reducers, sink)
     return Payload(stream, sink.sources, sink.sizes)
 
 
-def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes:
-    file = io.BytesIO()
+def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> Stream:
+    file = Stream(copying=sink.copying)
     pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
     pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
     pickler.dump(obj)
-    return file.getvalue()
+    return file
 
 
-def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes:
+def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> Stream:
     import cloudpickle  # type: ignore[import-untyped]
 
-    file = io.BytesIO()
+    file = Stream(copying=sink.copying)
     pickler = cloudpickle.Pickler(file, 5, buffer_callback=sink.take)
     own = sink.dispatch_table(copyreg.dispatch_table, reducers)
     table = ChainMap(own, pickler.dispatch_table)
     # The class has an attribute of that name, which hides the pickler's own.
     pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
     pickler.dump(obj)
-    return file.getvalue()
+    return file
 
 
 @overload

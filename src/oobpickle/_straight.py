@@ -92,6 +92,7 @@ class Straight(bytes):
         message = cls(stub_nbytes)
         message.nbytes = payload.pickle_nbytes(**ends)
         # Memory is taken now: later half of the message is in the pipe.
+        payload = payload.pinned()
         message._parts = payload.pickle_parts(payload.scratch(), **ends)
         if copied:
             message._parts = _emptied(_copied(message._parts))

@@ -16,6 +16,8 @@ LEVELS = {
     1: {
         "_copying",
         "_reducers",
+        "_resizable",
+        "_stream",
         "_segment",
         "_file_words",
         "_headroom",
@@ -43,7 +45,7 @@ LEVELS = {
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 #: The column that knows pickle; all else below the seam knows memory, but for what serves both.
 COMMON = {"_errors", "_foreign", "_copying"}
-PICKLE = {"_reducers", "_payload", "_into", "_serializer", "_straight"}
+PICKLE = {"_reducers", "_resizable", "_stream", "_payload", "_into", "_serializer", "_straight"}
 SEAM = 4
 MEMORY = {m for m, level in LEVEL_OF.items() if level < SEAM} - PICKLE - COMMON
 PICKLERS = {"pickle", "_pickle", "copyreg", "cloudpickle", "pickletools", "marshal", "shelve"}

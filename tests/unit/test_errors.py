@@ -11,6 +11,7 @@ from oobpickle import _errors
 
 STANDARD = {
     "PayloadError": pickle.UnpicklingError,
+    "ResizedError": pickle.UnpicklingError,
     "EnvelopeError": pickle.UnpicklingError,
     "StaleEnvelopeError": pickle.UnpicklingError,
     "StructureError": ValueError,

@@ -1,0 +1,57 @@
+"""Resizable: memory whose owner may change its size while a message waits to be written.
+
+**What.** `Resizable` stands for a bytearray, an ``array.array`` or the like in a payload.
+
+**How it works.** Whoever holds a buffer of a bytearray keeps everybody else from appending to it:
+another thread would get a `BufferError` that plain pickling never causes. So the object is held,
+not its buffer, and the buffer is taken for each copy, which is made without giving up the GIL.
+
+**Lifetime.** That of its payload; it holds the object.
+
+**When it cannot.** `ResizedError` if the size is not that of the stream any more; whoever sends
+takes the object apart once more, with a copy of such memory."""
+
+from __future__ import annotations
+
+from pickle import PickleBuffer
+from typing import Any
+
+from oobpickle._errors import ResizedError
+
+
+class Resizable:
+    """Memory of an object that can change its size.
+
+    Attributes
+    ----------
+    owner : object
+        Whose memory it is.
+    nbytes : int
+        When it was taken apart.
+    """
+
+    __slots__ = ("nbytes", "owner")
+
+    def __init__(self, owner: Any, nbytes: int) -> None:
+        self.owner = owner
+        self.nbytes = nbytes
+
+    def raw(self) -> memoryview:
+        """Return its bytes; while that lives, nobody can resize the memory.
+
+        Raises
+        ------
+        ResizedError
+            If it has another size by now.
+        """
+        raw = PickleBuffer(self.owner).raw()
+        if raw.nbytes != self.nbytes:
+            raise ResizedError(
+                f"a {type(self.owner).__name__} of {self.nbytes} bytes had {raw.nbytes} when it "
+                "was written. Write the payload before you resize what is in it."
+            )
+        return raw
+
+    def copy_into(self, view: memoryview) -> None:
+        """Copy its bytes, in one step for all other threads."""
+        view[:] = self.raw()

@@ -1,0 +1,86 @@
+"""The stream: what the pickler has written, in the pieces in which it wrote it.
+
+**What.** `Stream` is the file that a pickler writes to. It is written out once, into memory that
+the caller has, so a large stream is never put together in between.
+
+**How it works.** The pickler in C collects small objects in frames of 64 KiB (PEP 3154), and hands
+each larger ``bytes`` and ``bytearray``, and the encoding of each larger ``str``, to the file as it
+is. Here they are kept, not copied: the pieces of ``[b"large", 1]`` are the opcodes before, the very
+``bytes`` object, and the opcodes after. Loading makes each object from the joined stream in one
+copy.
+
+**Lifetime.** It refers to the user's objects until it is dropped.
+
+**When it cannot.** `ResizedError` for a bytearray whose size is not that of the pickle any more."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pickle import PickleBuffer
+
+from oobpickle._copying import copy_bytes
+from oobpickle._resizable import Resizable
+
+_Piece = bytes | memoryview | Resizable
+
+
+class Stream:
+    """The pieces of a pickle.
+
+    Parameters
+    ----------
+    pieces : sequence of bytes-like
+        What is there already.
+    copying : bool
+        Take the content of a bytearray at once, not when the stream is written.
+
+    Attributes
+    ----------
+    nbytes : int
+        Of all pieces.
+    """
+
+    __slots__ = ("_copying", "_pieces", "nbytes")
+
+    def __init__(self, pieces: Sequence[bytes | memoryview] = (), *, copying: bool = False) -> None:
+        self._copying = copying
+        self._pieces: list[_Piece] = list(pieces)
+        self.nbytes = sum(len(piece) for piece in pieces)
+
+    def write(self, piece: bytes | bytearray | PickleBuffer) -> None:
+        """Take what the pickler has written."""
+        if type(piece) is bytes:
+            self._pieces.append(piece)
+            self.nbytes += len(piece)
+            return
+        # A PickleBuffer that stays in-band: its memory may be used again by the next reducer.
+        settled = self._copying or type(piece) is PickleBuffer
+        kept = bytes(piece) if settled else Resizable(piece, len(piece))  # type: ignore[arg-type]
+        self._pieces.append(kept)
+        self.nbytes += len(kept) if isinstance(kept, bytes) else kept.nbytes
+
+    def __bytes__(self) -> bytes:
+        pieces = self._pieces
+        if len(pieces) == 1 and isinstance(pieces[0], bytes):
+            return pieces[0]
+        return b"".join(self.parts())
+
+    def parts(self) -> Iterator[bytes | memoryview]:
+        """Yield what it is made of, in order."""
+        for piece in self._pieces:
+            yield piece.raw() if isinstance(piece, Resizable) else piece
+
+    def write_into(self, view: memoryview) -> None:
+        """Copy all of it once into memory of `nbytes` bytes."""
+        at = 0
+        for piece in self._pieces:
+            n = piece.nbytes if isinstance(piece, Resizable) else len(piece)
+            if isinstance(piece, Resizable):
+                piece.copy_into(view[at : at + n])
+            else:
+                copy_bytes(view[at : at + n], piece)
+            at += n
+
+    def pinned(self) -> Stream:
+        """Return the same, with nothing in it that can be resized meanwhile."""
+        return Stream(list(self.parts()))
