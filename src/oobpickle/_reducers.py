@@ -14,17 +14,21 @@ reaches the threshold, and what is in-band by then stays there. No reducer runs 
 
 **Lifetime.** A sink lives for one ``dumps``. Registered reducers live until `unregister`.
 
-**When it cannot.** Arrays with Python objects in them, subclasses and empty arrays take NumPy's
-way."""
+**When it cannot.** Arrays with Python objects in them and empty arrays take NumPy's way. Other
+classes: `_subclasses` for those of arrays, `_byte_types` for Python's own memory."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from itertools import pairwise
+from operator import attrgetter, methodcaller
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
+from oobpickle import _byte_types, _subclasses
+from oobpickle._rebuild import Rebuild
 from oobpickle._resizable import Resizable
 
 if TYPE_CHECKING:
@@ -100,6 +104,35 @@ def has_reducer(type: type) -> bool:
     return type in _registered
 
 
+class _Table(dict[type, Reducer]):
+    """A dispatch table that learns about a class when the first instance of it comes.
+
+    What is not special gets what the pickler itself would call; so the pickler, which asks for
+    each object, finds an entry, and no Python code runs.
+    """
+
+    __slots__ = ("_sink",)
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    def __missing__(self, kind: type) -> Reducer:
+        if issubclass(kind, _type):
+            raise KeyError(kind)  # its instances are classes, pickled by their names
+        reduce = _subclasses.reducer_of(kind) or _byte_types.reducer_of(kind)
+        self[kind] = _AS_PICKLE if reduce is None else partial(reduce, self._sink)
+        return self[kind]
+
+
+_AS_PICKLE: Final = methodcaller("__reduce_ex__", 5)
+_REDUCED: Final = attrgetter("reduced")
+
+
+def registered() -> dict[type, Reducer]:
+    """Return the reducers that `register` was given, by class."""
+    return dict(_registered)
+
+
 class Sink:
     """The buffers of one message, as the pickler comes across them.
 
@@ -126,29 +159,37 @@ class Sink:
         self.sources: list[Source] = []
         self.sizes: list[int] = []
         self._in_band_nbytes = 0
-        self._stand_ins: dict[int, Array] = {}
+        self._stand_ins: dict[int, tuple[Any, int]] = {}
 
     def dispatch_table(
-        self, general: dict[type, Reducer], special: dict[type, Reducer]
+        self, general: Mapping[type, Reducer], special: Mapping[type, Reducer]
     ) -> dict[type, Reducer]:
-        """Merge the tables, later ones winning, with the reducer for arrays below all of them."""
+        """Merge the tables, later ones winning, with the reducers of arrays below all of them."""
         numpy = sys.modules.get("numpy")
-        ours = {} if numpy is None else {numpy.ndarray: self.reduce_array}
-        return {**ours, **general, **special, **_registered}
+        table = _Table(self)
+        table[Rebuild] = _REDUCED
+        if numpy is not None:
+            table[numpy.ndarray] = self.reduce_array
+        for other in (general, special, _registered):
+            table.update(other)
+        return table
 
     def take(self, buffer: PickleBuffer) -> bool:
         """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
-        array = self._stand_ins.pop(id(buffer), None)
-        if array is not None:
-            self.sources.append(_settled(array) if self.copying else array)
-            self.sizes.append(array.nbytes)
-            return False
-        nbytes = memoryview(buffer).nbytes
-        if self._stays(nbytes):
-            return True
-        self.sources.append(PickleBuffer(bytearray(buffer.raw())) if self.copying else buffer)
+        source, nbytes = self._stand_ins.pop(id(buffer), (buffer, -1))
+        if source is buffer:
+            nbytes = memoryview(buffer).nbytes
+            if self.stays(nbytes):
+                return True
+        self.sources.append(_settled(source) if self.copying else source)
         self.sizes.append(nbytes)
         return False
+
+    def stand_in(self, source: Any, nbytes: int) -> PickleBuffer:
+        """Return what the pickler gets in the place of a source that leaves the stream."""
+        stand_in = PickleBuffer(_NOTHING)
+        self._stand_ins[id(stand_in)] = source, nbytes
+        return stand_in
 
     def has_overlap(self) -> bool:
         """Tell whether two buffers lie in the same memory.
@@ -164,7 +205,8 @@ class Sink:
             groups.setdefault(owner, []).append(source)
         return any(_overlap(group) for group in groups.values() if len(group) > 1)
 
-    def _stays(self, nbytes: int) -> bool:
+    def stays(self, nbytes: int) -> bool:
+        """Decide about so many bytes: true if they stay in the stream."""
         total = self._in_band_nbytes + nbytes
         if total < self.threshold:
             self._in_band_nbytes = total
@@ -181,34 +223,13 @@ class Sink:
         # The name of a builtin dtype is much cheaper to send and to load than the object.
         kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
         strides = kept_strides(array)
-        if nbytes < MIN_BUFFER_NBYTES or self._stays(nbytes):
+        order = () if strides is None else (0, strides)
+        if nbytes < MIN_BUFFER_NBYTES or self.stays(nbytes):
             ordered = array if strides is None else in_memory_order(array)
-            view = _View(type(array), array.shape, kind, ordered.tobytes(), strides)
+            arguments = (array.shape, kind, ordered.tobytes(), *order)
             # A copy, because a small array that arrives owns its memory, as it does without us.
-            return sys.modules["numpy"].array, (view,)
-        stand_in = PickleBuffer(_NOTHING)
-        self._stand_ins[id(stand_in)] = array
-        return _View(type(array), array.shape, kind, stand_in, strides).__reduce__()
-
-
-class _View:
-    """Pickled as an ndarray over a buffer."""
-
-    __slots__ = ("_reduced",)
-
-    def __init__(
-        self,
-        kind: type,
-        shape: tuple[int, ...],
-        dtype: Any,
-        buffer: bytes | PickleBuffer,
-        strides: tuple[int, ...] | None,
-    ) -> None:
-        arguments = (shape, dtype, buffer)
-        self._reduced = kind, arguments if strides is None else (*arguments, 0, strides)
-
-    def __reduce__(self) -> Any:
-        return self._reduced
+            return sys.modules["numpy"].array, (Rebuild(type(array), arguments),)
+        return type(array), (array.shape, kind, self.stand_in(array, nbytes), *order)
 
 
 def kept_strides(array: Array) -> tuple[int, ...] | None:
@@ -233,8 +254,11 @@ def in_memory_order(array: Array) -> Array:
     return array.transpose(_axes_by_stride(array))
 
 
-def _settled(array: Array) -> Array:
+def _settled(source: Any) -> Any:
     """Return a copy in the order in which its bytes are sent."""
+    if isinstance(source, (PickleBuffer, Resizable)):
+        return PickleBuffer(bytearray(source.raw()))
+    array: Array = source
     return array.copy("C" if kept_strides(array) is None else "K")
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import copyreg
 import pickle
-from collections import ChainMap
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
@@ -124,6 +123,17 @@ def _serialize(
     return Payload(stream, sink.sources, sink.sizes)
 
 
+def has_common_memory(obj: object) -> bool:
+    """Tell whether two buffers of an object overlap, so that `dumps` takes it apart twice."""
+    sink = Sink(0)
+    try:
+        _dump(obj, {}, sink)
+    except _REFUSALS:
+        sink = Sink(0)
+        _dump_by_value(obj, {}, sink)
+    return sink.has_overlap()
+
+
 def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> Stream:
     file = Stream(copying=sink.copying)
     pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
@@ -137,8 +147,7 @@ def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> St
 
     file = Stream(copying=sink.copying)
     pickler = cloudpickle.Pickler(file, 5, buffer_callback=sink.take)
-    own = sink.dispatch_table(copyreg.dispatch_table, reducers)
-    table = ChainMap(own, pickler.dispatch_table)
+    table = sink.dispatch_table(pickler.dispatch_table, {**copyreg.dispatch_table, **reducers})
     # The class has an attribute of that name, which hides the pickler's own.
     pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
     pickler.dump(obj)

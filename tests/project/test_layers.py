@@ -16,8 +16,11 @@ LEVELS = {
     1: {
         "_copying",
         "_reducers",
+        "_byte_types",
+        "_rebuild",
         "_resizable",
         "_stream",
+        "_subclasses",
         "_segment",
         "_file_words",
         "_headroom",
@@ -27,6 +30,8 @@ LEVELS = {
     },
     2: {
         "_payload",
+        "_calls",
+        "_comparison",
         "_into",
         "_serializer",
         "_straight",
@@ -40,12 +45,25 @@ LEVELS = {
     3: {"_lease", "_holdings", "_room", "_fork", "_intake", "_arena", "_absent"},
     4: {"_envelope"},
     5: {"_channels", "_hook", "_offers", "_connections", "_processes", "_reduction"},
-    6: {"__init__"},
+    6: {"__init__", "testing"},
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 #: The column that knows pickle; all else below the seam knows memory, but for what serves both.
 COMMON = {"_errors", "_foreign", "_copying"}
-PICKLE = {"_reducers", "_resizable", "_stream", "_payload", "_into", "_serializer", "_straight"}
+PICKLE = {
+    "_reducers",
+    "_rebuild",
+    "_resizable",
+    "_stream",
+    "_subclasses",
+    "_byte_types",
+    "_comparison",
+    "_calls",
+    "_payload",
+    "_into",
+    "_serializer",
+    "_straight",
+}
 SEAM = 4
 MEMORY = {m for m, level in LEVEL_OF.items() if level < SEAM} - PICKLE - COMMON
 PICKLERS = {"pickle", "_pickle", "copyreg", "cloudpickle", "pickletools", "marshal", "shelve"}

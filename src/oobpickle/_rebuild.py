@@ -1,0 +1,33 @@
+"""Rebuild: what is pickled in the place of an object, as the call that makes it.
+
+**What.** `Rebuild` is a function and its arguments. `inherits` tells whether a class leaves
+something to a base.
+
+**How it works.** A reducer can replace one object by one call. What it wants to replace *inside*
+the arguments of that call it wraps in a `Rebuild`, which the pickler then meets as an object.
+
+**Lifetime.** That of one pickling.
+
+**When it cannot.** It cannot fail."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+
+class Rebuild:
+    """Pickled as ``function(*arguments)``."""
+
+    __slots__ = ("reduced",)
+
+    def __init__(self, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return self.reduced
+
+
+def inherits(kind: type, base: type, names: Iterable[str]) -> bool:
+    """Tell whether a class has attributes of these names as its base has them."""
+    return all(getattr(kind, name, None) is getattr(base, name, None) for name in names)
