@@ -95,6 +95,8 @@ class Comparison:
     def _compare_names(self, path: str, expected: Any, actual: Any) -> None:
         if expected is actual:
             return
+        if isinstance(expected, types.BuiltinFunctionType) and expected == actual:
+            return  # a method, bound anew each time
         by_value = isinstance(expected, (types.FunctionType, type))
         if not by_value or _name(expected) != _name(actual):
             self._say(path, "", _name_or_value(expected), _name_or_value(actual))
@@ -209,7 +211,8 @@ class Comparison:
             self._say(path, "attributes ", list(mine), list(theirs))
             return
         # What __setstate__ makes of it need not be what was sent.
-        known = sent is not UNKNOWN and not hasattr(type(sent), "__setstate__")
+        kind = type(sent)
+        known = sent is not UNKNOWN and _is_plain(kind) and not hasattr(kind, "__setstate__")
         ours = dict(_attributes(sent)) if known else {}
         self._push(
             (f"{path}.{name}", ours.get(name, UNKNOWN), value, theirs[name])
