@@ -33,6 +33,7 @@ from multiprocessing.pool import Pool
 from typing import Any
 
 import numpy as np
+from _kinds import Sample, Small
 from numpy.typing import NDArray
 
 Words = NDArray[np.uint64]
@@ -79,30 +80,30 @@ class Model:
             array[...] = 0
 
 
-_model: Model | None = None
+_model: Model | Sample | None = None
 
 
-def prepare(nbytes: int, n_arrays: int) -> tuple[int, int]:
+def prepare(nbytes: int, n_arrays: int, kind: str) -> tuple[int, int]:
     """Keep a model in this process; return its checksum and digest."""
     global _model
-    _model = Model(nbytes, n_arrays)
+    _model = Sample(kind, nbytes) if kind else Model(nbytes, n_arrays)
     return _model.checksum(), _model.digest()
 
 
-def make_result(nbytes: int) -> Model:
+def make_result(nbytes: int) -> Model | Sample:
     """In the worker: return the model that is already there."""
     assert _model is not None
     return _model
 
 
-def take(model: Model) -> tuple[int, float]:
+def take(model: Model | Sample) -> tuple[int, float]:
     """In the worker: read the argument; return its checksum and how long reading took."""
     start_s = time.perf_counter()
     checksum = model.checksum()
     return checksum, time.perf_counter() - start_s
 
 
-def take_and_spoil(model: Model) -> int:
+def take_and_spoil(model: Model | Sample) -> int:
     """In the worker: return the digest of the argument, then overwrite it."""
     digest = model.digest()
     model.spoil()
@@ -134,7 +135,9 @@ class Side:
         self._checksum = 0
         self._digest = 0
 
-    def open(self, way: str, nbytes: int, n_arrays: int, is_pinned: bool) -> dict[str, int]:
+    def open(
+        self, way: str, nbytes: int, n_arrays: int, is_pinned: bool, kind: str = ""
+    ) -> dict[str, int]:
         """Start the pool and build the model where it is sent from; return the two pids."""
         self._pool = self._context.Pool(1)
         pids = {"parent": os.getpid(), "worker": self._pool.apply(os.getpid)}
@@ -143,9 +146,9 @@ class Side:
         self._is_result = way == "result"
         self._nbytes = nbytes
         if self._is_result:
-            self._checksum, self._digest = self._pool.apply(prepare, (nbytes, n_arrays))
+            self._checksum, self._digest = self._pool.apply(prepare, (nbytes, n_arrays, kind))
         else:
-            self._checksum, self._digest = prepare(nbytes, n_arrays)
+            self._checksum, self._digest = prepare(nbytes, n_arrays, kind)
         return pids
 
     def prepare(self) -> None:
@@ -198,6 +201,23 @@ class Side:
         self._pool.apply(os.getpid)  # A sender counts a message only after it has left.
         counts = self._arena.statistics()
         return counts.n_messages_out_of_band, counts.n_fallbacks
+
+    def time_pickling(self, n_objects: int, n_repeats: int) -> list[tuple[float, float]]:
+        """Seconds to pickle many small objects: as multiprocessing does it, and oobpickle."""
+        from multiprocessing.reduction import ForkingPickler
+
+        from oobpickle._serializer import serialize
+
+        reducers: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+        objects = [Small(number) for number in range(n_objects)]
+        times = []
+        for _ in range(n_repeats):
+            start_s = time.perf_counter()
+            ForkingPickler.dumps(objects)
+            between_s = time.perf_counter()
+            serialize(objects, reducers, 160 << 10, by_value=True)
+            times.append((between_s - start_s, time.perf_counter() - between_s))
+        return times
 
     def time_acquire(self, n_live: int, n_repeats: int) -> float:
         """Median seconds of acquire + release of 64 KiB while so many leases of 4 KiB live."""

@@ -107,8 +107,10 @@ class Driver:
 class Reference:
     """``np.copyto`` between two buffers of this process that are in memory already."""
 
-    def __init__(self, nbytes: int) -> None:
-        self._source = np.random.default_rng(0).integers(0, 1 << 64, nbytes // 8, dtype=np.uint64)
+    def __init__(self, nbytes: int, step: int = 1) -> None:
+        n_words = step * nbytes // 8
+        words = np.random.default_rng(0).integers(0, 1 << 64, n_words, dtype=np.uint64)
+        self._source = words[::step]
         self._destination = self._source.copy()
         self.send(3)
 

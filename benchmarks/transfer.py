@@ -62,6 +62,18 @@ OF_COPY = {"64M": 0.7, "256M": 0.85, "1G": 0.85}
 OF_PREPARED = 0.3
 ACQUIRE_S = {10: 30e-6, 50_000: 60e-6}
 PRIVATE_NBYTES = 4 * MIB
+PICKLING = 1 / 1.05
+# Kind of object (_kinds.py), bytes, least times plain, least share of np.copyto.
+KINDS = {
+    "strided-256M": ("strided", 256 * MIB, NEVER_SLOWER, 0.6),
+    "masked-256M": ("masked", 256 * MIB, NEVER_SLOWER, 0.6),
+    "bytes-256M": ("bytes", 256 * MIB, 4.0, None),
+    "frame-800M": ("frame", 800 * MIB, NEVER_SLOWER, 0.5),
+    "frame-objects": ("objects", 64 * MIB, NEVER_SLOWER, None),
+    "integers-5e6": ("integers", 40_000_000, 1.2, None),
+}
+# How many bytes np.copyto copies beside those of the name: a mask of one byte an item.
+REFERENCE_NBYTES = {"masked": lambda nbytes: nbytes * 9 // 8}
 
 # Up to this size: pairs of sides, rounds, messages a round, uncounted messages of plain, of ours
 # (besides one of ours that is verified).
@@ -117,6 +129,7 @@ class TransferRow:
     n_arrays: int = 1
     is_first: bool = False
     is_prepared: bool = False
+    kind: str = ""
 
     def run(self, options: Options) -> Result:
         available_nbytes = _available_nbytes()
@@ -125,7 +138,7 @@ class TransferRow:
         # Below 1 MiB np.copyto says nothing; beside 2 GiB of plain there is no room for it.
         is_compared = self.n_arrays == 1 and (self.is_prepared or not self.is_first)
         has_reference = is_compared and MIB <= self.nbytes <= GIB
-        reference = Reference(self.nbytes) if has_reference else None
+        reference = self._reference() if has_reference else None
         n_pairs, plan = _plan(self.nbytes, self.is_first, options.is_quick)
         outcome = Outcome()
         for _ in range(n_pairs):
@@ -135,11 +148,15 @@ class TransferRow:
             ):
                 for side in (plain, ours):
                     is_pinned = self.nbytes <= PINNED_NBYTES
-                    side("open", self.way, self.nbytes, self.n_arrays, is_pinned)
+                    side("open", self.way, self.nbytes, self.n_arrays, is_pinned, self.kind)
                     if self.is_prepared:
                         side("prepare")
                 compare(plain, ours, plan, reference, outcome)
         return self._judge(outcome, options)
+
+    def _reference(self) -> Reference:
+        nbytes = REFERENCE_NBYTES.get(self.kind, int)(self.nbytes)
+        return Reference(nbytes, 2 if self.kind == "strided" else 1)
 
     def _judge(self, outcome: Outcome, options: Options) -> Result:
         arrives, read = outcome.arrives, outcome.read
@@ -188,6 +205,24 @@ class AcquireRow:
 
 
 @dataclass(frozen=True)
+class PicklingRow:
+    """Pickling very many small objects, without sending them."""
+
+    name: str
+    n_objects: int
+
+    def run(self, options: Options) -> Result:
+        with Driver("oobpickle", options.start_method) as side:
+            times = side("time_pickling", self.n_objects, 9 if options.is_quick else 41)
+        plain_s, ours_s = ([time[i] for time in times[1:]] for i in (0, 1))
+        ratio = float(np.median([plain / ours for plain, ours in times[1:]]))
+        cells = [_seconds(plain_s), _seconds(ours_s), "", f"{ratio:.3g}"]
+        result = Result(cells, {"plain_s": plain_s, "ours_s": ours_s})
+        result.need(ratio >= PICKLING, f"{ratio:.3f} times plain, bound {PICKLING:.3g}")
+        return result
+
+
+@dataclass(frozen=True)
 class MemoryRow:
     """Private memory of both processes while the first and some more messages cross."""
 
@@ -215,7 +250,7 @@ class MemoryRow:
             return memory
 
 
-Row = TransferRow | AcquireRow | MemoryRow
+Row = TransferRow | AcquireRow | PicklingRow | MemoryRow
 
 
 def all_rows() -> Iterator[Row]:
@@ -229,6 +264,9 @@ def all_rows() -> Iterator[Row]:
         )
         yield TransferRow(f"{way}-10000x8K", way, 10_000 * 8 * KIB, 3.0, n_arrays=10_000)
         yield MemoryRow(f"{way}-private-256M", way, 256 * MIB)
+    for name, (kind, nbytes, times_plain, of_copy) in KINDS.items():
+        yield TransferRow(f"kind-{name}", "result", nbytes, times_plain, of_copy, kind=kind)
+    yield PicklingRow("pickling-100000", 100_000)
     for n_live in ACQUIRE_S:
         yield AcquireRow(f"acquire-{n_live}", n_live)
 
@@ -343,7 +381,7 @@ def main() -> int:
     if arguments.null:
         rows = [row for row in rows if isinstance(row, TransferRow)]
     if arguments.quick:
-        rows = [row for row in rows if isinstance(row, AcquireRow) or row.nbytes <= GIB]
+        rows = [row for row in rows if getattr(row, "nbytes", 0) <= GIB]
     facts = _facts()
     print(*(f"{name}: {fact}" for name, fact in facts.items()), "", sep="\n")
     start_s = time.monotonic()

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 from oobpickle._errors import PayloadError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._into import load_into
+from oobpickle._locating import add_place
 from oobpickle._payload import Payload, check_sizes, fresh_destinations
 from oobpickle._reducers import Reducer, Sink
 from oobpickle._stream import Stream
@@ -86,14 +87,18 @@ def serialize(
         _call_all(undo)
     try:
         return _serialize(_dump, obj, reducers, Sink(threshold, copying=copying), undo)
-    except _REFUSALS:
-        if by_value:
+    except Exception as error:
+        pass_on_foreign(error)
+        if by_value and isinstance(error, _REFUSALS):
             _call_all(undo)
             sink = Sink(threshold, copying=copying)
             try:
                 return _serialize(_dump_by_value, obj, reducers, sink, undo)
-            except Exception as error:
-                pass_on_foreign(error)
+            except Exception as second:
+                pass_on_foreign(second)
+        _call_all(undo)
+        add_place(error, obj, Sink(0).dispatch_table(copyreg.dispatch_table, reducers))
+        _call_all(undo)
         raise
 
 

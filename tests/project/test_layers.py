@@ -17,6 +17,7 @@ LEVELS = {
         "_copying",
         "_reducers",
         "_byte_types",
+        "_locating",
         "_rebuild",
         "_resizable",
         "_stream",

@@ -144,6 +144,44 @@ def test_an_object_that_cannot_be_pickled_leases_nothing(arena):
     assert {} == {k: v for k, v in arena.statistics().n_blocks.items() if v}
 
 
+class Lies:
+    """Its array needs more memory than it hands over."""
+
+    def __reduce__(self):
+        return np.ndarray, ((200_000,), "f8", pickle.PickleBuffer(bytearray(100_000)))
+
+
+@pytest.mark.parametrize("bad", [5, (int,), (5, ()), (int, 5), "no_such_name"], ids=repr)
+def test_a_reducer_that_returns_the_wrong_thing_leases_nothing(arena, bad):
+    Unpicklable.bad = bad
+    with pytest.raises(pickle.PicklingError) as caught:
+        pack(arena, {"a": [np.ones(100_000), Returning()]})
+
+    assert any(note.endswith(".Returning at $['a'][1]") for note in caught.value.__notes__)
+    assert {} == {k: v for k, v in arena.statistics().n_blocks.items() if v}
+
+
+class Returning:
+    def __reduce__(self):
+        return Unpicklable.bad
+
+
+def test_a_reducer_that_lies_about_a_size_fails_where_it_is_loaded_and_holds_nothing(arena):
+    envelope = pack(arena, [np.ones(100_000), Lies()])
+    with pytest.raises(TypeError, match="buffer is too small"):
+        pickle.loads(envelope)
+
+    assert 0 == arena.statistics().n_blocks["held"]
+
+
+def test_bytes_hold_nothing_once_they_are_loaded(arena):
+    sent = [b"x" * 1_000_000, bytearray(500_000), "text" * 100_000, list(range(100_000))]
+    arrived = pickle.loads(pack(arena, sent))
+
+    assert sent == arrived
+    assert 0 == arena.statistics().n_blocks["held"]
+
+
 def test_a_copy_that_fails_leaves_nothing_leased(arena):
     payload = oobpickle.dumps([np.ones(100_000), np.ones(100_000)])
     payload._sources[1] = object()

@@ -293,9 +293,7 @@ def test_what_cannot_be_pickled_has_its_own_error():
 
 
 def test_the_text_is_short(monkeypatch):
-    monkeypatch.setattr(
-        "oobpickle.testing._WAYS", planted(lambda found: {key: -1 for key in found})
-    )
+    monkeypatch.setattr("oobpickle.testing._WAYS", planted(lambda found: dict.fromkeys(found, -1)))
     with pytest.raises(AssertionError) as caught:
         check_roundtrip({i: "x" * 1000 for i in range(1, 100)})
 
