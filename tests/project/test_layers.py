@@ -58,6 +58,7 @@ PICKLE = {
     "_stream",
     "_subclasses",
     "_byte_types",
+    "_locating",
     "_comparison",
     "_calls",
     "_payload",
