@@ -172,7 +172,10 @@ class TransferRow:
         self._need_plain(result, "arrives", arrives.times_plain(), self.times_plain)
         # Reading takes both sides the same, so only that it does not take ours longer is checked.
         self._need_plain(result, "read", read.times_plain(), min(self.times_plain, NEVER_SLOWER))
-        for what, ratio in (("arrives", arrives.of_copy()), ("read", read.of_copy())):
+        copied = [("arrives", arrives.of_copy()), ("read", read.of_copy())]
+        if self.kind:
+            copied.pop()  # reading a frame or a mask is other work than reading the reference
+        for what, ratio in copied:
             if self.of_copy is not None and ratio is not None:
                 is_enough = ratio.of_rounds >= self.of_copy
                 text = f"{what}: {ratio.of_rounds:.3f} of np.copyto, bound {self.of_copy:g}"

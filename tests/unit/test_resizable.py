@@ -1,10 +1,12 @@
 """Memory that its owner may resize: held without a buffer, copied in one step."""
 
 import array
+import multiprocessing
 import pickle
 
 import pytest
 
+import oobpickle
 from oobpickle import ResizedError
 from oobpickle._resizable import Resizable
 
@@ -36,3 +38,39 @@ def test_while_its_bytes_are_looked_at_it_keeps_its_size():
 
     assert raw.readonly is False
     assert pickle.PickleBuffer(owner).raw().nbytes == raw.nbytes
+
+
+class Resizes:
+    """Stands for another thread: resizes what was taken apart a moment before."""
+
+    def __init__(self, other):
+        self.other = other
+        self.n_calls = 0
+
+    def __reduce__(self):
+        self.n_calls += 1
+        if self.n_calls == 1:
+            self.other += self.other[:8]
+        return list, ()
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: bytearray(b"ab" * 500_000), lambda: array.array("d", bytes(1_000_000))],
+    ids=["bytearray", "array"],
+)
+def test_what_is_resized_meanwhile_arrives_whole(make):
+    obj, expected = make(), make()
+    expected += expected[:8]
+    resizes = Resizes(obj)
+    with oobpickle.enabled() as arena:
+        queue = multiprocessing.SimpleQueue()
+        queue.put([obj, resizes])
+        arrived = queue.get()
+        queue.close()
+
+        assert arena.statistics().n_messages_out_of_band == 1
+        assert arena.statistics().n_blocks["leased"] == 0
+
+    assert [expected, []] == arrived
+    assert resizes.n_calls == 2
