@@ -170,7 +170,7 @@ def _unread(options: Options) -> Iterator[Series]:
     }
     room = Series("free-make-room", "free blocks", is_each=True, bound=_SCAN_BOUND)
     with _side("oobpickle") as side:
-        for n in options.decades(_most_blocks(options)):
+        for n in options.decades(min(_most_blocks(options), 100_000)):
             each["send"].add(n, [n * side("send_unread", n)])
             for name in ("acquire", "message"):
                 flat["unread", name].add(n, _batches(options, partial(side, "time", name, 50)))

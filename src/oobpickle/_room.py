@@ -35,6 +35,7 @@ from oobpickle._statistics import N_RECLAIMED, format_nbytes
 _MARGIN_NBYTES: Final = 256 << 20
 _FAULTS_SUFFICE_NBYTES: Final = 16 << 10
 _LOOK_EVERY_S: Final = 0.1
+_PAUSE_LOOKS: Final = 4  # a look in vain is not repeated for so many times what it took
 _FRESH_NBYTES_PER_S: Final = 1e9  # how fast the system makes fresh pages, at best
 
 
@@ -164,8 +165,9 @@ class Room:
     def look_for_lost(self, fresh_nbytes: int = 0) -> int:
         """Free what the dead have left; return how many there were.
 
-        After a look in vain not each time: only if that is 0.1 s ago, or took no longer than the
-        system takes to make the fresh pages that were asked for since.
+        After a look in vain not each time: only if that is 0.1 s ago, and four times as long as it
+        took; or if it took no longer than the system takes to make the fresh pages that were asked
+        for since.
 
         Parameters
         ----------
@@ -183,8 +185,9 @@ class Room:
         n_freed = self._membership.reap() + self.reclaim()
         now = time.monotonic()
         self._look_s = now - start
-        if n_freed:
-            self._look_again_at = now
+        # With many messages in flight a look takes longer than the time between two.
+        again_at = max(self._look_again_at, now + _PAUSE_LOOKS * self._look_s)
+        self._look_again_at = now if n_freed else again_at
         return n_freed
 
     def punch_idle(self, nbytes: int) -> bool:

@@ -738,3 +738,24 @@ def test_what_a_child_inherits_is_kept_and_not_taken_apart(arena):
     assert 0 == os.waitstatus_to_exitcode(status)
     assert all(before)
     lease.release()
+
+
+@pytest.mark.parametrize(("look_s", "earliest_s"), [(0.001, 0.1), (1.0, 5.0)])
+def test_a_look_in_vain_is_not_repeated_for_four_times_as_long(
+    arena, monkeypatch, look_s, earliest_s
+):
+    clock, looks = [100.0], []
+
+    def look():
+        looks.append(clock[0])
+        clock[0] += look_s
+        return 0
+
+    monkeypatch.setattr("oobpickle._room.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(arena.room, "reclaim", look)
+    arena.room.look_for_lost()
+    for second in (0.999, 1.001):
+        clock[0] = 100.0 + second * earliest_s
+        arena.room.look_for_lost()
+
+    assert [100.0, 100.0 + 1.001 * earliest_s] == looks
