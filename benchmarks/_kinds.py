@@ -121,7 +121,8 @@ def _objects(nbytes: int) -> Any:
     import pandas as pd
 
     words = _words_of(8 * (nbytes // 64))
-    return pd.DataFrame({"text": np.array([f"{word:020}" for word in words.tolist()], object)})
+    texts = np.array([f"{word:020}" for word in words.tolist()], object)
+    return pd.DataFrame({"text": texts}, dtype=object)
 
 
 KINDS: Final[dict[str, Callable[[int], Any]]] = {
