@@ -275,6 +275,23 @@ class FailsWhereItArrives(DiesWhereItArrives):
             raise RuntimeError("only at home")
 
 
+class DiffersWhereItArrives(DiesWhereItArrives):
+    """Every load of it in another process gives another value."""
+
+    n_loads = 0
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if os.getpid() != self.pid:
+            DiffersWhereItArrives.n_loads += 1
+            self.n = self.n_loads
+
+
+def test_what_differs_in_a_process_is_said():
+    with pytest.raises(AssertionError, match=r"in a process: \$\.n: 1 in pickle's, 2 here"):
+        check_roundtrip(DiffersWhereItArrives())
+
+
 def test_what_a_process_cannot_load_is_said():
     with pytest.raises(AssertionError, match=r"in a process: .*only at home"):
         check_roundtrip(FailsWhereItArrives())
