@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 
 import inside
 from inside import content, eventually, fork, message, reap, verify
@@ -96,6 +97,8 @@ def _assert_sound(arena, live):
 
 
 def storm_over_sending_and_receiving():
+    # A file that is read in a with statement can be interrupted before that closes it.
+    warnings.simplefilter("ignore", ResourceWarning)
     arena = oobpickle.install(capacity=96 * MIB)
     weather = _Weather()
     kept, ends, n_rounds = [], [], 0
@@ -168,6 +171,7 @@ def _let_late_interrupts_come():
 
 
 def storm_over_forks():
+    warnings.simplefilter("ignore", ResourceWarning)  # as above
     arena = oobpickle.install(capacity=96 * MIB)
     read, write = _pipe()
     kept = []
