@@ -63,22 +63,23 @@ class Payload:
     __slots__ = ("_sources", "_stream", "sizes")
 
     def __init__(self, stream: bytes | Stream, sources: Sequence[Any], sizes: list[int]) -> None:
-        self._stream = stream if isinstance(stream, Stream) else Stream([stream])
+        self._stream = stream
         self._sources = sources
         self.sizes = sizes
 
     @property
     def stream(self) -> bytes:
-        return bytes(self._stream)
+        return bytes(self._stream)  # the very object if it is one
 
     @property
     def stream_nbytes(self) -> int:
         """Bytes of the stream."""
-        return self._stream.nbytes
+        stream = self._stream
+        return stream.nbytes if isinstance(stream, Stream) else len(stream)
 
     @property
     def nbytes(self) -> int:
-        return self._stream.nbytes + sum(self.sizes)
+        return self.stream_nbytes + sum(self.sizes)
 
     @property
     def buffers(self) -> list[Source]:
@@ -127,12 +128,15 @@ class Payload:
 
     def write_stream_into(self, view: memoryview) -> None:
         """Copy the stream once into memory of `stream_nbytes` bytes."""
-        self._stream.write_into(view)
+        self._in_pieces().write_into(view)
 
     def pinned(self) -> Payload:
         """Return the same, with nothing in it that can be resized before it is written."""
         held = [s.raw() if isinstance(s, Resizable) else s for s in self._sources]
-        return type(self)(self._stream.pinned(), held, self.sizes)
+        return type(self)(self._in_pieces().pinned(), held, self.sizes)
+
+    def _in_pieces(self) -> Stream:
+        return self._stream if isinstance(self._stream, Stream) else Stream([self._stream])
 
     def to_bytes(self) -> bytes:
         """Return everything as one string of bytes, with a checksum; see `from_bytes`."""
@@ -235,7 +239,7 @@ class Payload:
             if nbytes:
                 yield from _parts_of(source, scratch)
         yield self._pickle_middle()
-        yield from self._stream.parts()
+        yield from self._in_pieces().parts()
         yield PICKLE_END + tail
 
     def _pickle_middle(self) -> bytes:

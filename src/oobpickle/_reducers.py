@@ -119,9 +119,16 @@ class _Table(dict[type, Reducer]):
     def __missing__(self, kind: type) -> Reducer:
         if issubclass(kind, _type):
             raise KeyError(kind)  # its instances are classes, pickled by their names
+        self[kind] = found = self._learn(kind)
+        return found
+
+    def _learn(self, kind: type) -> Reducer:
+        if kind is Rebuild:
+            return _REDUCED
+        if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
+            return self._sink.reduce_array
         reduce = _subclasses.reducer_of(kind) or _byte_types.reducer_of(kind)
-        self[kind] = _AS_PICKLE if reduce is None else partial(reduce, self._sink)
-        return self[kind]
+        return _AS_PICKLE if reduce is None else partial(reduce, self._sink)
 
 
 _AS_PICKLE: Final = methodcaller("__reduce_ex__", 5)
@@ -165,13 +172,12 @@ class Sink:
         self, general: Mapping[type, Reducer], special: Mapping[type, Reducer]
     ) -> dict[type, Reducer]:
         """Merge the tables, later ones winning, with the reducers of arrays below all of them."""
-        numpy = sys.modules.get("numpy")
         table = _Table(self)
-        table[Rebuild] = _REDUCED
-        if numpy is not None:
-            table[numpy.ndarray] = self.reduce_array
-        for other in (general, special, _registered):
-            table.update(other)
+        table.update(general)
+        if special:
+            table.update(special)
+        if _registered:
+            table.update(_registered)
         return table
 
     def take(self, buffer: PickleBuffer) -> bool:

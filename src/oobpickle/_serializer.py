@@ -104,7 +104,7 @@ def serialize(
 
 #: What the plain pickler raises when it meets something that it cannot take.
 _REFUSALS: Final = (pickle.PicklingError, AttributeError, TypeError)
-_Dump = Callable[[object, dict[type, Reducer], Sink], Stream]
+_Dump = Callable[[object, dict[type, Reducer], Sink], bytes | Stream]
 
 
 def _call_all(undo: list[Callable[[], Any]] | None) -> None:
@@ -139,15 +139,15 @@ def has_common_memory(obj: object) -> bool:
     return sink.has_overlap()
 
 
-def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> Stream:
+def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
     file = Stream(copying=sink.copying)
     pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
     pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
     pickler.dump(obj)
-    return file
+    return file.settled()
 
 
-def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> Stream:
+def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
     import cloudpickle  # type: ignore[import-untyped]
 
     file = Stream(copying=sink.copying)
@@ -156,7 +156,7 @@ def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> St
     # The class has an attribute of that name, which hides the pickler's own.
     pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
     pickler.dump(obj)
-    return file
+    return file.settled()
 
 
 @overload

@@ -15,7 +15,7 @@ copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pickle import PickleBuffer
 
 from oobpickle._copying import copy_bytes
@@ -29,41 +29,39 @@ class Stream:
 
     Parameters
     ----------
-    pieces : sequence of bytes-like
+    pieces : iterable of bytes-like
         What is there already.
     copying : bool
         Take the content of a bytearray at once, not when the stream is written.
-
-    Attributes
-    ----------
-    nbytes : int
-        Of all pieces.
     """
 
-    __slots__ = ("_copying", "_pieces", "nbytes")
+    __slots__ = ("_copying", "_pieces")
 
-    def __init__(self, pieces: Sequence[bytes | memoryview] = (), *, copying: bool = False) -> None:
+    def __init__(self, pieces: Iterable[bytes | memoryview] = (), *, copying: bool = False) -> None:
         self._copying = copying
-        self._pieces: list[_Piece] = list(pieces)
-        self.nbytes = sum(len(piece) for piece in pieces)
+        self._pieces: list[_Piece] = [*pieces]
 
     def write(self, piece: bytes | bytearray | PickleBuffer) -> None:
         """Take what the pickler has written."""
         if type(piece) is bytes:
             self._pieces.append(piece)
-            self.nbytes += len(piece)
             return
         # A PickleBuffer that stays in-band: its memory may be used again by the next reducer.
         settled = self._copying or type(piece) is PickleBuffer
-        kept = bytes(piece) if settled else Resizable(piece, len(piece))  # type: ignore[arg-type]
-        self._pieces.append(kept)
-        self.nbytes += len(kept) if isinstance(kept, bytes) else kept.nbytes
+        self._pieces.append(bytes(piece) if settled else Resizable(piece, len(piece)))  # type: ignore[arg-type]
+
+    @property
+    def nbytes(self) -> int:
+        """Of all pieces."""
+        return sum(map(_nbytes_of, self._pieces))
 
     def __bytes__(self) -> bytes:
-        pieces = self._pieces
-        if len(pieces) == 1 and isinstance(pieces[0], bytes):
-            return pieces[0]
         return b"".join(self.parts())
+
+    def settled(self) -> bytes | Stream:
+        """Return the only piece, if it is one: a small message need not be more than ``bytes``."""
+        pieces = self._pieces
+        return pieces[0] if len(pieces) == 1 and type(pieces[0]) is bytes else self
 
     def parts(self) -> Iterator[bytes | memoryview]:
         """Yield what it is made of, in order."""
@@ -74,7 +72,7 @@ class Stream:
         """Copy all of it once into memory of `nbytes` bytes."""
         at = 0
         for piece in self._pieces:
-            n = piece.nbytes if isinstance(piece, Resizable) else len(piece)
+            n = _nbytes_of(piece)
             if isinstance(piece, Resizable):
                 piece.copy_into(view[at : at + n])
             else:
@@ -84,3 +82,7 @@ class Stream:
     def pinned(self) -> Stream:
         """Return the same, with nothing in it that can be resized meanwhile."""
         return Stream(list(self.parts()))
+
+
+def _nbytes_of(piece: _Piece) -> int:
+    return piece.nbytes if isinstance(piece, Resizable) else len(piece)
