@@ -20,6 +20,7 @@ classes: `_subclasses` for those of arrays, `_byte_types` for Python's own memor
 from __future__ import annotations
 
 import sys
+from array import array as _array
 from collections.abc import Callable, Mapping
 from functools import partial
 from itertools import pairwise
@@ -30,6 +31,7 @@ from typing import TYPE_CHECKING, Any, Final
 from oobpickle import _byte_types, _subclasses
 from oobpickle._rebuild import Rebuild
 from oobpickle._resizable import Resizable
+from oobpickle._stream import LEAST_UNCOPIED_NBYTES
 
 if TYPE_CHECKING:
     import numpy as np
@@ -117,18 +119,14 @@ class _Table(dict[type, Reducer]):
         self._sink = sink
 
     def __missing__(self, kind: type) -> Reducer:
+        if kind.__base__ is object and kind is not _array:
+            self[kind] = _AS_PICKLE  # most are such: derived from nothing that has memory
+            return _AS_PICKLE
         if issubclass(kind, _type):
             raise KeyError(kind)  # its instances are classes, pickled by their names
-        self[kind] = found = self._learn(kind)
-        return found
-
-    def _learn(self, kind: type) -> Reducer:
-        if kind is Rebuild:
-            return _REDUCED
-        if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
-            return self._sink.reduce_array
         reduce = _subclasses.reducer_of(kind) or _byte_types.reducer_of(kind)
-        return _AS_PICKLE if reduce is None else partial(reduce, self._sink)
+        self[kind] = _AS_PICKLE if reduce is None else partial(reduce, self._sink)
+        return self[kind]
 
 
 _AS_PICKLE: Final = methodcaller("__reduce_ex__", 5)
@@ -156,15 +154,21 @@ class Sink:
         Arrays and PickleBuffers to send out of band, in order.
     sizes : list of int
         Their nbytes.
+    settled : dict of int to bytes
+        What large PickleBuffers held that stay in the stream, by id: the next reducer may use their
+        memory again.
     """
 
-    __slots__ = ("_in_band_nbytes", "_stand_ins", "copying", "sizes", "sources", "threshold")
+    __slots__ = (
+        *("_in_band_nbytes", "_stand_ins", "copying", "settled", "sizes", "sources", "threshold"),
+    )
 
     def __init__(self, threshold: int, *, copying: bool = False) -> None:
         self.copying = copying
         self.threshold = threshold
         self.sources: list[Source] = []
         self.sizes: list[int] = []
+        self.settled: dict[int, bytes] = {}
         self._in_band_nbytes = 0
         self._stand_ins: dict[int, tuple[Any, int]] = {}
 
@@ -173,6 +177,10 @@ class Sink:
     ) -> dict[type, Reducer]:
         """Merge the tables, later ones winning, with the reducers of arrays below all of them."""
         table = _Table(self)
+        table[Rebuild] = _REDUCED
+        numpy = sys.modules.get("numpy")
+        if numpy is not None:
+            table[numpy.ndarray] = self.reduce_array
         table.update(general)
         if special:
             table.update(special)
@@ -186,6 +194,8 @@ class Sink:
         if source is buffer:
             nbytes = memoryview(buffer).nbytes
             if self.stays(nbytes):
+                if nbytes >= LEAST_UNCOPIED_NBYTES:
+                    self.settled[id(buffer)] = bytes(buffer)
                 return True
         self.sources.append(_settled(source) if self.copying else source)
         self.sizes.append(nbytes)

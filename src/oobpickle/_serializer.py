@@ -26,7 +26,7 @@ from oobpickle._into import load_into
 from oobpickle._locating import add_place
 from oobpickle._payload import Payload, check_sizes, fresh_destinations
 from oobpickle._reducers import Reducer, Sink
-from oobpickle._stream import Stream
+from oobpickle._stream import Pieces, Stream
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
@@ -140,23 +140,31 @@ def has_common_memory(obj: object) -> bool:
 
 
 def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
-    file = Stream(copying=sink.copying)
+    file: Any = Stream(copying=True) if sink.copying else Pieces()
     pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
     pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
     pickler.dump(obj)
-    return file.settled()
+    return _settled(file, sink)
+
+
+def _settled(file: Any, sink: Sink) -> bytes | Stream:
+    if type(file) is Stream:
+        return file
+    if len(file) == 1:
+        return file[0]  # type: ignore[no-any-return]
+    return Stream.of(file, sink.settled)
 
 
 def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
     import cloudpickle  # type: ignore[import-untyped]
 
-    file = Stream(copying=sink.copying)
+    file: Any = Stream(copying=True) if sink.copying else Pieces()
     pickler = cloudpickle.Pickler(file, 5, buffer_callback=sink.take)
     table = sink.dispatch_table(pickler.dispatch_table, {**copyreg.dispatch_table, **reducers})
     # The class has an attribute of that name, which hides the pickler's own.
     pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
     pickler.dump(obj)
-    return file.settled()
+    return _settled(file, sink)
 
 
 @overload

@@ -15,13 +15,25 @@ copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pickle import PickleBuffer
+from typing import Any, Final
 
 from oobpickle._copying import copy_bytes
 from oobpickle._resizable import Resizable
 
 _Piece = bytes | memoryview | Resizable
+
+
+#: What is smaller the pickler collects in frames.
+LEAST_UNCOPIED_NBYTES: Final = 64 << 10
+
+
+class Pieces(list[Any]):
+    """The file of a pickler, with no Python code: what was written, as it was written."""
+
+    __slots__ = ()
+    write = list.append
 
 
 class Stream:
@@ -41,6 +53,21 @@ class Stream:
         self._copying = copying
         self._pieces: list[_Piece] = [*pieces]
 
+    @classmethod
+    def of(cls, pieces: Pieces, settled: Mapping[int, bytes]) -> Stream:
+        """Return a stream of pieces; `settled` has the content of buffers, by id."""
+        stream = cls()
+        for piece in pieces:
+            if type(piece) is PickleBuffer:
+                piece = settled.get(id(piece)) or bytes(piece)
+            elif type(piece) is not bytes:
+                # Its header is the end of the piece before, and says its size: by now others may
+                # have changed that.
+                header = bytes(stream._pieces[-1])[-8:]  # type: ignore[arg-type]
+                piece = Resizable(piece, int.from_bytes(header, "little"))
+            stream._pieces.append(piece)
+        return stream
+
     def write(self, piece: bytes | bytearray | PickleBuffer) -> None:
         """Take what the pickler has written."""
         if type(piece) is bytes:
@@ -57,11 +84,6 @@ class Stream:
 
     def __bytes__(self) -> bytes:
         return b"".join(self.parts())
-
-    def settled(self) -> bytes | Stream:
-        """Return the only piece, if it is one: a small message need not be more than ``bytes``."""
-        pieces = self._pieces
-        return pieces[0] if len(pieces) == 1 and type(pieces[0]) is bytes else self
 
     def parts(self) -> Iterator[bytes | memoryview]:
         """Yield what it is made of, in order."""

@@ -7,6 +7,7 @@ import pytest
 
 import oobpickle
 from oobpickle import ResizedError
+from oobpickle._serializer import serialize
 from oobpickle._stream import Stream
 
 KIB = 1 << 10
@@ -91,6 +92,45 @@ def test_a_buffer_that_stays_in_band_has_the_content_that_it_had():
     memory[:3] = b"xyz"
 
     assert LARGE == pickle.loads(bytes(stream))
+
+
+class _Meanwhile:
+    """What happens to the memory after it was pickled and before the message is complete."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __reduce__(self):
+        self.change()
+        return int, ()
+
+
+@pytest.mark.parametrize("obj", OBJECTS.values(), ids=list(OBJECTS))
+def test_what_dumps_collects_is_the_pickle(obj):
+    payload = oobpickle.dumps([obj, 1])
+    memory = bytearray(payload.stream_nbytes)
+    payload.write_stream_into(memoryview(memory))
+
+    assert pickle.dumps([obj, 1], 5) == payload.stream == memory
+
+
+def test_a_bytearray_that_a_later_reducer_resizes_is_noticed():
+    memory = bytearray(LARGE)
+    payload = oobpickle.dumps([memory, _Meanwhile(lambda: memory.extend(b"more"))])
+
+    with pytest.raises(ResizedError, match="102400 bytes had 102404"):
+        payload.to_bytes()
+
+
+@pytest.mark.parametrize("readonly", [True, False])
+def test_a_buffer_in_band_may_be_used_again_by_a_later_reducer(readonly):
+    memory = bytearray(LARGE)
+    view = memoryview(memory).toreadonly() if readonly else memory
+    change = _Meanwhile(lambda: memory.__setitem__(slice(3), b"xyz"))
+    payload = serialize([pickle.PickleBuffer(view), change], {}, 1 << 20)
+
+    assert payload.sizes == []
+    assert [LARGE, 0] == pickle.loads(payload.stream)
 
 
 def test_pieces_that_are_there_already_come_first():
