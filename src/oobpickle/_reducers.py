@@ -195,7 +195,7 @@ class Sink:
             nbytes = memoryview(buffer).nbytes
             if self.stays(nbytes):
                 if nbytes >= LEAST_UNCOPIED_NBYTES:
-                    self.settled[id(buffer)] = bytes(buffer)
+                    self.settled[id(buffer)] = memoryview(buffer).tobytes("A")
                 return True
         self.sources.append(_settled(source) if self.copying else source)
         self.sizes.append(nbytes)

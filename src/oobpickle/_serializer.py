@@ -140,7 +140,7 @@ def has_common_memory(obj: object) -> bool:
 
 
 def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
-    file: Any = Stream(copying=True) if sink.copying else Pieces()
+    file: Any = Stream() if sink.copying else Pieces()
     pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
     pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
     pickler.dump(obj)
@@ -158,7 +158,7 @@ def _settled(file: Any, sink: Sink) -> bytes | Stream:
 def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
     import cloudpickle  # type: ignore[import-untyped]
 
-    file: Any = Stream(copying=True) if sink.copying else Pieces()
+    file: Any = Stream() if sink.copying else Pieces()
     pickler = cloudpickle.Pickler(file, 5, buffer_callback=sink.take)
     table = sink.dispatch_table(pickler.dispatch_table, {**copyreg.dispatch_table, **reducers})
     # The class has an attribute of that name, which hides the pickler's own.

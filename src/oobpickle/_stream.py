@@ -1,7 +1,7 @@
 """The stream: what the pickler has written, in the pieces in which it wrote it.
 
-**What.** `Stream` is the file that a pickler writes to. It is written out once, into memory that
-the caller has, so a large stream is never put together in between.
+**What.** `Pieces` is the file that a pickler writes to, `Stream` what came of it. That is written
+out once, into memory that the caller has, so a large stream is never put together in between.
 
 **How it works.** The pickler in C collects small objects in frames of 64 KiB (PEP 3154), and hands
 each larger ``bytes`` and ``bytearray``, and the encoding of each larger ``str``, to the file as it
@@ -24,7 +24,6 @@ from oobpickle._resizable import Resizable
 
 _Piece = bytes | memoryview | Resizable
 
-
 #: What is smaller the pickler collects in frames.
 LEAST_UNCOPIED_NBYTES: Final = 64 << 10
 
@@ -37,20 +36,17 @@ class Pieces(list[Any]):
 
 
 class Stream:
-    """The pieces of a pickle.
+    """The pieces of a pickle; as the file of a pickler, with a copy of what it writes.
 
     Parameters
     ----------
     pieces : iterable of bytes-like
         What is there already.
-    copying : bool
-        Take the content of a bytearray at once, not when the stream is written.
     """
 
-    __slots__ = ("_copying", "_pieces")
+    __slots__ = ("_pieces",)
 
-    def __init__(self, pieces: Iterable[bytes | memoryview] = (), *, copying: bool = False) -> None:
-        self._copying = copying
+    def __init__(self, pieces: Iterable[bytes | memoryview] = ()) -> None:
         self._pieces: list[_Piece] = [*pieces]
 
     @classmethod
@@ -59,7 +55,7 @@ class Stream:
         stream = cls()
         for piece in pieces:
             if type(piece) is PickleBuffer:
-                piece = settled.get(id(piece)) or bytes(piece)
+                piece = settled[id(piece)]
             elif type(piece) is not bytes:
                 # Its header is the end of the piece before, and says its size: by now others may
                 # have changed that.
@@ -69,13 +65,8 @@ class Stream:
         return stream
 
     def write(self, piece: bytes | bytearray | PickleBuffer) -> None:
-        """Take what the pickler has written."""
-        if type(piece) is bytes:
-            self._pieces.append(piece)
-            return
-        # A PickleBuffer that stays in-band: its memory may be used again by the next reducer.
-        settled = self._copying or type(piece) is PickleBuffer
-        self._pieces.append(bytes(piece) if settled else Resizable(piece, len(piece)))  # type: ignore[arg-type]
+        """Take a copy of what the pickler has written."""
+        self._pieces.append(piece.raw().tobytes() if type(piece) is PickleBuffer else bytes(piece))
 
     @property
     def nbytes(self) -> int:

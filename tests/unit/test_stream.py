@@ -3,12 +3,13 @@
 import io
 import pickle
 
+import numpy as np
 import pytest
 
 import oobpickle
 from oobpickle import ResizedError
 from oobpickle._serializer import serialize
-from oobpickle._stream import Stream
+from oobpickle._stream import Pieces, Stream
 
 KIB = 1 << 10
 LARGE = bytes(range(256)) * 400  # more than a frame
@@ -26,10 +27,10 @@ OBJECTS = {
 }
 
 
-def written(obj, **options):
-    stream = Stream(**options)
-    pickle.Pickler(stream, 5).dump(obj)
-    return stream
+def written(obj, copying=False):
+    file = Stream() if copying else Pieces()
+    pickle.Pickler(file, 5).dump(obj)
+    return file if copying else Stream.of(file, {})
 
 
 @pytest.mark.parametrize("obj", OBJECTS.values(), ids=list(OBJECTS))
@@ -131,6 +132,15 @@ def test_a_buffer_in_band_may_be_used_again_by_a_later_reducer(readonly):
 
     assert payload.sizes == []
     assert [LARGE, 0] == pickle.loads(payload.stream)
+
+
+@pytest.mark.parametrize("copying", [False, True])
+def test_a_buffer_in_band_keeps_the_order_of_its_memory(copying):
+    array = np.asfortranarray(np.arange(100_000, dtype=np.uint8).reshape(100, -1))
+    buffer = pickle.PickleBuffer(array)
+    payload = serialize([buffer, 1], {}, 1 << 20, copying=copying)
+
+    assert pickle.loads(payload.stream) == pickle.loads(pickle.dumps([buffer, 1], 5))
 
 
 def test_pieces_that_are_there_already_come_first():
