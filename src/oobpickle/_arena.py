@@ -114,7 +114,7 @@ class Arena:
         self.membership = Membership(self.ledger, handle, self._repair)
         self.room = Room(self.ledger, data, self.holdings, self.membership)
         self._table = table
-        self._words = words
+        self.words = words
         self.identity = bytes(words[H_IDENTITY : H_IDENTITY + 2])
         self.options = Options.read(words)
         self._capacity = words[H_CAPACITY]
@@ -237,12 +237,12 @@ class Arena:
     @property
     def closed(self) -> bool:
         """Whether the owner has closed it: nothing new is sent through it."""
-        return self._words[H_CLOSED] != 0
+        return self.words[H_CLOSED] != 0
 
     @property
     def n_handed(self) -> int:
         """How many ends of channels participants have passed on."""
-        return self._words[H_HANDED]
+        return self.words[H_HANDED]
 
     def note_handed(self, ends: Collection[int]) -> None:
         """Let all participants look again at who can read there."""
@@ -252,20 +252,20 @@ class Arena:
             pass_on_foreign(error)
             # Too many to be listed: they look again at all.
             jump = N_HANDED_ENDS + 1 + secrets.randbits(62)
-            self._words[H_HANDED] = (self._words[H_HANDED] + jump) % (1 << 63)
+            self.words[H_HANDED] = (self.words[H_HANDED] + jump) % (1 << 63)
 
     def _note_handed(self, ends: Collection[int]) -> None:
         for end in ends:
-            n = self._words[H_HANDED]
-            self._words[H_HANDED_ENDS + n % N_HANDED_ENDS] = end
-            self._words[H_HANDED] = (n + 1) % (1 << 63)
+            n = self.words[H_HANDED]
+            self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] = end
+            self.words[H_HANDED] = (n + 1) % (1 << 63)
 
     def handed_since(self, n_handed: int) -> list[int] | None:
         """Return the ends that were passed on since there were `n_handed`; ``None`` for "any"."""
-        numbers = range(n_handed, self._words[H_HANDED])
-        ends = [self._words[H_HANDED_ENDS + n % N_HANDED_ENDS] for n in numbers[-N_HANDED_ENDS:]]
+        numbers = range(n_handed, self.words[H_HANDED])
+        ends = [self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] for n in numbers[-N_HANDED_ENDS:]]
         # Read first, then looked whether they were overwritten meanwhile.
-        n_new = self._words[H_HANDED] - n_handed
+        n_new = self.words[H_HANDED] - n_handed
         return ends if 0 <= n_new <= N_HANDED_ENDS else None
 
     def _repair(self) -> None:
@@ -353,7 +353,7 @@ class Arena:
 
     def _reserve_rows(self, n_more: int) -> None:
         """Give the next rows of the ledger their pages: on a full mount a fault would be fatal."""
-        n_rows = self._words[H_N_BLOCKS] + n_more + 1  # whoever rebuilds looks one further
+        n_rows = self.words[H_N_BLOCKS] + n_more + 1  # whoever rebuilds looks one further
         if n_rows <= self._n_rows or n_rows > MAX_BLOCKS:
             return
         first, n_rows = self._n_rows, min(MAX_BLOCKS, n_rows + _ROWS_AHEAD)
@@ -459,7 +459,7 @@ class Arena:
             n_blocks=census.n_blocks,
             nbytes=census.nbytes,
             nbytes_resident=self.data.resident_nbytes(),
-            nbytes_huge=self.data.huge_nbytes() if self._words[H_HUGE] else 0,
+            nbytes_huge=self.data.huge_nbytes() if self.words[H_HUGE] else 0,
             capacity=self._capacity,
         )
 
@@ -537,11 +537,11 @@ class Arena:
             self.drain()
             self.membership.reap()
             self.room.reclaim()  # before it is closed: after that nobody says when he reads
-            self._words[H_CLOSED] = 1
+            self.words[H_CLOSED] = 1
             self.room.punch_idle(_EVERYTHING)
         except (ArenaFullError, OSError) as error:
             pass_on_foreign(error)
-            self._words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes
+            self.words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes
 
     def detach(self) -> None:
         """Stop sending from this process. Pages of what it holds go back as soon as that dies."""
@@ -576,7 +576,7 @@ class Arena:
 
     def _destroy(self) -> None:
         _fork.unwatch(self)
-        self._words = memoryview(bytearray(bytes(self._words[:HEADER_WORDS]))).cast("Q")
+        self.words = memoryview(bytearray(bytes(self.words[:HEADER_WORDS]))).cast("Q")
         self.membership.close()
         self.ledger.close()
         self.data.close()

@@ -40,6 +40,7 @@ from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, ResizedError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._hook import Hook, running
+from oobpickle._layout import H_CLOSED
 from oobpickle._payload import Payload
 from oobpickle._pipes import is_readable
 from oobpickle._serializer import serialize
@@ -62,7 +63,8 @@ def hooked_pickler(original: Any) -> Any:
         return original  # a module with `dumps` and `loads` is enough
     while original.__module__ == __name__:  # ours, put back by somebody who had found it there
         original = original.__base__
-    own = original.__dict__.get("dumps")
+    namespace = original.__dict__
+    own = namespace.get("dumps")
     standard = own if is_standard(own) else _NONE
 
     class HookedPickler(original):  # type: ignore[misc]
@@ -72,25 +74,27 @@ def hooked_pickler(original: Any) -> Any:
         def dumps(cls, obj: object, protocol: int | None = None) -> Any:
             # Every message comes here: what is above `_send` is all that it costs a small one.
             hook = _hook.current
-            if hook is None or hook.arena.closed or protocol is not None:
+            if protocol is not None or hook is None or (arena := hook.arena).words[H_CLOSED]:
                 running()
                 return super().dumps(obj, protocol)
-            if cls is not HookedPickler or original.__dict__.get("dumps") is not standard:
+            if cls is not HookedPickler or namespace.get("dumps") is not standard:
                 return super().dumps(obj)  # by a pickler of somebody else, below or on top of ours
-            if hook.arena.holdings.has_dropped:
+            if arena.holdings.dropped:
                 _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
             undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
             table = original._extra_reducers
-            payload = serialize(obj, table, hook.threshold, by_value=True, undo=undo)
+            try:
+                payload = serialize(obj, table, hook.threshold, by_value=True, undo=undo)
+                small = payload.written
+                if type(small) is bytes and len(small) < hook.threshold and not payload.sizes:
+                    return small
+                return _send(hook, payload, sys._getframe(1))
+            except ResizedError:
+                payload = serialize(
+                    obj, table, hook.threshold, by_value=True, copying=True, undo=undo
+                )
             if payload.sizes or payload.stream_nbytes >= hook.threshold:
-                frame = sys._getframe(1)
-                try:
-                    return _send(hook, payload, frame)
-                except ResizedError:
-                    payload = serialize(
-                        obj, table, hook.threshold, by_value=True, copying=True, undo=undo
-                    )
-                    return _send(hook, payload, frame)
+                return _send(hook, payload, sys._getframe(1))
             return payload.stream
 
     _codes.add(vars(HookedPickler)["dumps"].__func__.__code__)

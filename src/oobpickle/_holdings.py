@@ -95,6 +95,8 @@ class Holdings:
         Index to generation of the first blocks of messages that were read, but not yet loaded.
     epoch : int
         Counts the forks between the first participant and this process.
+    dropped : deque
+        What has died and was not collected yet.
     """
 
     def __init__(self, ledger: Ledger, data: Segment) -> None:
@@ -108,7 +110,7 @@ class Holdings:
         self._complete: set[int] = set()  # of `private`: copied as a whole
         self._returning: set[int] = set()
         self._watches: dict[int, Watch] = {}
-        self._dropped: deque[Watch] = deque()
+        self.dropped: deque[Watch] = deque()
         self._pending: deque[tuple[int, int]] = deque()
         self._unlocked: deque[tuple[int, int]] = deque()
         self._punched: deque[int] = deque()
@@ -136,7 +138,7 @@ class Holdings:
         unclaimed_word : int, optional
             The block is in flight, with this commit word, and was never claimed.
         """
-        watch = Watch(obj, self._dropped.append)
+        watch = Watch(obj, self.dropped.append)
         watch.anchored = watch.settles = False
         watch.unclaimed_word = unclaimed_word
         watch.blocks = blocks
@@ -174,21 +176,16 @@ class Holdings:
         """Whether `release_pending` has something to do."""
         return bool(self._pending or self._unlocked or self._punched)
 
-    @property
-    def has_dropped(self) -> bool:
-        """Whether something has died and was not collected yet."""
-        return bool(self._dropped)
-
     def owes(self, nbytes: int) -> bool:
         """Whether that is at least so many bytes of blocks."""
         used = self._ledger.used
-        blocks = [block for watch in list(self._dropped) for block in watch.blocks]
+        blocks = [block for watch in list(self.dropped) for block in watch.blocks]
         return sum(used[index] for index, _ in blocks) >= nbytes
 
     @property
     def is_empty(self) -> bool:
         """Whether no object of this process depends on the mapping."""
-        busy = (self._watches, self._dropped, self.leased, self.held, self._returning)
+        busy = (self._watches, self.dropped, self.leased, self.held, self._returning)
         return not any(busy)
 
     def known(self) -> set[int]:
@@ -226,13 +223,13 @@ class Holdings:
 
     def collect(self) -> None:
         """Queue the blocks of everything that has died."""
-        if self._dropped:
+        if self.dropped:
             # Somebody else (or this thread, below a finalizer) may be doing it right now: fine.
             with contextlib.suppress(LedgerBusyError):
                 self._collecting.run(0, self._collect)
 
     def _collect(self) -> None:
-        dropped = self._dropped
+        dropped = self.dropped
         while dropped:
             watch = dropped[0]
             is_own = watch.epoch == self.epoch

@@ -60,21 +60,21 @@ class Payload:
         Stream and buffers together, bytes.
     """
 
-    __slots__ = ("_sources", "_stream", "sizes")
+    __slots__ = ("_sources", "sizes", "written")
 
     def __init__(self, stream: bytes | Stream, sources: Sequence[Any], sizes: list[int]) -> None:
-        self._stream = stream
+        self.written = stream
         self._sources = sources
         self.sizes = sizes
 
     @property
     def stream(self) -> bytes:
-        return bytes(self._stream)  # the very object if it is one
+        return bytes(self.written)  # the very object if it is one
 
     @property
     def stream_nbytes(self) -> int:
         """Bytes of the stream."""
-        stream = self._stream
+        stream = self.written
         return stream.nbytes if isinstance(stream, Stream) else len(stream)
 
     @property
@@ -136,7 +136,7 @@ class Payload:
         return type(self)(self._in_pieces().pinned(), held, self.sizes)
 
     def _in_pieces(self) -> Stream:
-        return self._stream if isinstance(self._stream, Stream) else Stream([self._stream])
+        return self.written if isinstance(self.written, Stream) else Stream([self.written])
 
     def to_bytes(self) -> bytes:
         """Return everything as one string of bytes, with a checksum; see `from_bytes`."""

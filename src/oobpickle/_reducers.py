@@ -45,6 +45,9 @@ Reducer = Callable[[Any], Any]
 MIN_BUFFER_NBYTES: Final = 512
 _NOTHING: Final = bytearray()
 _KINDS: Final = frozenset("biufcmMSUV")
+_EXPORTED_KINDS: Final = frozenset("biufcS")
+#: NumPy copies up to here when it loads; above, the array is made on what the pickle had.
+_MOST_OWNED_NBYTES: Final = 1000
 
 _registered: dict[type, Reducer] = {}
 
@@ -106,31 +109,57 @@ def has_reducer(type: type) -> bool:
     return type in _registered
 
 
-class _Table(dict[type, Reducer]):
+class Table(dict[type, Reducer]):
     """A dispatch table that learns about a class when the first instance of it comes.
 
     What is not special gets what the pickler itself would call; so the pickler, which asks for
-    each object, finds an entry, and no Python code runs.
+    each object, finds an entry, and no Python code runs. The sink has no reference to its table:
+    together they would be a cycle, and the user's arrays would live until the collector comes.
+
+    Attributes
+    ----------
+    sink : Sink
+        Of the message.
+    levels : tuple of mapping
+        Where a reducer is looked for before ours are; the first that has one wins.
     """
 
-    __slots__ = ("_sink",)
+    __slots__ = ("levels", "sink")
 
-    def __init__(self, sink: Sink) -> None:
-        self._sink = sink
+    levels: tuple[Mapping[type, Reducer], ...]
+    sink: Sink
 
     def __missing__(self, kind: type) -> Reducer:
-        if kind.__base__ is object and kind is not _array:
-            self[kind] = _AS_PICKLE  # most are such: derived from nothing that has memory
-            return _AS_PICKLE
-        if issubclass(kind, _type):
+        for level in self.levels:
+            if kind in level:
+                self[kind] = level[kind]
+                return level[kind]
+        numpy = sys.modules.get("numpy")
+        reduce: Reducer
+        if numpy is not None and kind is numpy.ndarray:
+            reduce = self.sink.reduce_array
+        elif kind is Rebuild:
+            reduce = _REDUCED
+        elif kind.__base__ is object and kind is not _array:
+            reduce = _AS_PICKLE  # most are such: derived from nothing that has memory
+        elif issubclass(kind, _type):
             raise KeyError(kind)  # its instances are classes, pickled by their names
-        reduce = _subclasses.reducer_of(kind) or _byte_types.reducer_of(kind)
-        self[kind] = _AS_PICKLE if reduce is None else partial(reduce, self._sink)
-        return self[kind]
+        else:
+            special = _subclasses.reducer_of(kind) or _byte_types.reducer_of(kind)
+            reduce = _AS_PICKLE if special is None else partial(special, self.sink)
+        self[kind] = reduce
+        return reduce
+
+    def get(self, kind: type, default: Any = None) -> Any:
+        """Do what the pickler in C does; the one in Python asks in this way."""
+        try:
+            return self[kind]
+        except KeyError:
+            return default
 
 
-_AS_PICKLE: Final = methodcaller("__reduce_ex__", 5)
-_REDUCED: Final = attrgetter("reduced")
+_AS_PICKLE: Final[Reducer] = methodcaller("__reduce_ex__", 5)
+_REDUCED: Final[Reducer] = attrgetter("reduced")
 
 
 def registered() -> dict[type, Reducer]:
@@ -163,7 +192,7 @@ class Sink:
         *("_in_band_nbytes", "_stand_ins", "copying", "settled", "sizes", "sources", "threshold"),
     )
 
-    def __init__(self, threshold: int, *, copying: bool = False) -> None:
+    def __init__(self, threshold: int, copying: bool = False) -> None:
         self.copying = copying
         self.threshold = threshold
         self.sources: list[Source] = []
@@ -174,18 +203,11 @@ class Sink:
 
     def dispatch_table(
         self, general: Mapping[type, Reducer], special: Mapping[type, Reducer]
-    ) -> dict[type, Reducer]:
-        """Merge the tables, later ones winning, with the reducers of arrays below all of them."""
-        table = _Table(self)
-        table[Rebuild] = _REDUCED
-        numpy = sys.modules.get("numpy")
-        if numpy is not None:
-            table[numpy.ndarray] = self.reduce_array
-        table.update(general)
-        if special:
-            table.update(special)
-        if _registered:
-            table.update(_registered)
+    ) -> Table:
+        """Return the table for a pickler: what users registered, both tables, and then ours."""
+        table = Table()
+        table.sink = self
+        table.levels = (_registered, special, general)
         return table
 
     def take(self, buffer: PickleBuffer) -> bool:
@@ -240,12 +262,18 @@ class Sink:
         kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
         strides = kept_strides(array)
         order = () if strides is None else (0, strides)
-        if nbytes < MIN_BUFFER_NBYTES or self.stays(nbytes):
+        if nbytes >= MIN_BUFFER_NBYTES and not self.stays(nbytes):
+            return type(array), (array.shape, kind, self.stand_in(array, nbytes), *order)
+        if nbytes <= _MOST_OWNED_NBYTES:
             ordered = array if strides is None else in_memory_order(array)
             arguments = (array.shape, kind, ordered.tobytes(), *order)
             # A copy, because a small array that arrives owns its memory, as it does without us.
             return sys.modules["numpy"].array, (Rebuild(type(array), arguments),)
-        return type(array), (array.shape, kind, self.stand_in(array, nbytes), *order)
+        if strides is None and dtype.kind in _EXPORTED_KINDS and array.flags.c_contiguous:
+            memory = bytearray(array)
+        else:
+            memory = bytearray(in_memory_order(array).tobytes())
+        return type(array), (array.shape, kind, memory, *order)
 
 
 def kept_strides(array: Array) -> tuple[int, ...] | None:

@@ -20,7 +20,7 @@ import pickle
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
-from oobpickle._errors import PayloadError
+from oobpickle._errors import PayloadError, ResizedError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._into import load_into
 from oobpickle._locating import add_place
@@ -82,18 +82,34 @@ def serialize(
     With `by_value`, what the plain pickler refuses goes to cloudpickle: functions and classes that
     cannot be found by their names, modules. With `copying`, this is another attempt, for which the
     content is taken at once. What is in `undo` by then is called before reducers run a second time.
+
+    Raises
+    ------
+    ResizedError
+        If something was resized before a small stream was put together: try again with `copying`.
     """
     if copying:
         _call_all(undo)
+    sink = Sink(threshold, copying)
     try:
-        return _serialize(_dump, obj, reducers, Sink(threshold, copying=copying), undo)
+        # `_dump` and `_settled`, for what a small message is: each Python call shows there.
+        file: Any = Stream() if copying else Pieces()
+        pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
+        pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
+        pickler.dump(obj)
+        if not sink.sizes and not copying and len(file) == 1:
+            return Payload(file[0], sink.sources, sink.sizes)
+        return _independent(_dump, _settled(file, sink), obj, reducers, sink, undo)
     except Exception as error:
         pass_on_foreign(error)
+        if isinstance(error, ResizedError):
+            raise  # the caller makes another attempt
         if by_value and isinstance(error, _REFUSALS):
             _call_all(undo)
-            sink = Sink(threshold, copying=copying)
+            sink = Sink(threshold, copying)
             try:
-                return _serialize(_dump_by_value, obj, reducers, sink, undo)
+                stream = _dump_by_value(obj, reducers, sink)
+                return _independent(_dump_by_value, stream, obj, reducers, sink, undo)
             except Exception as second:
                 pass_on_foreign(second)
         _call_all(undo)
@@ -112,18 +128,19 @@ def _call_all(undo: list[Callable[[], Any]] | None) -> None:
         call()
 
 
-def _serialize(
+def _independent(
     dump: _Dump,
+    stream: bytes | Stream,
     obj: object,
     reducers: dict[type, Reducer],
     sink: Sink,
     undo: list[Callable[[], Any]] | None,
 ) -> Payload:
-    stream = dump(obj, reducers, sink)
+    """Return the payload of what was dumped; dump again if its buffers are in common memory."""
     if not sink.copying and len(sink.sources) > 1 and sink.has_overlap():
         # Perhaps scratch memory that a reducer has used again: then it reduces twice.
         _call_all(undo)
-        sink = Sink(sink.threshold, copying=True)
+        sink = Sink(sink.threshold, True)
         stream = dump(obj, reducers, sink)
     return Payload(stream, sink.sources, sink.sizes)
 
@@ -152,7 +169,8 @@ def _settled(file: Any, sink: Sink) -> bytes | Stream:
         return file
     if len(file) == 1:
         return file[0]  # type: ignore[no-any-return]
-    return Stream.of(file, sink.settled)
+    stream = Stream.of(file, sink.settled)
+    return bytes(stream) if stream.nbytes < sink.threshold else stream
 
 
 def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
