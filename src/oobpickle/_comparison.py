@@ -26,6 +26,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
+from oobpickle import _arrow
 from oobpickle._reducers import byte_bounds
 
 if TYPE_CHECKING:
@@ -269,7 +270,8 @@ class Comparison:
         elif expected.dtype.itemsize:
             one = np.ascontiguousarray(expected).reshape(-1)
             other = np.ascontiguousarray(actual.astype(expected.dtype, copy=False)).reshape(-1)
-            raw = one.view("u1").reshape(len(one), -1), other.view("u1").reshape(len(one), -1)
+            rows = one.size, expected.dtype.itemsize
+            raw = one.view("u1").reshape(rows), other.view("u1").reshape(rows)
             if not np.array_equal(*raw):
                 at = int(np.argmax((raw[0] != raw[1]).any(axis=1)))
                 index = [int(i) for i in np.unravel_index(at, expected.shape)]
@@ -355,6 +357,8 @@ def _is_plain(kind: type) -> bool:
 
 def _reduced(obj: Any) -> Any:
     reducer = copyreg.dispatch_table.get(type(obj))
+    if _arrow.reducer_of(type(obj)) is not None:
+        obj = _arrow.compact(obj)  # where the range begins in its memory is no value
     found = obj.__reduce_ex__(5) if reducer is None else reducer(obj)
     if isinstance(found, str):
         return found

@@ -15,7 +15,8 @@ reaches the threshold, and what is in-band by then stays there. No reducer runs 
 **Lifetime.** A sink lives for one ``dumps``. Registered reducers live until `unregister`.
 
 **When it cannot.** Arrays with Python objects in them and empty arrays take NumPy's way. Other
-classes: `_subclasses` for those of arrays, `_byte_types` for Python's own memory."""
+classes: `_subclasses` for those of arrays, `_byte_types` for Python's own memory, `_arrow` for
+slices of pyarrow's arrays."""
 
 from __future__ import annotations
 
@@ -28,7 +29,7 @@ from operator import attrgetter, methodcaller
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
-from oobpickle import _byte_types, _subclasses
+from oobpickle import _arrow, _byte_types, _subclasses
 from oobpickle._rebuild import Rebuild
 from oobpickle._resizable import Resizable
 from oobpickle._stream import LEAST_UNCOPIED_NBYTES
@@ -145,7 +146,8 @@ class Table(dict[type, Reducer]):
         elif issubclass(kind, _type):
             raise KeyError(kind)  # its instances are classes, pickled by their names
         else:
-            special = _subclasses.reducer_of(kind) or _byte_types.reducer_of(kind)
+            found = (module.reducer_of(kind) for module in (_subclasses, _byte_types, _arrow))
+            special = next(filter(None, found), None)
             reduce = _AS_PICKLE if special is None else partial(special, self.sink)
         self[kind] = reduce
         return reduce

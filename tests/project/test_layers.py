@@ -16,6 +16,7 @@ LEVELS = {
     1: {
         "_copying",
         "_reducers",
+        "_arrow",
         "_byte_types",
         "_locating",
         "_rebuild",
@@ -52,6 +53,7 @@ LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in mod
 #: The column that knows pickle; all else below the seam knows memory, but for what serves both.
 COMMON = {"_errors", "_foreign", "_copying"}
 PICKLE = {
+    "_arrow",
     "_reducers",
     "_rebuild",
     "_resizable",

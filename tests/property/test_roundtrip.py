@@ -1,5 +1,6 @@
 """Any object, any way through the serializer: the value that plain pickle would have delivered."""
 
+import array as array_module
 import pickle
 
 import numpy as np
@@ -11,6 +12,7 @@ import oobpickle
 import samples
 from oobpickle import Payload, PayloadError, StructureError
 from oobpickle._serializer import serialize
+from oobpickle.testing import check_roundtrip
 from samples import Layer, Model, described, pickled
 
 settings.register_profile("roundtrip", deadline=None, database=None)
@@ -104,6 +106,22 @@ def test_an_array_arrives_as_pickle_would_deliver_it_but_writable(array, way, th
     assert array.tobytes() == before
 
 
+@st.composite
+def subclasses(draw):
+    """An array of a subclass, masked or not, or Python's own memory."""
+    plain = draw(arrays(max_side=60))
+    as_class = {
+        "records": lambda: plain.view(np.recarray),
+        "masked": lambda: np.ma.MaskedArray(plain, np.zeros(plain.shape, bool)),
+        "hard mask": lambda: np.ma.MaskedArray(plain, np.ones(plain.shape, bool), hard_mask=True),
+        "users": lambda: plain.view(samples.Matrix),
+        "bytes": plain.tobytes,
+        "bytearray": lambda: bytearray(plain.tobytes()),
+        "array": lambda: array_module.array("b", plain.tobytes()),
+    }
+    return as_class[draw(st.sampled_from(sorted(as_class)))]()
+
+
 # --- objects
 
 
@@ -171,6 +189,12 @@ def test_an_object_arrives_as_pickle_would_deliver_it(obj, way, threshold):
 
     assert described(pickled(obj)) == described(arrived)
     assert described(obj) == before
+
+
+@settings(settings.get_profile("roundtrip"), max_examples=25)
+@given(st.one_of(arrays(), objects(), subclasses()))
+def test_an_object_arrives_in_a_process_as_pickle_would_deliver_it(obj):
+    check_roundtrip(obj, start_method="fork")
 
 
 @few

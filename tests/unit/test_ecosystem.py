@@ -114,6 +114,51 @@ def test_rows_of_a_frame_carry_only_themselves():
     assert oobpickle.dumps(frame()[:200]).nbytes < oobpickle.dumps(frame()).nbytes / 20
 
 
+PARTS = {
+    "integers": lambda: pa.array(range(N)),
+    "integers, some missing": lambda: pa.array([None, *range(1, N)]),
+    "strings": lambda: pa.array(WORDS),
+    "string views": lambda: pa.array(WORDS, pa.string_view()),
+    "lists": lambda: pa.array([[i, i] for i in range(N)]),
+    "maps": lambda: pa.array([[("a", i)] for i in range(N)], pa.map_(pa.string(), pa.int64())),
+    "structures": lambda: pa.array([{"a": i, "b": "x"} for i in range(N)]),
+    "fixed size": lambda: pa.array([b"0123"] * N, pa.binary(4)),
+    "dictionary": lambda: pa.array(WORDS).dictionary_encode(),
+    "extension": lambda: pa.ExtensionArray.from_storage(
+        pa.uuid(), pa.array([b"0123456789abcdef"] * N, pa.binary(16))
+    ),
+    "chunks": lambda: pa.chunked_array([pa.array(WORDS), pa.array(WORDS)]),
+    "record batch": lambda: table().to_batches()[0],
+    "table": table,
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_slice_of_arrow_memory_carries_only_itself(name):
+    part = PARTS[name]()[5_000:5_010]
+    payload = oobpickle.dumps(part)
+
+    values = part.dictionary.nbytes if name == "dictionary" else 0
+    assert payload.nbytes - values < 3_000
+    assert oobpickle.loads(payload).equals(part)
+    oobpickle.loads(payload).validate(full=True)
+    check_roundtrip(part)
+
+
+def test_arrow_memory_that_is_referred_to_as_a_whole_is_sent_as_it_is():
+    array = pa.array(range(N))
+    (source,) = oobpickle.dumps(array).buffers
+
+    assert pa.py_buffer(source).address == array.buffers()[1].address
+
+
+def test_a_slice_that_the_format_of_arrow_refuses_is_sent_as_pyarrow_does():
+    kind = pa.struct([("word", pa.dictionary(pa.int32(), pa.string()))])
+    part = pa.array([{"word": "x"}] * N, kind)[:5]
+
+    assert oobpickle.loads(oobpickle.dumps(part)).equals(part)
+
+
 def test_the_source_names_none_of_these_libraries():
     from pathlib import Path
 
