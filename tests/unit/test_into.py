@@ -1,6 +1,7 @@
 """Loading into an object that exists: all of the value, in the memory that was there."""
 
 import collections
+import ctypes
 import functools
 import logging
 import pathlib
@@ -8,8 +9,10 @@ import pickle
 import time
 import tracemalloc
 import uuid
+from array import array as typed
 from decimal import Decimal
 from fractions import Fraction
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -744,6 +747,46 @@ def test_an_error_of_the_object_while_loading_changes_nothing():
 class Raising:
     def __reduce__(self):
         return (divmod, (1, 0))
+
+
+class Content(bytes):
+    pass
+
+
+class Point(ctypes.Structure):
+    _fields_: ClassVar = [("x", ctypes.c_double), ("rest", ctypes.c_char * 900)]
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (typed("d", [0.0] * 900), typed("d", range(900))),
+        (typed("f", [0.0] * 900), typed("d", range(700))),
+        (bytearray(9000), bytearray(b"abc") * 2000),
+        (bytes(9000), b"abc" * 2000),
+        (Content(9000), Content(b"abc" * 2000)),
+    ],
+    ids=lambda obj: type(obj).__name__,
+)
+def test_memory_that_is_no_array_is_replaced(old, new):
+    before = pickle.dumps(old)
+    target = {"content": old, "weights": weights(0)}
+    kept = target["weights"]
+    loaded_into(target, {"content": new, "weights": weights(1)})
+
+    assert type(target["content"]) is type(new)
+    assert pickle.dumps(target["content"]) == pickle.dumps(new)
+    assert pickle.dumps(old) == before
+    assert set(kept) == {1.0}
+
+
+def test_a_structure_of_ctypes_is_no_target():
+    target = [Point(), weights(0)]
+    with pytest.raises(StructureError, match="decides itself"):
+        oobpickle.loads(oobpickle.dumps([Point(1.0), weights(1)]), into=target)
+
+    assert target[0].x == 0
+    assert not any(target[1])
 
 
 def test_altered_bytes_change_nothing():
