@@ -27,7 +27,7 @@ import struct
 import time
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
-from oobpickle import _copying, _fork, _huge_pages, _statistics, _system
+from oobpickle import _copying, _faults, _fork, _huge_pages, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings
@@ -193,6 +193,7 @@ class Arena:
         os.set_inheritable(locks_fd, False)
         data = Segment.attach(data_fd, map_it=_may_map())
         arena = cls(data, table, locks_fd)
+        _faults.reach("arena.mapped")
         if table.mapped:
             arena.membership.try_join()
         else:  # no address space: it can load messages, and copies them out of the file
@@ -301,6 +302,7 @@ class Arena:
         if least > self._capacity:
             raise self._full(Shortage("full", least, self._capacity))
         taken: list[tuple[int, int]] = []
+        _faults.reach("arena.acquiring")
         lease = Lease(self, layout)
         try:
             deadline = self._deadline(layout, wait_s)
@@ -505,6 +507,7 @@ class Arena:
             users.add(token)
             for _ in range(count):
                 leases.append(self.acquire(sizes, wait_s=0))
+                _faults.reach("arena.prepared")
         finally:
             try:
                 for lease in leases:

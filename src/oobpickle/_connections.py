@@ -34,7 +34,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, Final
 
-from oobpickle import _envelope, _hook, _offers, _statistics, _straight
+from oobpickle import _envelope, _faults, _hook, _offers, _statistics, _straight
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, ResizedError
@@ -241,7 +241,9 @@ def hooked_send_bytes(original: Any) -> Any:
         try:
             users.add(token)
             envelope.lease.depart()
+            _faults.reach("connections.departing")
             original(self, buf)
+            _faults.reach("connections.written")
         except OSError as error:
             if error.errno == errno.EPIPE:
                 envelope.lease.release()  # no reader is left

@@ -3,15 +3,16 @@
 **What.** ``reach("name")`` stands at each step whose interruption must be survivable. In normal
 operation it compares one global with ``None``.
 
-**How it works.** The environment variable ``OOBPICKLE_FAULT`` names a point and, after a colon, at
-which hit the process dies, for instance ``ledger.lease.committed:3``. It dies by SIGKILL, at once:
-no handler, no ``finally``, no ``atexit`` runs. `arm` does the same from inside a process, so that
-one child of many can be chosen.
+**How it works.** The environment variable ``OOBPICKLE_FAULT`` names a point and, after colons, at
+which hit the process dies and of which signal, for instance ``ledger.lease.committed:3:SEGV``. If
+neither is said, it dies at the first hit, by SIGKILL, at once: no handler, no ``finally``, no
+``atexit`` runs. `arm` does the same from inside a process, so that one child of many can be chosen.
 
 **Lifetime.** A forked child inherits the armed point and its count; a spawned one reads the
 variable again. The kernel frees everything that the killed process had.
 
-**When it cannot.** It never fires by itself; nothing in the library arms a point.
+**When it cannot.** It never fires by itself; nothing in the library arms a point. Of a signal that
+the process ignores or handles it does not die.
 """
 
 from __future__ import annotations
@@ -24,14 +25,22 @@ VARIABLE: Final = "OOBPICKLE_FAULT"
 
 _armed: str | None = None
 _hits_left = 0
+_signal = signal.SIGKILL
 
 
 def arm(point: str | None) -> None:
-    """Kill this process at the given ``"name"`` or ``"name:hit"``; ``None`` disarms."""
-    global _armed, _hits_left
-    name, _, hit = (point or "").partition(":")
+    """Kill this process at the given point; ``None`` disarms.
+
+    Parameters
+    ----------
+    point : str or None
+        ``"name"``, ``"name:hit"`` or ``"name:hit:signal"``; the signal without its ``SIG``.
+    """
+    global _armed, _hits_left, _signal
+    name, hit, number = [*(point or "").split(":"), "", ""][:3]
     _armed = name or None
     _hits_left = int(hit or 1)
+    _signal = signal.Signals[f"SIG{number or 'KILL'}"]
 
 
 def reach(point: str) -> None:
@@ -44,7 +53,7 @@ def _hit() -> None:
     global _hits_left
     _hits_left -= 1
     if _hits_left == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), _signal)
 
 
 arm(os.environ.get(VARIABLE))

@@ -23,7 +23,7 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import TYPE_CHECKING, Final
 
-from oobpickle import _interrupts
+from oobpickle import _faults, _interrupts
 from oobpickle._mutex import fork_wheel
 
 if TYPE_CHECKING:
@@ -107,9 +107,11 @@ def _before_again() -> None:
     fork = forks[-1]
     fork.ready = True
     fork.interrupt = _each(_prepare) or missed or fork.interrupt
+    _faults.reach("fork.before")
 
 
 def _after() -> None:
+    _faults.reach("fork.after_in_parent")
     forks = _forks.get(get_ident(), [])
     if len(forks) <= 1:  # else the fork around this one still needs the locks
         interrupt = _each(_finish)
@@ -132,6 +134,7 @@ def _after_again() -> None:
 
 
 def _in_child() -> None:
+    _faults.reach("fork.after_in_child")
     _each(_begin)
 
 

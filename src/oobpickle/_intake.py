@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from oobpickle import _statistics
+from oobpickle import _faults, _statistics
 from oobpickle._errors import ArenaFullError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._holdings import Keeper, Watch
@@ -97,6 +97,7 @@ class Intake:
                 in_file = block[0] in unmapped
                 views.append(self._copy_claimed(block, nbytes, in_file, keep=is_index))
                 holdings.unwatch(watch)
+                _faults.reach("intake.copied")
             else:
                 self._arena.room.enter(block[0], nbytes)
                 views.append(memoryview(anchor))  # type: ignore[arg-type]
@@ -211,8 +212,10 @@ class Intake:
             own.readings.add(token)
             own.publish_readings()
             message, block = call(*args)
+            _faults.reach("intake.read")
             if block is not None:
                 self._adopt(*block)
+                _faults.reach("intake.adopted")
             return message
         except BaseException:
             if block is not None:

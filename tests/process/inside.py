@@ -12,6 +12,7 @@ kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of
 **When it cannot.** The checker knows the layout of the ledger; a new layout needs a new checker.
 """
 
+import contextlib
 import faulthandler
 import functools
 import gc
@@ -69,12 +70,8 @@ def fork(run, *args, fault=None):
 
     `fault` names a point of `oobpickle._faults` that kills the child when it comes there.
     """
-    global _point_for_next_child
-    _point_for_next_child = fault
-    try:
+    with faulty_children(fault):
         pid = os.fork()
-    finally:
-        _point_for_next_child = None
     if pid:
         return pid
     status = 1
@@ -87,6 +84,17 @@ def fork(run, *args, fault=None):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(status)
+
+
+@contextlib.contextmanager
+def faulty_children(fault):
+    """Within it, a child that is forked has the given fault and no other."""
+    global _point_for_next_child
+    _point_for_next_child = fault
+    try:
+        yield
+    finally:
+        _point_for_next_child = None
 
 
 def reap(pid, expected=0, within_s=60):

@@ -5,6 +5,8 @@ import signal
 import subprocess
 import sys
 
+import pytest
+
 from oobpickle import _faults
 
 
@@ -45,3 +47,16 @@ def test_arming_none_disarms():
     )
 
     assert 0 == result.returncode
+
+
+@pytest.mark.parametrize("name", ["TERM", "SEGV", "KILL"])
+def test_the_variable_names_the_signal(name):
+    code = (
+        "import resource; resource.setrlimit(resource.RLIMIT_CORE, (0, 0))\n"
+        "from oobpickle._faults import reach\nfor i in range(9): print(i, flush=1); reach('x')"
+    )
+
+    result = run(code, OOBPICKLE_FAULT=f"x:2:{name}")
+
+    assert -signal.Signals[f"SIG{name}"] == result.returncode
+    assert b"0\n1\n" == result.stdout

@@ -1,0 +1,167 @@
+"""The owner of an arena in which others are killed, and the workers that are busy beside them.
+
+**What.** `Survivors`: this process, its arena, and two workers that send each other messages all
+the while; `look` says that nobody hangs, nothing wrong has arrived, and nothing is left of the dead.
+
+**How it works.** Each worker verifies every byte of every message, again when it drops it. `look`
+asks both how far they are, compares the ledger with a recomputation, and takes all room there is:
+what is not to be had must belong to somebody who lives.
+
+**Lifetime.** From its making to `finish`, after which nothing may be left in this process.
+
+**When it cannot.** A survivor that does not answer within `inside.TOKEN_S` seconds is taken to
+hang, and fails the run.
+"""
+
+import gc
+import multiprocessing
+import os
+import random
+
+import inside
+from inside import eventually, message, verify
+
+import oobpickle
+from oobpickle import _layout as layout
+
+WAIT_S = 10.0
+CAPACITY = 192 << 20
+#: More than the two workers have at any time.
+WORKERS_NBYTES = 24 << 20
+SIZES = (80_000, 300_000, 1_000_000, 2_000_000)
+
+
+def work(control, get, put, begins, seed):
+    """Exchange messages with the other worker until the owner says stop."""
+    chance, held, n_verified = random.Random(seed), [], 0
+    if begins:
+        put.send(message(seed))
+    while (received := get.recv()) is not None:
+        held = [verify(received), *held[:3]]
+        n_verified += 1
+        if len(held) == 4:
+            verify(held[-1])
+        if control.poll():
+            if control.recv() == "stop":
+                break
+            control.send(n_verified)
+        put.send(message(received[0] + 1, chance.choice(SIZES)))
+    put.send(None)
+    control.send(n_verified)
+
+
+class Survivors:
+    """This process and its workers.
+
+    Attributes
+    ----------
+    n_verified : int
+        Messages whose every byte was looked at by a survivor.
+    """
+
+    def __init__(self, method):
+        self.n_descriptors = len(os.listdir("/proc/self/fd"))
+        self.context = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self.context.set_forkserver_preload(["numpy", "oobpickle", "victims"])
+        # Long enough for others to finish what they do with idle blocks: nobody reads from a victim that
+        # sends to itself in-band.
+        self.arena = oobpickle.install(capacity=CAPACITY, wait_s=WAIT_S)
+        self.n_verified = 0
+        there, back = self.pipe(), self.pipe()
+        self.workers = [
+            self._start(there[0], back[1], True, 10_000),
+            self._start(back[0], there[1], False, 20_000),
+        ]
+        for end in (*there, *back):
+            end.close()
+
+    def pipe(self):
+        return self.context.Pipe(duplex=False)
+
+    def _start(self, *args):
+        here, there = self.context.Pipe()
+        process = self.context.Process(target=work, args=(there, *args), daemon=True)
+        process.start()
+        there.close()
+        return process, here
+
+    def verify(self, received, seed=None):
+        self.n_verified += 1
+        return verify(received, seed)
+
+    def look(self):
+        """Assert that all is well, and that nothing is left of the dead."""
+        for process, control in self.workers:
+            control.send("report")
+            assert control.poll(inside.TOKEN_S), f"{process} hangs"
+            control.recv()
+        inside.assert_ledger_consistent(self.arena)
+        eventually(lambda: not self._strays())
+        self._take_all_room()
+        inside.assert_ledger_consistent(self.arena)
+
+    def _strays(self):
+        """Return blocks that are in use by nobody who lives, after a look for such."""
+        self.arena.drain()
+        self.arena.membership.reap()
+        self.arena.room.reclaim()
+        living = self._slots()
+        used = self.arena.ledger.used
+        rows = inside.owners(self.arena)
+        strays = [row for row in rows if row[2] not in living]
+        if strays:
+            return strays
+        nbytes = sum(used[index] for index, _, slot in rows)
+        return [f"{nbytes} bytes in use"] if nbytes > WORKERS_NBYTES else []
+
+    def _slots(self):
+        pids = {os.getpid(), *(process.pid for process, _ in self.workers)}
+        ledger = self.arena.ledger
+        rows = {
+            slot: layout.HEADER_WORDS + slot * layout.PARTICIPANT_WORDS
+            for slot in range(ledger.words[layout.H_N_SLOTS])
+        }
+        return {slot for slot, row in rows.items() if ledger.words[row + layout.P_PID] in pids}
+
+    def _take_all_room(self):
+        leases = []
+        try:
+            while True:
+                leases.append(self.arena.acquire([1 << 20], wait_s=0))
+        except oobpickle.ArenaFullError as error:
+            assert error.reason == "full", error
+        assert len(leases) >= (CAPACITY - WORKERS_NBYTES) >> 20, len(leases)
+        for lease in leases:
+            lease.release()
+
+    def finish(self):
+        """End the workers; then not one block, page, descriptor or participant is left."""
+        (first, control), (second, other_control) = self.workers
+        control.send("stop")
+        for process, end in ((first, control), (second, other_control)):
+            self.n_verified += last_of(end)
+            process.join(inside.TOKEN_S)
+            assert process.exitcode == 0, process
+            process.close()
+            end.close()
+        self.workers.clear()
+        del first, second, process
+        inside.assert_empty(self.arena)
+        statistics = self.arena.statistics()
+        assert statistics.n_participants == 1, statistics
+        oobpickle.uninstall()
+        gc.collect()
+        assert inside.our_descriptors() == []
+        return statistics
+
+
+def last_of(connection):
+    """Return the last of what somebody sends before he ends."""
+    assert connection.poll(inside.TOKEN_S), "a worker hangs"
+    found = connection.recv()
+    while True:
+        try:
+            found = connection.recv()
+        except (EOFError, ConnectionResetError):
+            return found

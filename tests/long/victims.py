@@ -1,0 +1,316 @@
+"""Lives that end by a kill, each in a process of its own.
+
+**What.** `live` reaches every fault point of the library, and six of its own (`POINTS`) in places
+where the library has no code that could stop; `Armed` chooses the point in a child that is started.
+
+**How it works.** A life is a round of acts that is repeated until the armed point is reached; it
+begins with the act that reaches the point soonest. Every message that it receives is verified, and
+a life that fails, or does not come to its point, ends with another exit code than the signal's.
+
+**Lifetime.** Until the kill. What it has sent stays with its receiver.
+
+**When it cannot.** A point that a forked child dies at (`fork.after_in_child`) takes its parent
+along, so that who watches the parent sees it.
+"""
+
+import contextlib
+import dataclasses
+import fcntl
+import gc
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import termios
+import threading
+from array import array
+from multiprocessing import util
+
+import inside
+from inside import content, message, verify
+
+import oobpickle
+from oobpickle import _faults, _hook
+from oobpickle import _layout as layout
+
+#: In the middle of the bytes of a copy; with part of an envelope in the pipe; within the loading
+#: of an object; with arrays in hand; in a finalizer that has arrays; in what runs at the exit.
+POINTS = (
+    "victim.copying",
+    "victim.piping",
+    "victim.loading",
+    "victim.holding",
+    "victim.finalizing",
+    "victim.exiting",
+)
+SIZES = (300_000, 1_500_000, 70_000)
+COPIED_NBYTES = 24 << 20
+N_ROUNDS = 40
+_PAGE_NBYTES = 4096
+_SAMPLE_NBYTES = 64
+
+
+class Armed(str):
+    """The name of a process that arms a fault point in the child as soon as it is unpickled there:
+    before the child takes part in the arena."""
+
+    def __new__(cls, name, fault):
+        self = super().__new__(cls, name)
+        self.fault = fault
+        return self
+
+    def __reduce__(self):
+        return _arm, (str(self), self.fault)
+
+
+def _arm(name, fault):
+    _faults.arm(fault)
+    return name
+
+
+def no_core():
+    """Let this process and its children die of a signal without a core dump."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def live(fault, from_owner, to_owner, clogged):
+    """Send, receive, hold, drop, prepare, trim and fork, until the kill.
+
+    Parameters
+    ----------
+    fault : str
+        What is armed.
+    from_owner, to_owner : Connection
+        Read and written now and then.
+    clogged : Connection
+        Nobody reads there before this process is dead.
+    """
+    no_core()
+    point = fault.partition(":")[0]
+    victim = Victim(fault, from_owner, to_owner, clogged)
+    if point == "victim.copying":
+        victim.die_in_a_copy()
+    if point == "victim.piping":
+        victim.die_in_the_pipe()
+    acts = victim.acts()
+    first = next((at for at, act in enumerate(acts) if point in REACHED_BY.get(act.__name__, ())), 0)
+    for _ in range(N_ROUNDS):
+        for act in acts[first:] + acts[:first]:
+            act()
+            if point == "victim.exiting" and len(victim.held) > 1:
+                util.Finalize(None, _faults.reach, args=(point,), exitpriority=50)
+                return
+
+
+#: What is reached sooner than by the acts in their order.
+REACHED_BY = {
+    "lease_new_rows": {"ledger.row.written", "ledger.row.counted"},
+    "prepare": {"arena.prepared"},
+    "copy_out": {"intake.copied"},
+    "load": {"victim.loading"},
+    "finalize": {"victim.finalizing"},
+    "trim": {"room.reserved", "ledger.punched"},
+    "fork_and_go_on": {
+        "fork.after_in_child",
+        "fork.after_in_parent",
+        "fork.before",
+        "fork.privatized",
+        "segment.populated",
+    },
+    "bury_a_child": {
+        "ledger.recover.had",
+        "participants.absorbed",
+        "participants.reaped",
+        "participants.summed",
+    },
+}
+
+
+class Victim:
+    """A process that takes part, and its ends of the channels to the owner."""
+
+    def __init__(self, fault, from_owner, to_owner, clogged):
+        self._of_children = fault if fault.startswith("fork.after_in_child") else None
+        self.arena = _hook.current.arena
+        self.from_owner, self.to_owner, self.clogged = from_owner, to_owner, clogged
+        self.own_read, self.own_write = multiprocessing.Pipe(duplex=False)
+        self.held, self.seed = [], 0
+
+    def acts(self):
+        return [
+            self.talk_to_itself,
+            self.send_small_parts,
+            self.talk_to_the_owner,
+            self.hold,
+            self.finalize,
+            self.load,
+            self.prepare,
+            self.copy_out,
+            self.fork_and_go_on,
+            self.drop,
+            self.lease_new_rows,
+            self.bury_a_child,
+            self.trim,
+        ]
+
+    def talk_to_itself(self):
+        for size in SIZES:
+            self.seed += 1
+            self.own_write.send(message(self.seed, size))
+            self.held.append(verify(self.own_read.recv(), self.seed))
+
+    def send_small_parts(self):
+        self.own_write.send([message(n, 3_000) for n in range(40)])
+        for part in self.own_read.recv():
+            verify(part)
+
+    def talk_to_the_owner(self):
+        self.to_owner.send(message(1000 + self.seed, 500_000))
+        while self.from_owner.poll():
+            self.held.append(verify(self.from_owner.recv()))
+
+    def hold(self):
+        for one in self.held:
+            verify(one)
+        if self.held:
+            _faults.reach("victim.holding")
+
+    def drop(self):
+        self.held = self.held[-2:]
+
+    def finalize(self):
+        self.own_write.send(message(7, 200_000))
+        Finalized(self.own_read.recv())
+        gc.collect()
+
+    def load(self):
+        self.own_write.send(Loaded(message(8, 200_000)))
+        verify(self.own_read.recv())
+
+    def prepare(self):
+        with contextlib.suppress(oobpickle.ArenaFullError):  # while somebody else trims
+            self.arena.prepare(nbytes=400_000, count=2)
+
+    def trim(self):
+        self.arena.trim()
+        self.talk_to_itself()
+
+    def copy_out(self):
+        options = self.arena.options
+        self.arena.options = dataclasses.replace(options, copy_out=True)
+        self.own_write.send([message(9, 100_000), message(10, 200_000)])
+        for part in self.own_read.recv():
+            verify(part)
+        self.arena.options = options
+
+    def lease_new_rows(self):
+        words, leases = self.arena.ledger.words, []
+        n_rows = words[layout.H_N_BLOCKS]
+        while words[layout.H_N_BLOCKS] < n_rows + 4:
+            leases.append(self.arena.acquire([layout.OWN_BLOCK_NBYTES]))
+        for lease in leases:
+            lease.release()
+
+    def fork_and_go_on(self):
+        self.talk_to_itself()
+        with inside.faulty_children(self._of_children):
+            pid = os.fork()
+        self._follow(pid or os._exit(0))
+
+    def bury_a_child(self):
+        pid = os.fork()
+        if pid == 0:
+            self._take_and_die()
+        self._follow(pid, signal.SIGKILL)
+        self.arena.membership.reap()
+
+    def _take_and_die(self):
+        for seed in range(3):
+            self.own_write.send(message(seed, 200_000))
+        self.held.append(verify(self.own_read.recv()))
+        self.arena.acquire([100_000, 2_000_000])
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def _follow(self, pid, expected=0):
+        """Wait for a child; if it died of the armed signal, die of the same."""
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        if code == -_faults._signal and expected == 0:
+            os.kill(os.getpid(), -code)
+        if code != -expected and code != -_faults._signal:
+            raise AssertionError(f"a child ended with {code}")
+        while self.own_read.poll():  # what it has sent
+            for part in [self.own_read.recv()]:
+                verify(part)
+
+    # --- where the library has no code: a thread strikes while the first is in one call of C
+
+    def die_in_a_copy(self):
+        """The kill comes when the first bytes of a message are in place, and the last are not."""
+        data = content(1, COPIED_NBYTES)
+        data[-_SAMPLE_NBYTES:] ^= 0x55  # what no earlier copy can have left there
+        sys.setswitchinterval(1e-4)
+        threading.Thread(target=self._strike_in_a_copy, args=(data,), daemon=True).start()
+        for _ in range(200):
+            self.own_write.send(data)
+            self.own_read.recv()[-_SAMPLE_NBYTES:] = 0
+            gc.collect()
+        raise AssertionError("no copy was met in the middle")
+
+    def _strike_in_a_copy(self, data):
+        first, last = data[:_SAMPLE_NBYTES].tobytes(), data[-_SAMPLE_NBYTES:].tobytes()
+        arena = self.arena
+        while True:
+            for index in list(arena.holdings.leased):
+                if arena.ledger.used[index] != COPIED_NBYTES:
+                    continue
+                start = arena.ledger.offset[index]
+                view = arena.data.view()[start : start + COPIED_NBYTES]
+                if view[:_SAMPLE_NBYTES] == first and view[-_SAMPLE_NBYTES:] != last:
+                    self._strike()
+
+    def die_in_the_pipe(self):
+        """The kill comes when one page of an envelope is in the pipe, and there is no more room."""
+        fd = self.clogged.fileno()
+        fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _PAGE_NBYTES)
+        # More than a page, and so little that it travels in the envelope.
+        parts = [message(1, 300_000), bytes(6_000)]
+        threading.Thread(target=self._strike_in_the_pipe, args=(fd,), daemon=True).start()
+        self.clogged.send(parts)
+        raise AssertionError("the envelope was not larger than the pipe")
+
+    def _strike_in_the_pipe(self, fd):
+        unread = array("i", [0])
+        while unread[0] != _PAGE_NBYTES:
+            fcntl.ioctl(fd, termios.FIONREAD, unread)
+        self._strike()
+
+    def _strike(self):
+        os.kill(os.getpid(), _faults._signal)
+
+
+class Finalized:
+    """A cycle that has an array when it is collected."""
+
+    def __init__(self, received):
+        self.received = received
+        self.itself = self
+
+    def __del__(self):
+        verify(self.received)
+        _faults.reach("victim.finalizing")
+
+
+class Loaded:
+    """An object in whose loading there is a fault point, after its array is there."""
+
+    def __init__(self, one):
+        self.one = one
+
+    def __reduce__(self):
+        return _load, (self.one,)
+
+
+def _load(one):
+    _faults.reach("victim.loading")
+    return one
