@@ -102,27 +102,9 @@ class Survivors:
         inside.assert_ledger_consistent(self.arena)
 
     def _strays(self):
-        """Return blocks that are in use by nobody who lives, after a look for such."""
-        self.arena.drain()
-        self.arena.membership.reap()
-        self.arena.room.reclaim()
-        living = self._slots()
         used = self.arena.ledger.used
-        rows = inside.owners(self.arena)
-        strays = [row for row in rows if row[2] not in living]
-        if strays:
-            return strays
-        nbytes = sum(used[index] for index, _, slot in rows)
-        return [f"{nbytes} bytes in use"] if nbytes > WORKERS_NBYTES else []
-
-    def _slots(self):
-        pids = {os.getpid(), *(process.pid for process, _ in self.workers)}
-        ledger = self.arena.ledger
-        rows = {
-            slot: layout.HEADER_WORDS + slot * layout.PARTICIPANT_WORDS
-            for slot in range(ledger.words[layout.H_N_SLOTS])
-        }
-        return {slot for slot, row in rows.items() if ledger.words[row + layout.P_PID] in pids}
+        nbytes = sum(used[index] for index, _, _ in inside.owners(self.arena))
+        return blocks_of_the_dead(self.arena) or nbytes > WORKERS_NBYTES
 
     def _take_all_room(self):
         leases = []
@@ -154,6 +136,21 @@ class Survivors:
         gc.collect()
         assert inside.our_descriptors() == []
         return statistics
+
+
+def blocks_of_the_dead(arena):
+    """Return what is in use by nobody who lives, after a look for such."""
+    arena.drain()
+    arena.membership.reap()
+    arena.room.reclaim()
+    words = arena.ledger.words
+    rows = {
+        slot: layout.HEADER_WORDS + slot * layout.PARTICIPANT_WORDS
+        for slot in range(words[layout.H_N_SLOTS])
+    }
+    pids = arena.membership.living()
+    living = {slot for slot, row in rows.items() if words[row + layout.P_PID] in pids}
+    return [row for row in inside.owners(arena) if row[2] not in living]
 
 
 def last_of(connection):

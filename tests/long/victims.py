@@ -94,7 +94,9 @@ def live(fault, from_owner, to_owner, clogged):
     if point == "victim.piping":
         victim.die_in_the_pipe()
     acts = victim.acts()
-    first = next((at for at, act in enumerate(acts) if point in REACHED_BY.get(act.__name__, ())), 0)
+    first = next(
+        (at for at, act in enumerate(acts) if point in REACHED_BY.get(act.__name__, ())), 0
+    )
     for _ in range(N_ROUNDS):
         for act in acts[first:] + acts[:first]:
             act()

@@ -41,13 +41,23 @@ def cases_of(name):
     return [name for name in found if not name.startswith("_")]
 
 
-def run_program(name, *args, within_s=60, env=None, flags=FLAGS, exit_code=0, stderr="", prefix=()):
-    """Run a program of this folder to its end and return its stdout.
+def run_program(
+    name,
+    *args,
+    within_s=60,
+    env=None,
+    flags=FLAGS,
+    exit_code=0,
+    stderr="",
+    prefix=(),
+    folder=PROGRAMS,
+):
+    """Run a program to its end and return its stdout.
 
     Parameters
     ----------
     name : str
-        ``programs/<name>.py``.
+        ``<name>.py``, in `folder`.
     *args : str
         Its arguments.
     within_s : float
@@ -61,7 +71,7 @@ def run_program(name, *args, within_s=60, env=None, flags=FLAGS, exit_code=0, st
     stderr : str
         What it may print there, as a whole; "..." for anything.
     """
-    command = [*prefix, sys.executable, *flags, str(PROGRAMS / f"{name}.py"), *map(str, args)]
+    command = [*prefix, sys.executable, *flags, str(folder / f"{name}.py"), *map(str, args)]
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
         started = subprocess.Popen(
             command,
