@@ -9,46 +9,21 @@ import json
 import multiprocessing
 import os
 import random
-import re
 import signal
 import sys
 import time
 from multiprocessing.connection import wait
-from pathlib import Path
 
 import inside
 import victims
 from inside import message
+from points import OF_OLDER, ONCE
 from survivors import Survivors
 from victims import Armed
-
-import oobpickle
 
 SIGNALS = ("KILL", "TERM", "SEGV")
 N_AT_A_TIME = 2
 LATE_S = 60
-SOURCE = Path(oobpickle.__file__).parent
-#: A process comes there once in its life.
-ONCE = {
-    "participants.held",
-    "participants.joined",
-    "arena.mapped",
-    "fork.after_in_child",
-    *victims.POINTS,
-} - {
-    "victim.loading",
-    "victim.holding",
-    "victim.finalizing",
-}
-#: A forked process attaches only if it is older than the arena.
-OF_OLDER = {"arena.mapped"}
-
-
-def points():
-    """Return the names of all fault points: the library's, and those of the victims."""
-    called = re.compile(r'_faults\.reach\("([^"]+)"\)')
-    found = {name for path in SOURCE.glob("*.py") for name in called.findall(path.read_text())}
-    return sorted(found) + list(victims.POINTS)
 
 
 class Victim:

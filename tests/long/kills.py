@@ -12,8 +12,8 @@ The first three run under each start method (``--methods``). After each program 
 process, file, semaphore or shared memory that was not there before. Prints a table; the exit code
 is 1 if a survivor hangs, reads a wrong byte, ends otherwise than it should, or something is left.
 
-With ``--json FILE`` what was done is added to the file, and is not done again; ``--seconds N`` stops
-after about so long, so that a long run can be made in pieces.
+With ``--json FILE`` what was done is added to the file, and is not done again; ``--seconds N``
+stops after about so long, so that a long run can be made in pieces.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "process")]
 
-import at_points  # noqa: E402
+import points  # noqa: E402
+
 from process import harness  # noqa: E402
 
 METHODS = ("fork", "spawn", "forkserver")
@@ -145,7 +146,7 @@ class Run:
             while self.left_s() > 0:
                 missing = [
                     point
-                    for point in self.options.points or at_points.points()
+                    for point in self.options.points or points.all_points()
                     if self.record.n_hits(point, method) < self.options.hits
                 ]
                 if not missing:

@@ -1,7 +1,8 @@
 """The owner of an arena in which others are killed, and the workers that are busy beside them.
 
 **What.** `Survivors`: this process, its arena, and two workers that send each other messages all
-the while; `look` says that nobody hangs, nothing wrong has arrived, and nothing is left of the dead.
+the while; `look` says that nobody hangs, nothing wrong has arrived, and nothing is left of the
+dead.
 
 **How it works.** Each worker verifies every byte of every message, again when it drops it. `look`
 asks both how far they are, compares the ledger with a recomputation, and takes all room there is:
@@ -64,8 +65,8 @@ class Survivors:
         self.context = multiprocessing.get_context(method)
         if method == "forkserver":
             self.context.set_forkserver_preload(["numpy", "oobpickle", "victims"])
-        # Long enough for others to finish what they do with idle blocks: nobody reads from a victim that
-        # sends to itself in-band.
+        # Long enough for others to finish what they do with idle blocks: nobody reads from a victim
+        # that sends to itself in-band.
         self.arena = oobpickle.install(capacity=CAPACITY, wait_s=WAIT_S)
         self.n_verified = 0
         there, back = self.pipe(), self.pipe()
@@ -112,7 +113,8 @@ class Survivors:
             while True:
                 leases.append(self.arena.acquire([1 << 20], wait_s=0))
         except oobpickle.ArenaFullError as error:
-            assert error.reason == "full", error
+            reason = error.reason
+        assert reason == "full", reason
         assert len(leases) >= (CAPACITY - WORKERS_NBYTES) >> 20, len(leases)
         for lease in leases:
             lease.release()

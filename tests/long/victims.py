@@ -1,7 +1,8 @@
 """Lives that end by a kill, each in a process of its own.
 
-**What.** `live` reaches every fault point of the library, and six of its own (`POINTS`) in places
-where the library has no code that could stop; `Armed` chooses the point in a child that is started.
+**What.** `live` reaches every fault point of the library, and six of its own
+(`points.OF_VICTIMS`) in places where the library has no code that could stop; `Armed` chooses the
+point in a child that is started.
 
 **How it works.** A life is a round of acts that is repeated until the armed point is reached; it
 begins with the act that reaches the point soonest. Every message that it receives is verified, and
@@ -34,16 +35,6 @@ import oobpickle
 from oobpickle import _faults, _hook
 from oobpickle import _layout as layout
 
-#: In the middle of the bytes of a copy; with part of an envelope in the pipe; within the loading
-#: of an object; with arrays in hand; in a finalizer that has arrays; in what runs at the exit.
-POINTS = (
-    "victim.copying",
-    "victim.piping",
-    "victim.loading",
-    "victim.holding",
-    "victim.finalizing",
-    "victim.exiting",
-)
 SIZES = (300_000, 1_500_000, 70_000)
 COPIED_NBYTES = 24 << 20
 N_ROUNDS = 40
@@ -94,9 +85,8 @@ def live(fault, from_owner, to_owner, clogged):
     if point == "victim.piping":
         victim.die_in_the_pipe()
     acts = victim.acts()
-    first = next(
-        (at for at, act in enumerate(acts) if point in REACHED_BY.get(act.__name__, ())), 0
-    )
+    soonest = [at for at, act in enumerate(acts) if point in REACHED_BY.get(act.__name__, ())]
+    first = (soonest or [0])[0]
     for _ in range(N_ROUNDS):
         for act in acts[first:] + acts[:first]:
             act()

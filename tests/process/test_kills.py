@@ -1,30 +1,81 @@
-"""A participant that dies at any step harms nobody and leaves nothing behind."""
+"""A participant that dies at any step harms nobody and leaves nothing behind.
 
-import re
+The programs of ``tests/long/kills.py``, with few kills of each kind.
+"""
+
+import importlib.util
+import json
+import os
 
 import pytest
 
-from process.harness import SOURCE, run_program
+from process.harness import HERE, SOURCE, run_program
 
-POINTS = sorted(
-    {
-        point
-        for path in (SOURCE / "oobpickle").glob("*.py")
-        for point in re.findall(r'_faults\.reach\("([^"]+)"\)', path.read_text())
-    }
-)
+LONG = HERE.parent / "long"
+PATH = os.pathsep.join(map(str, (SOURCE, LONG, HERE.parent, HERE)))
+N_HITS = 3  # one by each signal
+N_AT_A_TIME = 6
 
-#: A process joins once in its life.
-ONCE = {"participants.held", "participants.joined"}
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, LONG / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+POINTS = load("points").all_points()
+GROUPS = [POINTS[at : at + N_AT_A_TIME] for at in range(0, len(POINTS), N_AT_A_TIME)]
+
+
+def run(name, *args):
+    """Run a program of the long runs and return its lines."""
+    printed = run_program(name, *args, folder=LONG, env={"PYTHONPATH": PATH})
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def kill_at(method, points):
+    *found, end = run("at_points", method, N_HITS, 1, 60, *points)
+
+    assert points == [one["point"] for one in found]
+    assert {"KILL": 1, "TERM": 1, "SEGV": 1} == found[0]["hits"] == found[-1]["hits"]
+    assert end["nbytes_left"] == 0
 
 
 def test_the_source_names_fault_points():
-    assert len(POINTS) > 20
-    assert set(POINTS) > ONCE
+    assert len(POINTS) > 40
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_survivors_of_a_kill_at(point):
-    hits = (1,) if point in ONCE else (1, 4)
+@pytest.mark.parametrize("points", GROUPS, ids=lambda points: points[0])
+def test_survivors_of_kills_at(points):
+    kill_at("fork", points)
 
-    run_program("kill_at", point, *hits)
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_survivors_of_kills_in_processes_that_attach(method):
+    kill_at(method, ["arena.mapped", "victim.piping"])
+
+
+def test_survivors_of_kills_at_random_moments():
+    kills, end = run("at_random", "fork", 20, 1, 60)
+
+    assert sum(kills["hits"].values()) >= 20
+    assert end["nbytes_left"] == 0
+
+
+def test_what_a_killed_parent_leaves_goes_on():
+    kills, _ = run("of_parents", "fork", 3, 1, 60)
+
+    assert {"KILL": 1, "TERM": 1, "SEGV": 1} == kills["hits"]
+
+
+def test_what_a_thousand_blocks_of_the_dead_take():
+    (found,) = run("of_a_thousand", 1)
+
+    assert found["longest_ms"] < 50
+
+
+def test_pools_that_are_terminated_with_unread_results():
+    (found,) = run("of_pools", 5, 60)
+
+    assert found["n_rounds"] == 5

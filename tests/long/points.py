@@ -1,0 +1,41 @@
+"""The names of all fault points, those of the library and those of the victims."""
+
+import re
+from pathlib import Path
+
+SOURCE = Path(__file__).parents[2] / "src" / "oobpickle"
+
+#: In the middle of the bytes of a copy; with part of an envelope in the pipe; within the loading
+#: of an object; with arrays in hand; in a finalizer that has arrays; in what runs at the exit.
+OF_VICTIMS = (
+    "victim.copying",
+    "victim.piping",
+    "victim.loading",
+    "victim.holding",
+    "victim.finalizing",
+    "victim.exiting",
+)
+#: A process comes there once in its life.
+ONCE = {
+    "arena.mapped",
+    "fork.after_in_child",
+    "participants.held",
+    "participants.joined",
+    "victim.copying",
+    "victim.exiting",
+    "victim.piping",
+}
+#: A forked process attaches only if it is older than the arena.
+OF_OLDER = {"arena.mapped"}
+
+
+def of_library():
+    """Return the arguments of all calls of ``_faults.reach`` in the source."""
+    called = re.compile(r'_faults\.reach\("([^"]+)"\)')
+    return sorted(
+        {name for path in SOURCE.glob("*.py") for name in called.findall(path.read_text())}
+    )
+
+
+def all_points():
+    return [*of_library(), *OF_VICTIMS]
