@@ -27,8 +27,8 @@ from oobpickle import _layout as layout
 
 WAIT_S = 10.0
 CAPACITY = 192 << 20
-#: More than the two workers have at any time.
-WORKERS_NBYTES = 24 << 20
+#: More than the two workers have at any time, in blocks that may be larger than what they hold.
+WORKERS_NBYTES = 48 << 20
 SIZES = (80_000, 300_000, 1_000_000, 2_000_000)
 
 
