@@ -5,6 +5,7 @@ send each other messages. It is killed at a random moment. The pool's workers mu
 two must go on without it, find all that it had back in the ledger, and end well. Prints JSON.
 """
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -27,6 +28,7 @@ from process.harness import kill_session, session_members
 CAPACITY = 256 << 20
 N_AFTERWARDS = 20
 LONGEST_WORK_S = 0.3
+COMPLAINTS = ".err"
 
 
 def double(received):
@@ -50,6 +52,11 @@ def partner(get, put, others, begins, path):
         put.send(message(n_verified, 200_000 + 10_000 * (n_verified % 50)))
     if begins:
         put.send(None)
+        with contextlib.suppress(EOFError):
+            while True:  # what is in a channel that somebody can read is not given back
+                verify(get.recv())
+                n_verified += 1
+    put.close()
     for one in held:
         verify(one)
     inside.eventually(lambda: not blocks_of_the_dead(arena))
@@ -62,8 +69,8 @@ def be_parent(method, path, say):
     """Start all, and work until the kill."""
     os.setsid()
     victims.no_core()
-    silence = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(silence, 2)  # a pool's worker that cannot return its result says so, as ever
+    aside = os.open(path + COMPLAINTS, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(aside, 2)  # a pool's worker that cannot return its result says so, as ever
     context = multiprocessing.get_context(method)
     oobpickle.install(capacity=CAPACITY)
     there, back = context.Pipe(duplex=False), context.Pipe(duplex=False)
@@ -100,13 +107,21 @@ def kill_one(method, path, name, chance):
     inside.reap(pid, -signal.Signals[f"SIG{name}"])
     os.close(said)
     try:
-        inside.eventually(lambda: not session_members(pid))
+        inside.eventually(lambda: not session_members(pid), within_s=2 * inside.TOKEN_S)
+        with open(path) as file:
+            counts = [int(line) for line in file]
+        assert len(counts) == 2, f"of two that the parent left, {len(counts)} ended well"
+    except BaseException:
+        for member in session_members(pid):
+            os.kill(member, signal.SIGUSR1)  # see `inside`
+        time.sleep(1)
+        with open(path + COMPLAINTS) as file:
+            print(file.read(), file=sys.stderr)
+        raise
     finally:
         kill_session(pid)
-    with open(path) as file:
-        counts = [int(line) for line in file]
-    assert len(counts) == 2, f"of two that the parent left, {len(counts)} ended well"
     os.unlink(path)
+    os.unlink(path + COMPLAINTS)
     return sum(counts)
 
 

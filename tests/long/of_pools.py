@@ -1,8 +1,8 @@
 """Pools that are terminated with unread results: ``of_pools.py N_ROUNDS WITHIN_S``.
 
 Under one `install`, each round makes a ``Pool(2)``, has it make eight results of 1 MB that nobody
-reads, and terminates it while the last of them are on their way. Prints JSON: the most bytes that
-were in flight after a round, and what is left in the end.
+reads, and terminates it. Prints JSON: the most bytes that were in flight after a round, and what is
+left in the end.
 """
 
 import gc
@@ -12,7 +12,7 @@ import sys
 import time
 
 import inside
-from inside import message
+from inside import Token, message
 
 import oobpickle
 
@@ -21,20 +21,37 @@ NBYTES = 1_000_000
 CAPACITY = 1 << 30
 
 
-def one_round(context):
-    with context.Pool(2) as pool:
-        results = [pool.apply_async(message, (seed, NBYTES)) for seed in range(N_RESULTS)]
-        results[0].wait(inside.TOKEN_S)
-        assert results[0].ready(), "the pool hangs"
+def one_round(context, never, ready):
+    # The workers are within a task when they are terminated: if one is about to return a result,
+    # CPython's own Pool.terminate() can wait for ever for the lock that it died with.
+    unread = context.SimpleQueue()
+    with context.Pool(2, _begin, (unread, never, ready)) as pool:
+        for half in range(2):
+            pool.apply_async(_make, (half,))
+        for _ in range(2):
+            ready.take()
+
+
+def _begin(*given):
+    global _given
+    _given = given
+
+
+def _make(half):
+    unread, never, ready = _given
+    for seed in range(half, N_RESULTS, 2):
+        unread.put(message(seed, NBYTES))
+    ready.give()
+    never.take()
 
 
 def main(n_rounds, within_s):
     until = time.monotonic() + float(within_s)
     context = multiprocessing.get_context("fork")
     arena = oobpickle.install(capacity=CAPACITY)
-    most, n_done = 0, 0
+    most, n_done, never, ready = 0, 0, Token(), Token()
     while n_done < int(n_rounds) and time.monotonic() < until:
-        one_round(context)
+        one_round(context, never, ready)
         gc.collect()  # pools are cycles; their pipes close with them
         most = max(most, arena.statistics().nbytes["in_flight"])
         n_done += 1

@@ -18,6 +18,7 @@ import gc
 import multiprocessing
 import os
 import random
+import time
 
 import inside
 from inside import eventually, message, verify
@@ -26,6 +27,7 @@ import oobpickle
 from oobpickle import _layout as layout
 
 WAIT_S = 10.0
+PAUSE_S = 0.5e-3  # so that the victims get a core now and then
 CAPACITY = 192 << 20
 #: More than the two workers have at any time, in blocks that may be larger than what they hold.
 WORKERS_NBYTES = 48 << 20
@@ -46,6 +48,7 @@ def work(control, get, put, begins, seed):
             if control.recv() == "stop":
                 break
             control.send(n_verified)
+        time.sleep(PAUSE_S)
         put.send(message(received[0] + 1, chance.choice(SIZES)))
     put.send(None)
     control.send(n_verified)

@@ -130,17 +130,6 @@ def pool_closed_and_joined_with_results_dropped():
     inside.assert_empty(arena)
 
 
-def pool_terminated_while_tasks_and_results_are_on_their_way():
-    arena = oobpickle.install(capacity=256 * MIB)
-    pool = multiprocessing.get_context("fork").Pool(2)
-    results = pool.imap_unordered(_slowly, _tasks())
-    assert verify(next(results))[0] >= 1000
-    pool.terminate()
-    pool.join()
-    del pool, results
-    inside.assert_empty(arena)
-
-
 def imap_abandoned():
     """Its results are loaded and dropped; the pool goes on."""
     arena = oobpickle.install(capacity=256 * MIB)
