@@ -1,6 +1,7 @@
 """What comes back, and what still works, after a process was killed, stopped, or left its mail."""
 
 import contextlib
+import fcntl
 import gc
 import multiprocessing
 import multiprocessing.connection
@@ -677,6 +678,31 @@ def a_stopped_holder_of_the_ledger():
     received = verify(read.recv(), 4)
     assert is_in_arena(arena, received[1])
     del received
+    inside.assert_empty(arena)
+
+
+def sending_while_the_ledger_is_held_by_a_stopped_process():
+    """In-band after two seconds, the next ones soon; counted; out of band when it continues."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+    fcntl.fcntl(write.fileno(), fcntl.F_SETPIPE_SZ, MIB)  # room for a message in-band
+    pid = fork(lambda: arena.membership.run(os.kill, os.getpid(), signal.SIGSTOP))
+    os.waitpid(pid, os.WUNTRACED)
+    waited_s = []
+    for seed in range(5):
+        started = time.monotonic()
+        write.send(message(seed, 100_000))
+        waited_s.append(time.monotonic() - started)
+        verify(read.recv(), seed)
+    assert 1.5 < waited_s[0] < 4, waited_s
+    assert max(waited_s[1:]) < 0.5, waited_s
+    statistics = arena.statistics()
+    assert {"busy": 5} == {k: f.n_messages for k, f in statistics.fallbacks.items()}, statistics
+    os.kill(pid, signal.SIGCONT)
+    reap(pid)
+    write.send(message(9))
+    assert is_in_arena(arena, verify(read.recv(), 9)[1])
+    assert arena.statistics().n_fallbacks == 5
     inside.assert_empty(arena)
 
 
