@@ -31,6 +31,7 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
+from inspect import CO_OPTIMIZED
 from types import CodeType, FrameType
 from typing import Any, Final
 
@@ -357,6 +358,10 @@ def _descriptor_in(frame: FrameType | None) -> int | None:
     connection = names.get("self")
     if connection is None:
         connection = getattr(names.get("send_bytes"), "__self__", None)  # Queue._feed
+        if frame is not None and frame.f_code.co_flags & CO_OPTIMIZED and type(names) is dict:
+            # Before CPython 3.13 the frame keeps this copy of its variables, and so the object that
+            # was sent: until the next large message, since a feeder does not return.
+            names.clear()
     connection = getattr(connection, "_writer", connection)  # SimpleQueue.put
     handle = getattr(connection, "_handle", None)
     send_bytes = getattr(type(connection), "_send_bytes", None)
