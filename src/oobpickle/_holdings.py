@@ -32,7 +32,7 @@ from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._lease import Lease
 from oobpickle._ledger import Ledger
 from oobpickle._mutex import LedgerBusyError, ThreadLock
-from oobpickle._segment import Segment, page_round
+from oobpickle._segment import NoMappingError, Segment, page_round
 
 Blocks = list[tuple[int, int]]
 
@@ -108,6 +108,7 @@ class Holdings:
         self._ledger = ledger
         self._data = data
         self._complete: set[int] = set()  # of `private`: copied as a whole
+        self._failed: set[int] = set()  # of `held`, in a fork: had to stay shared
         self._returning: set[int] = set()
         self._watches: dict[int, Watch] = {}
         self.dropped: deque[Watch] = deque()
@@ -300,7 +301,7 @@ class Holdings:
         nbytes : int
             Their size.
         n_failed : int
-            Blocks that had to stay shared: the system allows no further mapping.
+            Blocks that had to stay shared: the system allows no further mapping. Each once a fork.
         """
         n_done, total, n_failed = 0, 0, 0
         for index, (_, nbytes) in list(self.held.items()):
@@ -319,10 +320,12 @@ class Holdings:
                         self._data.punch(offset + tail, resident - tail)
             except OSError as error:
                 pass_on_foreign(error)
-                if self._data.is_private(offset):
+                # To look is slow where there are many mappings, and so may be these errors.
+                if not isinstance(error, NoMappingError) and self._data.is_private(offset):
                     raise  # of a signal handler, and too late to undo it: call again
                 self.private.pop(index, None)
-                n_failed += 1
+                n_failed += index not in self._failed
+                self._failed.add(index)
                 continue
             _faults.reach("fork.privatized")
             self._punched.append(index)
@@ -336,6 +339,7 @@ class Holdings:
 
     def leave_fork(self) -> None:
         """Let them collect again."""
+        self._failed.clear()
         self._collecting.leave_fork()
 
     def reset_in_child(self) -> None:
@@ -347,4 +351,5 @@ class Holdings:
         self._pending.clear()
         self._unlocked.clear()
         self._punched.clear()
+        self._failed.clear()
         self._collecting.reset_in_child()

@@ -73,7 +73,7 @@ class Intake:
             if not in_flight or ledger.used[index] != nbytes:
                 raise _stale(index, generation)
         holdings.collect()
-        copying = self._copies_out(sum(needs))
+        copying = self._copies_out(sum(needs), len(needs))
         # Each with a watch, but no block yet: an interrupt anywhere from here on loses none.
         anchors: list[object] = [
             Keeper() if copying else self._data.array(ledger.offset[index], nbytes)
@@ -137,13 +137,13 @@ class Intake:
                 self._holdings.leased[index] = generation  # to be copied and given back at once
         return None, unmapped
 
-    def _copies_out(self, nbytes: int) -> bool:
+    def _copies_out(self, nbytes: int, n_blocks: int) -> bool:
         if not self._data.mapped:
             return True
+        if len(self._holdings.held) + n_blocks > self._most_held:
+            return True  # whatever the option says: a fork could not make more of them private
         if self._arena.options.copy_out is not None:
             return self._arena.options.copy_out
-        if len(self._holdings.held) >= self._most_held:
-            return True
         words = self._ledger.words
         capacity, held_nbytes = words[H_CAPACITY], words[H_HELD] + nbytes
         # What is so large is in use for a moment only, or there is no room for more of it anyway;

@@ -27,6 +27,7 @@ our descriptor number and opened another file on it, every operation on the file
 from __future__ import annotations
 
 import ctypes
+import errno
 import os
 import resource
 import tempfile
@@ -58,6 +59,10 @@ def page_round(nbytes: int) -> int:
     """Round up to whole pages."""
     page = _system.PAGE_NBYTES
     return -(-nbytes // page) * page
+
+
+class NoMappingError(OSError):
+    """The system allows no further mapping; nothing has changed."""
 
 
 class Segment:
@@ -236,15 +241,20 @@ class Segment:
 
         Raises
         ------
-        OSError
-            ENOMEM if no further mapping is allowed; the range is then shared as before.
+        NoMappingError
+            If no further mapping is allowed; the range is then shared as before.
         """
         nbytes = page_round(nbytes)
         address = self._address + offset
         self._check_identity()
         if not (resume and self.is_private(offset)):
             flags = _system.MAP_PRIVATE | _system.MAP_FIXED | _system.MAP_NORESERVE
-            _system.map_memory(self.fd, offset, nbytes, flags=flags, address=address)
+            try:
+                _system.map_memory(self.fd, offset, nbytes, flags=flags, address=address)
+            except OSError as error:
+                if error.errno != errno.ENOMEM:
+                    raise
+                raise NoMappingError(error.errno, error.strerror) from error
         self._advise(offset, nbytes)
         for start in range(0, nbytes, STEP_NBYTES):
             n = min(STEP_NBYTES, nbytes - start)

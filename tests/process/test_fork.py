@@ -8,3 +8,8 @@ from process.harness import cases_of, run_program
 @pytest.mark.parametrize("case", cases_of("fork"))
 def test_fork(case):
     run_program("fork", case)
+
+
+@pytest.mark.parametrize("case", cases_of("fork_limits"))
+def test_fork_with_more_blocks_than_mappings(case):
+    run_program("fork_limits", case)
