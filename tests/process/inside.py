@@ -20,13 +20,14 @@ import os
 import select
 import signal
 import sys
+import threading
 import time
 import traceback
 
 import numpy as np
 from numpy.random import default_rng
 
-from oobpickle import _faults, _options
+from oobpickle import _copying, _faults, _options
 from oobpickle import _layout as layout
 
 # The programs send many messages of 70 to 100 KB; children take over the parent's.
@@ -134,6 +135,20 @@ class Token:
     def take(self):
         assert select.select([self._read], [], [], TOKEN_S)[0], f"no signal within {TOKEN_S} s"
         assert os.read(self._read, 1) == b"x"
+
+
+def copy_with_slow_helpers(piece_nbytes):
+    """From 1 MiB on a helper thread copies pieces of so many bytes, each 2 ms late."""
+    copyto = np.copyto
+
+    def slow_copyto(destination, source):
+        if threading.current_thread().name.startswith("Dummy"):  # not one of `threading`
+            time.sleep(0.002)  # not to wait for something: to be slow, without the GIL
+        copyto(destination, source)
+
+    _copying._LEAST_NBYTES, _copying._PIECE_NBYTES = 1 << 20, piece_nbytes
+    _copying._is_a_core_idle = lambda: True
+    np.copyto = slow_copyto
 
 
 # --- data

@@ -4,7 +4,8 @@ import pytest
 
 from process.harness import cases_of, run_program
 
-CASES = [case for case in cases_of("interrupts") if case != "finalizers_that_send"]
+APART = ("finalizers_that_send", "finalizers_at_interpreter_shutdown")
+CASES = [case for case in cases_of("interrupts") if case not in APART]
 
 
 #: The interpreter prints what it drops where a fork hook begins ("Exception ignored in ...").
@@ -19,3 +20,9 @@ def test_interrupts(case):
 @pytest.mark.parametrize("threshold", [0, 65_536])
 def test_finalizers_that_send_with_threshold(threshold):
     run_program("interrupts", "finalizers_that_send", threshold)
+
+
+def test_finalizers_at_interpreter_shutdown():
+    printed = run_program("interrupts", "finalizers_at_interpreter_shutdown")
+
+    assert printed == 3 * "dead\n"

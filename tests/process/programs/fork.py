@@ -422,6 +422,103 @@ def threads_send_and_receive_while_another_forks():
     inside.assert_ledger_consistent(arena)
 
 
+def threads_work_and_collect_while_pools_and_programs_start():
+    """`Pool`, `subprocess`, `os.fork` and a fork of the fork; what was received is garbage soon."""
+    arena = oobpickle.install(capacity=256 * MIB)
+    held = [_received(seed, 100_000 + seed) for seed in range(5)]
+    stop, failures, n_dead = threading.Event(), [], 0
+
+    class Cycle:
+        def __init__(self, received):
+            self.received, self.itself = received, self
+
+        def __del__(self):
+            nonlocal n_dead
+            try:
+                verify(self.received)
+                n_dead += 1
+            except BaseException as error:
+                failures.append(error)
+
+    def traffic(base):
+        read, write = _pipe()
+        n = 0
+        try:
+            while not stop.is_set():
+                n += 1
+                write.send(message(base + n, 70_000 + 5_000 * (n % 40)))
+                received = verify(read.recv(), base + n)
+                received[1][::4096] += 1
+                received[1][::4096] -= 1
+                Cycle(received)
+        except BaseException as error:
+            failures.append(error)
+
+    def collect():
+        while not stop.is_set():
+            gc.collect(0)
+
+    def child():
+        for one in held:
+            verify(one)
+        gc.collect()
+        pid = fork(lambda: [verify(one)[1].fill(1) for one in held])
+        held.append(_received(500, 200_000))
+        reap(pid)
+        for one in held:
+            verify(one)
+
+    threads = [threading.Thread(target=traffic, args=(base,)) for base in (10_000, 20_000)]
+    threads.append(threading.Thread(target=collect))
+    for thread in threads:
+        thread.start()
+    try:
+        for _ in range(4):
+            with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+                for seed, one in enumerate(pool.imap(_held_and_more, [held] * 3)):
+                    verify((seed, one))
+                    held[seed] = seed, one
+            for _ in range(4):
+                reap(fork(child))
+            subprocess.run([sys.executable, "-c", ""], preexec_fn=gc.collect, check=True)
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    gc.collect()
+    assert not failures, failures
+    assert n_dead > 50, n_dead
+    for one in held:
+        verify(one)
+    assert arena.statistics().n_left_shared == 0
+    inside.assert_ledger_consistent(arena)
+
+
+def feeder_threads_copy_while_this_one_forks():
+    inside.copy_with_slow_helpers(1 * MIB)
+    arena = oobpickle.install(capacity=256 * MIB)
+    held = _received(3, 5_000_000)
+    queues = [multiprocessing.Queue() for _ in range(2)]
+
+    def child():
+        verify(held, 3)[1].fill(0)
+
+    for seed in range(12):
+        for queue in queues:
+            queue.put(message(seed, 5_000_000))
+        reap(fork(child))
+    for seed in range(12):
+        for queue in queues:
+            verify(queue.get(), seed)
+        reap(fork(child))
+        verify(held, 3)
+    for queue in queues:
+        queue.close()
+        queue.join_thread()
+    assert set(arena.statistics().fallbacks) <= {"busy"}, arena.statistics()
+    inside.assert_ledger_consistent(arena)
+
+
 def two_threads_fork_at_once():
     arena = oobpickle.install(capacity=64 * MIB)
     sys.setswitchinterval(1e-5)
@@ -648,6 +745,18 @@ def _sum_of_global(factor):
     _global[1][:] = factor
     _global[1][:] = content(*_global[:1], _global[1].nbytes)
     return result, content(factor, 300_000)
+
+
+_n_tasks = multiprocessing.get_context("fork").Value("i", 0)
+
+
+def _held_and_more(held):
+    for one in held:
+        verify(one)
+        one[1][:] = 3
+    seed = _n_tasks.value % 3
+    _n_tasks.value += 1
+    return content(seed, 150_000)
 
 
 def pool_inherits_received_arrays():

@@ -1,5 +1,6 @@
 """Ctrl-C, garbage collection, finalizers and signal handlers, at any moment."""
 
+import atexit
 import contextlib
 import ctypes
 import fcntl
@@ -14,11 +15,13 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 
 import inside
 from inside import content, eventually, fork, message, reap, verify
 
 import oobpickle
+from oobpickle import _copying
 from oobpickle import _layout as layout
 
 MIB = 1 << 20
@@ -162,6 +165,31 @@ def partner_of_an_interrupted_sender():
     _assert_sound(arena, [])
 
 
+def storm_over_copies_that_two_threads_make():
+    inside.copy_with_slow_helpers(1 * MIB)
+    warnings.simplefilter("ignore", ResourceWarning)  # as above
+    arena = oobpickle.install(capacity=256 * MIB)
+    weather = _Weather(longest_s=0.003)
+    kept, ends, seeds = [], [], itertools.count()
+
+    def round():
+        read, write = _pipe()
+        ends.extend((read, write))
+        for seed in itertools.islice(seeds, 3):
+            write.send(message(seed, 6 * MIB))
+            kept.append(verify(read.recv(), seed))
+
+    while weather.n_struck < 150:
+        weather.expose(round)
+        while kept:
+            verify(kept.pop())
+        while ends:
+            ends.pop().close()
+    weather.end()
+    eventually(lambda: not _copying.is_busy())
+    _assert_sound(arena, [])
+
+
 def _let_late_interrupts_come():
     """What a fork hook swallowed is delivered a few milliseconds later."""
     deadline = time.monotonic() + 0.2
@@ -283,6 +311,25 @@ def ctrl_c_just_before_the_fork():
 # --- garbage
 
 
+def what_a_feeder_has_sent_is_not_kept():
+    """The object dies as soon as its message has left, and the block under it comes back."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    queue = multiprocessing.Queue()
+    gc.disable()
+    for seed in range(3):
+        queue.put(message(seed))
+        received = verify(queue.get(), seed)
+        echo = inside.Fitted(seed, 800_000)
+        echo.received = received
+        is_alive = weakref.ref(echo)
+        queue.put(echo)
+        del echo, received
+        verify(queue.get().received, seed)
+        eventually(lambda: is_alive() is None)  # noqa: B023
+        arena.drain()
+        assert arena.statistics().n_blocks["held"] == 0, arena.statistics()
+
+
 class _Cycle:
     """Garbage that only the collector finds, and that reads its array as it dies."""
 
@@ -311,6 +358,36 @@ def cycles_with_arrays_are_collected_everywhere():
     assert _Cycle.n_dead == 150 * 41
     assert arena.statistics().n_fallbacks == 0
     _assert_sound(arena, [])
+
+
+def finalizers_at_interpreter_shutdown():
+    """Modules are being taken apart. As long as pickling works at all, they can send, too."""
+    global _left
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+    write.send([message(seed, 100_000) for seed in range(3)])
+    arrays = read.recv()
+
+    class Last:
+        # What it needs is its own: the module's names may be gone.
+        def __init__(self, array, expected, ends, arena):
+            self.array, self.expected, self.ends, self.arena = array, expected, ends, arena
+            self.say, self.modules, self.itself = os.write, sys, self
+
+        def __del__(self):
+            assert self.array.tobytes() == self.expected
+            if self.modules.meta_path is not None:
+                read, write = self.ends
+                write.send(self.array)
+                assert read.recv().tobytes() == self.expected
+            del self.array
+            self.arena.drain()
+            self.say(1, b"dead\n")
+
+    wanted = [content(seed, 100_000).tobytes() for seed in range(3)]
+    lasts = [Last(one[1], wanted[one[0]], (read, write), arena) for one in arrays]
+    atexit.register(lasts.pop)  # one dies in an exit function, the others when modules are cleared
+    _left = lasts
 
 
 class _Sender:

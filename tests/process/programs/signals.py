@@ -278,6 +278,67 @@ def a_copy_goes_on_after_its_sender_was_interrupted():
         assert arena.statistics().n_blocks["leased"] == 0
 
 
+# --- handlers that collect garbage
+
+
+class _Cycle:
+    """Garbage that reads its array as it dies, and then sends it."""
+
+    ends = None
+    n_dead = 0
+
+    def __init__(self, received):
+        self.received = received
+        self.itself = self
+
+    def __del__(self):
+        verify(self.received)
+        read, write = _Cycle.ends
+        write.send(self.received[1][:1000])
+        assert (read.recv() == content(self.received[0], 1000)).all()
+        _Cycle.n_dead += 1
+
+
+def a_handler_collects_arrays_within_a_step():
+    """Wherever it strikes, in a step of the ledger or in the copy, they are released once."""
+    points = (
+        "mutex.locked", "ledger.lease.committed", "ledger.release.committed",
+        "ledger.claim.committed", "room.reserved", "lease.written", "lease.sealed",
+        "holdings.releasing", "mutex.clean",
+    )  # fmt: skip
+    _Cycle.ends = _pipe()
+    warnings.simplefilter("ignore", oobpickle.FallbackWarning)
+    n_collected = 0
+
+    def collect(*_):
+        nonlocal n_collected
+        n_collected += 1
+        gc.collect()
+
+    for point in points:
+        with oobpickle.enabled(capacity=64 * MIB, threshold=100) as arena, _handler(collect):
+            read, write = _pipe()
+            gc.disable()
+            for seed in range(5):
+                write.send(message(seed, 100_000 + 50_000 * seed))
+                _Cycle(verify(read.recv(), seed))
+            with _signal_at(point):
+                write.send(message(7, 700_000))
+                kept = verify(read.recv(), 7)
+                del kept
+                arena.drain()
+            gc.enable()
+            gc.collect()
+            arena.trim()
+            assert arena.statistics().n_blocks["held"] == 0, (point, arena.statistics())
+            assert arena.statistics().n_blocks["leased"] == 0, (point, arena.statistics())
+            # In the middle of a step of the same thread a message travels in-band.
+            assert set(arena.statistics().fallbacks) <= {"busy"}, (point, arena.statistics())
+            inside.assert_ledger_consistent(arena)
+    assert n_collected == len(points)
+    assert _Cycle.n_dead == 5 * len(points)
+
+
 # --- handlers that fork
 
 
