@@ -34,7 +34,7 @@ class Lease:
     Attributes
     ----------
     destinations : list of memoryview
-        One writable view of bytes for each buffer, in order.
+        One writable view of bytes for each buffer, in order; until `seal`.
     blocks : list of (int, int)
         ``(index, generation)`` of each block: with the sizes of the buffers, the placements.
     watch : Watch
@@ -104,6 +104,10 @@ class Lease:
         _faults.reach("lease.written")
         arena.ledger.seal(self.blocks, arena.membership.slot, channel)
         self.sealed = True
+        if self._aside:
+            # In the file now. A queue's feeder keeps the lease until its next message.
+            self._aside.clear()
+            self.destinations = [memoryview(b"")] * len(self.destinations)
         _faults.reach("lease.sealed")
 
     def depart(self) -> None:

@@ -340,14 +340,31 @@ def test_a_sender_with_a_busy_ledger_is_told(arena, monkeypatch):
     assert "busy" == error.value.reason
 
 
-def test_a_private_copy_is_read_from_the_file_if_the_mapping_is_private(arena):
-    """As in a forked child whose parent held the block at the fork."""
+def free_but_private(arena):
+    """Return a block, and the array over it, as in a forked child whose parent held the block."""
     (array,) = arena.intake.claim(*send(arena, b"a" * MIB))
     ((index, _),) = arena.holdings.held.items()
     arena.holdings.privatize()
     arena.membership.run(arena.ledger.mark_punched, [index])
     arena.ledger.release([(index, arena.ledger.generation[index])], arena.membership.slot)
     arena.holdings.held.clear()
+    return index, array
+
+
+def test_what_was_collected_aside_goes_when_the_lease_is_sealed(arena):
+    index, _array = free_but_private(arena)
+    lease = arena.acquire([MIB])
+    assert index == lease.blocks[0][0]
+    lease.destinations[0][:] = b"b" * MIB
+    lease.seal(0)
+
+    (destination,) = lease.destinations
+    assert 0 == destination.nbytes == len(lease._aside)
+    lease.release()
+
+
+def test_a_private_copy_is_read_from_the_file_if_the_mapping_is_private(arena):
+    index, array = free_but_private(arena)
     sent = send(arena, b"b" * MIB)  # written aside, then to the file
     assert index == sent[0][0][0]
 
