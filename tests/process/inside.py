@@ -138,12 +138,14 @@ class Token:
 
 
 def copy_with_slow_helpers(piece_nbytes):
-    """From 1 MiB on a helper thread copies pieces of so many bytes, each 2 ms late."""
+    """From 1 MiB on a helper thread takes some of the pieces, and is late with the last one."""
     copyto = np.copyto
 
     def slow_copyto(destination, source):
-        if threading.current_thread().name.startswith("Dummy"):  # not one of `threading`
-            time.sleep(0.002)  # not to wait for something: to be slow, without the GIL
+        # Not to wait for something: to be slow, without the GIL. A helper is no thread of
+        # `threading`.
+        is_helper = threading.current_thread().name.startswith("Dummy")
+        time.sleep(0.004 if is_helper else 0.0003)
         copyto(destination, source)
 
     _copying._LEAST_NBYTES, _copying._PIECE_NBYTES = 1 << 20, piece_nbytes
