@@ -51,6 +51,7 @@ _WINDOW: Final = 4
 _TASKS_PER_CHILD: Final = 15
 _ANSWER_S: Final = 90
 _JOIN_S: Final = 30
+_UNKNOWN_CODE: Final = 255
 
 # One at a time: what is open for the one worker must not be inherited or passed on to another.
 _starting = threading.Lock()
@@ -94,6 +95,7 @@ class Driver(threading.Thread):
                     self._rest()
                 else:
                     self.step()
+            self.drain()
             self.stop_workers()
         except BaseException:
             self.failure = traceback.format_exc()
@@ -186,7 +188,11 @@ class _Mortal:
             os.close(self._pidfd)
             self._pidfd = -1
             code = self.process.exitcode
-            if code not in ({0} if well and not self._struck else self._struck):
+            expected = {0} if well and not self._struck else {*self._struck}
+            if self._struck:
+                # `Process.start` in another thread has read the fork server's word on how it ended.
+                expected.add(_UNKNOWN_CODE)
+            if code not in expected:
                 raise ChildProcessError(f"a worker ended with {code}, struck by {self._struck}")
             self.process.close()
 

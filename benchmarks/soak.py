@@ -50,8 +50,8 @@ _SETTLE_S: Final = 20.0
 _LEAST_WORK_S: Final = 2.0
 _LONGEST_PAUSE_S: Final = 0.5
 _MOST_FORKS: Final = 3
-#: What one process may grow by between two rests. Derived from `--plain`: see the README.
-GROWTH_NBYTES: Final = 16 << 20
+#: What one process may have more than at the first rest; the README says why so much.
+GROWTH_NBYTES: Final = 32 << 20
 #: Large arrays go back to the system when they die; else malloc keeps what it likes of them.
 _MALLOC: Final = {
     "MALLOC_ARENA_MAX": "1",
