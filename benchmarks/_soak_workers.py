@@ -18,6 +18,7 @@ When it cannot
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import faulthandler
 import fcntl
@@ -34,6 +35,8 @@ from typing import Any, Final, NamedTuple
 
 from _soak_messages import Parcel, Shelf
 from numpy.random import SFC64, Generator
+
+import oobpickle
 
 HELD_BY_WORKER: Final = 4
 _ALARM_S: Final = 120
@@ -69,6 +72,8 @@ def prepare_pool_worker() -> None:
 def own_rest() -> Rest:
     """Return what this process has, after it gave back what it can."""
     gc.collect()
+    with contextlib.suppress(oobpickle.ArenaError):  # it is a run without
+        oobpickle.statistics()  # gives back what has died: after a fork that is private memory
     ctypes.CDLL(None).malloc_trim(0)
     status = Path("/proc/self/status").read_text()
     (found,) = re.findall(r"^RssAnon:\s+(\d+) kB", status, re.MULTILINE)
