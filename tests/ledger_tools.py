@@ -37,6 +37,7 @@ def make_words(capacity=64 << 20):
     words = memoryview(mmap.mmap(-1, layout.LEDGER_NBYTES)).cast("B").cast("Q")
     words[layout.H_CAPACITY] = capacity
     words[layout.H_DATA_NBYTES] = 1 << 40
+    words[layout.H_ROWS] = layout.rows_word(0)
     return words
 
 
@@ -62,9 +63,9 @@ def assert_in_order(ledger):
     n_blocks = words[layout.H_N_BLOCKS]
     expected = {}
     for index in range(n_blocks):
-        assert state_of(ledger, index) != layout.NONE, f"row {index} was never committed"
+        assert ledger.is_sound(index), f"row {index} is damaged"
         if state_of(ledger, index) == layout.FREE:
-            base = layout.H_WARM if ledger.resident[index] else layout.H_EMPTY
+            base = layout.H_WARM if ledger.resident_nbytes(index) else layout.H_EMPTY
             expected[index] = base + ledger.size_class[index]
     found = {}
     for head in range(layout.H_WARM, layout.H_EMPTY + layout.N_CLASSES):
@@ -79,11 +80,12 @@ def assert_in_order(ledger):
     assert set(states) <= {layout.FREE, layout.LEASED, layout.IN_FLIGHT, layout.HELD}
     held = sum(ledger.used[i] for i in range(n_blocks) if state_of(ledger, i) == layout.HELD)
     assert held == words[layout.H_HELD]
-    assert sum(ledger.resident[:n_blocks]) == words[layout.H_RESIDENT]
+    assert sum(map(ledger.resident_nbytes, range(n_blocks))) == words[layout.H_RESIDENT]
     assert words[layout.H_RESIDENT] <= words[layout.H_CAPACITY]
     end = 0
     for index in range(n_blocks):
         assert ledger.offset[index] >= end, f"block {index} overlaps the one before it"
         assert ledger.used[index] <= layout.class_nbytes(ledger.size_class[index])
         end = ledger.offset[index] + layout.class_stride(ledger.size_class[index])
-    assert end <= max(words[layout.H_FRONTIER], end)
+    assert end <= words[layout.H_DATA_NBYTES]
+    assert words[layout.H_ROWS] == layout.rows_word(n_blocks)

@@ -34,9 +34,8 @@ from oobpickle._holdings import Holdings
 from oobpickle._intake import Intake
 from oobpickle._layout import (
     BLOCKS_AT,
-    GENERATION_MASK,
-    GENERATION_SHIFT,
     H_CAPACITY,
+    H_CHECK,
     H_CLOSED,
     H_DATA_NBYTES,
     H_HANDED,
@@ -44,25 +43,26 @@ from oobpickle._layout import (
     H_HUGE,
     H_IDENTITY,
     H_MAGIC,
-    H_N_BLOCKS,
+    H_ROWS,
     H_VERSION,
     HEADER_WORDS,
-    IN_FLIGHT,
     LEDGER_NBYTES,
     MAGIC,
     MAX_BLOCKS,
     N_COLUMNS,
     N_HANDED_ENDS,
-    STATE_MASK,
     VERSION,
     Plan,
+    header_check,
     plan,
+    rows_word,
 )
 from oobpickle._lease import Lease
-from oobpickle._ledger import Census, Ledger, Shortage
+from oobpickle._ledger import Census, Ledger
 from oobpickle._membership import HURRIED_S, Membership
 from oobpickle._options import Options
 from oobpickle._room import Room
+from oobpickle._rows import Shortage
 from oobpickle._segment import Segment, largest_file_nbytes, locked_nbytes
 from oobpickle._statistics import Statistics, format_nbytes
 
@@ -102,12 +102,7 @@ class Arena:
 
     def __init__(self, data: Segment, table: Segment, handle: int) -> None:
         words = table.words()
-        if (words[H_MAGIC], words[H_VERSION]) != (MAGIC, VERSION):
-            raise ArenaError(
-                f"the inherited file is no ledger of this version: magic {words[H_MAGIC]:#x}, "
-                f"version {words[H_VERSION]}, expected {MAGIC:#x} and {VERSION}. "
-                "Use one version of oobpickle in all processes."
-            )
+        _check_header(words, data.nbytes)
         self.data = data
         self.ledger = Ledger(words)
         self.holdings = Holdings(self.ledger, data)
@@ -189,6 +184,8 @@ class Arena:
                 f"these are no files of an arena: {table_nbytes} and {data_nbytes} bytes, expected "
                 f"{LEDGER_NBYTES} and at least {_MIN_DATA_NBYTES}"
             )
+        head = memoryview(bytearray(os.pread(ledger_fd, 8 * HEADER_WORDS, 0))).cast("Q")
+        _check_header(head, data_nbytes)  # before anything is mapped
         table = Segment.attach(ledger_fd)
         os.set_inheritable(locks_fd, False)
         data = Segment.attach(data_fd, map_it=_may_map())
@@ -214,8 +211,14 @@ class Arena:
         try:
             for number in numbers:
                 path = f"/proc/{pid}/fd/{number}"
-                if not stat.S_ISREG(os.stat(path).st_mode):
+                status = os.stat(path)
+                if not stat.S_ISREG(status.st_mode):
                     raise ArenaError(f"process {pid} has something else open now")
+                if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+                    raise ArenaError(
+                        f"a file of process {pid} belongs to user {status.st_uid}, mode "
+                        f"{stat.S_IMODE(status.st_mode):04o}: not private to this user"
+                    )
                 fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
             if os.pread(fds[1], 16, 8 * H_IDENTITY) != name[:16]:
                 raise ArenaError(f"process {pid} has not got it any more")
@@ -355,7 +358,7 @@ class Arena:
 
     def _reserve_rows(self, n_more: int) -> None:
         """Give the next rows of the ledger their pages: on a full mount a fault would be fatal."""
-        n_rows = self.words[H_N_BLOCKS] + n_more + 1  # whoever rebuilds looks one further
+        n_rows = self.ledger.rows.n_rows + n_more + 1  # whoever rebuilds looks one further
         if n_rows <= self._n_rows or n_rows > MAX_BLOCKS:
             return
         first, n_rows = self._n_rows, min(MAX_BLOCKS, n_rows + _ROWS_AHEAD)
@@ -398,12 +401,6 @@ class Arena:
         self.holdings.unwatch(lease.watch)
         for block in lease.blocks:
             self.holdings.forget_lease(*block)
-
-    def is_in_flight(self, index: int, generation: int) -> bool:
-        """Tell whether the block's message is still unread. Needs no lock."""
-        word = self.ledger.word[index]
-        same = word >> GENERATION_SHIFT == generation & GENERATION_MASK
-        return same and word & STATE_MASK == IN_FLIGHT
 
     # --- giving back
 
@@ -461,8 +458,9 @@ class Arena:
             n_blocks=census.n_blocks,
             nbytes=census.nbytes,
             nbytes_resident=self.data.resident_nbytes(),
-            nbytes_huge=self.data.huge_nbytes() if self.words[H_HUGE] else 0,
+            nbytes_huge=self.data.huge_nbytes() if self.ledger.huge else 0,
             capacity=self._capacity,
+            n_quarantined=census.n_quarantined,
         )
 
     def _look(self) -> tuple[list[int], Census]:
@@ -704,5 +702,23 @@ def _write_header(words: memoryview, options: Options, data: Segment) -> None:
     options.write(words)
     words[H_DATA_NBYTES] = data.nbytes
     words[H_HUGE] = _huge_pages.policy() if data.backing == "memfd" else _huge_pages.NEVER
+    words[H_ROWS] = rows_word(0)
     words[H_VERSION] = VERSION
     words[H_MAGIC] = MAGIC
+    words[H_CHECK] = header_check(words)
+
+
+def _check_header(words: memoryview, data_nbytes: int) -> None:
+    if (words[H_MAGIC], words[H_VERSION]) != (MAGIC, VERSION):
+        raise ArenaError(
+            f"the inherited file is no ledger of this version: magic {words[H_MAGIC]:#x}, "
+            f"version {words[H_VERSION]}, expected {MAGIC:#x} and {VERSION}. "
+            "Use one version of oobpickle in all processes."
+        )
+    if words[H_CHECK] != header_check(words):
+        raise ArenaError("the header of the inherited ledger is damaged: its check does not match")
+    if words[H_DATA_NBYTES] != data_nbytes:
+        raise ArenaError(
+            f"the inherited data file has {data_nbytes} bytes, the ledger speaks of "
+            f"{words[H_DATA_NBYTES]}"
+        )

@@ -222,7 +222,7 @@ class Channels:
             return 0
         # Other threads may send through the same channel and do this at the same time.
         with contextlib.suppress(IndexError):
-            while not self._arena.is_in_flight(*messages[0][:2]):
+            while not self._arena.ledger.is_in_flight(*messages[0][:2]):
                 messages.popleft()
         return sum(nbytes for _, _, nbytes in tuple(messages))
 

@@ -168,6 +168,8 @@ class _Parsed(NamedTuple):
 
 
 def _parse(data: bytes) -> _Parsed:
+    if not isinstance(data, bytes):
+        raise EnvelopeError(f"not an envelope: {type(data).__name__}, expected bytes")
     if len(data) < _HEADER.size:
         raise EnvelopeError(f"envelope truncated: {len(data)} bytes, need {_HEADER.size} or more")
     magic, crc, name, n_blocks, n_buffers, flags, n_stream = _HEADER.unpack_from(data)
@@ -181,6 +183,8 @@ def _parse(data: bytes) -> _Parsed:
     wanted += _padding(wanted)
     if body.nbytes != wanted:
         raise EnvelopeError(f"envelope of {body.nbytes} bytes after its head, expected {wanted}")
+    if n_blocks < 1:
+        raise EnvelopeError("an envelope without a block")
     return _Parsed(name, n_blocks, n_buffers, bool(flags), n_stream, body)
 
 
@@ -195,6 +199,7 @@ def unpack_envelope(data: bytes) -> Any:
         If the message was loaded already, or taken back.
     """
     token = object()
+    parsed = None
     try:
         users.add(token)
         parsed = _parse(data)
@@ -203,10 +208,9 @@ def unpack_envelope(data: bytes) -> Any:
         arena.membership.count((N_LOADED, 1))
         _faults.reach("envelope.claimed")
         return pickle.loads(stream, buffers=buffers)
-    except EnvelopeError:
-        raise
     except BaseException:  # if of a signal handler, nobody has the message any more
-        _discard(data)
+        if parsed is not None:
+            _discard(data)
         raise
     finally:
         users.discard(token)
@@ -254,6 +258,8 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
     layout = plan(sizes)
     if len(layout.needs) != len(blocks):
         raise EnvelopeError(f"{len(blocks)} blocks for buffers that need {len(layout.needs)}")
+    if len(blocks) > 1 and len({index for index, _ in blocks}) != len(blocks):
+        raise EnvelopeError("an envelope names a block twice")
     views = arena.intake.claim(blocks, layout.needs)
     buffers = [
         views[block][at : at + nbytes] if block >= 0 else memoryview(bytearray())

@@ -159,8 +159,8 @@ class Holdings:
             anchor = watch()
             if anchor is not None and watch.anchored and not watch.frees:
                 ((index, _),) = watch.blocks
-                nbytes = max(anchor.nbytes, self._ledger.resident[index])
-                calls = self._data.freeing_calls(self._ledger.offset[index], nbytes)
+                offset, resident = self._ledger.pages_of(index)
+                calls = self._data.freeing_calls(offset, max(anchor.nbytes, resident))
                 watch.frees = tuple(_Reference(anchor, call) for call in calls)
 
     def settle_all_at_death(self) -> None:
@@ -263,7 +263,7 @@ class Holdings:
         nbytes = self.private.get(index)
         if nbytes is not None:
             try:
-                self._data.share(self._ledger.offset[index], nbytes)
+                self._data.share(self._ledger.rows.offset(index), nbytes)
             except OSError as error:
                 pass_on_foreign(error)
                 return  # stays private here; what is sent in this block is copied from the file
@@ -310,7 +310,7 @@ class Holdings:
             # In the book first: an interrupt after the mapping must not lose that it is private.
             resume = index in self.private
             self.private[index] = nbytes
-            offset, resident = self._ledger.offset[index], self._ledger.resident[index]
+            offset, resident = self._ledger.pages_of(index)
             try:
                 self._data.privatize(offset, nbytes, resume=resume)
                 self._complete.add(index)

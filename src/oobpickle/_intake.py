@@ -18,10 +18,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from oobpickle import _faults, _statistics
-from oobpickle._errors import ArenaFullError, StaleEnvelopeError
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._errors import ArenaFullError, EnvelopeError, StaleEnvelopeError
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Keeper, Watch
-from oobpickle._layout import H_CAPACITY, H_HELD, MAX_BLOCKS
+from oobpickle._layout import H_HELD
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -66,17 +66,18 @@ class Intake:
         ------
         StaleEnvelopeError
             If a block is not in flight with that generation: loaded already, or taken back.
+        EnvelopeError
+            If the ledger's entry of a block is damaged.
         """
         ledger, holdings = self._ledger, self._holdings
         for (index, generation), nbytes in zip(blocks, needs, strict=True):
-            in_flight = index < MAX_BLOCKS and self._arena.is_in_flight(index, generation)
-            if not in_flight or ledger.used[index] != nbytes:
-                raise _stale(index, generation)
+            if not ledger.fits(index, nbytes):  # the rest is looked at by the step
+                raise self._refusal(index, generation)
         holdings.collect()
         copying = self._copies_out(sum(needs), len(needs))
         # Each with a watch, but no block yet: an interrupt anywhere from here on loses none.
         anchors: list[object] = [
-            Keeper() if copying else self._data.array(ledger.offset[index], nbytes)
+            Keeper() if copying else self._data.array(ledger.rows.offset(index), nbytes)
             for (index, _), nbytes in zip(blocks, needs, strict=True)
         ]
         watches = [holdings.watch(anchor, []) for anchor in anchors]
@@ -90,7 +91,7 @@ class Intake:
                 holdings.unwatch(watch)
             if position < 0:
                 return self._copy_unclaimed(blocks, needs, is_index=is_index)
-            raise _stale(*blocks[position])
+            raise self._refusal(*blocks[position])
         views = []
         for block, nbytes, anchor, watch in zip(blocks, needs, anchors, watches, strict=True):
             if copying or block[0] in unmapped:
@@ -145,7 +146,7 @@ class Intake:
         if self._arena.options.copy_out is not None:
             return self._arena.options.copy_out
         words = self._ledger.words
-        capacity, held_nbytes = words[H_CAPACITY], words[H_HELD] + nbytes
+        capacity, held_nbytes = self._ledger.capacity, words[H_HELD] + nbytes
         # What is so large is in use for a moment only, or there is no room for more of it anyway;
         # and a copy would need as much again, just when memory is scarce.
         is_huge = nbytes > capacity // 4 and held_nbytes <= capacity
@@ -170,12 +171,12 @@ class Intake:
     ) -> list[memoryview]:
         # Without the lock: nobody may change a block in flight, so look, copy, and look again.
         words = [self._ledger.word[index] for index, _ in blocks]
-        copies = []
+        copies: list[memoryview] = []
         for (index, generation), nbytes, word in zip(blocks, needs, words, strict=True):
             copy = self._copy_of(index, nbytes, in_file=index in self._holdings.private)
-            unchanged = self._ledger.word[index] == word and self._ledger.used[index] == nbytes
-            if not unchanged or not self._arena.is_in_flight(index, generation):
-                raise _stale(index, generation)
+            unchanged = self._ledger.word[index] == word
+            if not unchanged or not self._ledger.is_of(index, generation, nbytes):
+                raise self._refusal(index, generation)
             copies.append(copy)
         for copy, block, word in zip(copies, blocks, words, strict=True):
             self._holdings.consume(*block, word, when_dead=copy.obj if is_index else None)
@@ -184,7 +185,7 @@ class Intake:
     def _copy_of(self, index: int, nbytes: int, *, in_file: bool) -> memoryview:
         import numpy as np
 
-        offset = self._ledger.offset[index]
+        offset = self._ledger.rows.offset(index)
         copy = np.empty(nbytes, np.uint8)
         if self._data.mapped and not in_file:
             self._arena.room.enter(index, nbytes)
@@ -226,7 +227,7 @@ class Intake:
             own.publish_readings()
 
     def _adopt(self, index: int, generation: int) -> None:
-        if self._membership.joined:
+        if self._membership.joined and self._ledger.is_in_flight(index, generation):
             self._holdings.adopted[index] = generation
             self._ledger.adopt(index, generation, self._membership.slot)
 
@@ -234,23 +235,32 @@ class Intake:
         """Give back a message that was read and will never be loaded."""
         if self._holdings.adopted.pop(index, None) == generation:
             word = self._ledger.word[index]
-            if self._arena.is_in_flight(index, generation):
+            if self._ledger.is_in_flight(index, generation):
                 self._holdings.consume(index, generation, word, when_dead=None)
 
     def readdress(self, index: int, generation: int, channel: int) -> None:
         """A message that this process has read is sent on, unloaded, into another channel."""
-        if index < MAX_BLOCKS and self._arena.is_in_flight(index, generation):
+        if self._ledger.is_in_flight(index, generation):
             self._ledger.channel[index] = channel
             if self._membership.joined:
                 self._ledger.adopt(index, generation, self._membership.slot)
             self._holdings.adopted.pop(index, None)
 
-
-def _stale(index: int, generation: int) -> StaleEnvelopeError:
-    return StaleEnvelopeError(
-        f"block {index} is not in flight with generation {generation}: this message was loaded "
-        "already, or its sender took it back. Load each message once; keep the object instead."
-    )
+    def _refusal(self, index: int, generation: int) -> EnvelopeError:
+        ledger = self._ledger
+        if index < ledger.rows.n_rows and not ledger.is_sound(index):
+            with ignoring(ArenaFullError, OSError):  # then whoever meets it next does it
+                self._membership.run(ledger.examine, index)
+            if not ledger.is_sound(index):
+                return EnvelopeError(
+                    f"the ledger's entry of block {index} is damaged: some process of the arena "
+                    "has written where it should not. The block is not used any more; the message "
+                    "is lost. See Statistics.n_quarantined."
+                )
+        return StaleEnvelopeError(
+            f"block {index} is not in flight with generation {generation}: this message was loaded "
+            "already, or its sender took it back. Load each message once; keep the object instead."
+        )
 
 
 def _max_map_count() -> int:

@@ -10,7 +10,12 @@
 
 A block's *word* is its commit word; one store of it changes the block's state::
 
-    bits 63..32  low half of the generation     bits 31..8  slot of the owner     bits 7..0  state
+    bits 63..32  check     bits 31..8  slot of the owner     bits 7..0  state
+
+What a faulty process may have overwritten is not believed: the check of a commit word covers the
+block's index, its generation, owner and state; the column `C_CHECK` the place and the class of a
+row; the number of rows and the bytes that have pages carry a check in the same word; and one word
+of the header covers what never changes there.
 
 Blocks come in size classes, four to each doubling, because a range is never split or merged:
 address space is free and only pages cost, so a larger block used for less wastes nothing. `plan`
@@ -24,13 +29,13 @@ ones, 64-byte aligned, into blocks of up to 1 MiB.
 
 from __future__ import annotations
 
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from oobpickle._huge_pages import HUGE_NBYTES
 from oobpickle._system import PAGE_NBYTES
 
 MAGIC: Final = int.from_bytes(b"OOBPICKL", "little")
-VERSION: Final = 1
+VERSION: Final = 2
 
 # --- header words
 H_MAGIC: Final = 0
@@ -45,9 +50,10 @@ H_CLOSED: Final = 9
 H_STRANGERS: Final = 10  # a process that cannot join has read messages: none is known to be unread
 H_HANDED: Final = 11  # how many ends of channels were passed on
 H_HUGE: Final = 12  # how huge pages are to be had: `_huge_pages.policy`
+H_CHECK: Final = 13  # of the words that never change
 H_DIRTY: Final = 16
 H_N_BLOCKS: Final = 17
-H_FRONTIER: Final = 18
+H_ROWS: Final = 18  # the same number with its check
 H_RESIDENT: Final = 19  # bytes that blocks may occupy: reserved, not yet punched
 H_HELD: Final = 20
 H_N_SLOTS: Final = 21
@@ -78,7 +84,7 @@ JOINED: Final = 1
 
 # --- blocks
 MAX_BLOCKS: Final = 1 << 20
-N_COLUMNS: Final = 10
+N_COLUMNS: Final = 11
 (
     C_WORD,
     C_GENERATION,
@@ -90,6 +96,7 @@ N_COLUMNS: Final = 10
     C_CHANNEL,
     C_LAST,
     C_PUNCHES,
+    C_CHECK,
 ) = range(N_COLUMNS)
 BLOCKS_AT: Final = HEADER_WORDS + MAX_PARTICIPANTS * PARTICIPANT_WORDS
 LEDGER_NBYTES: Final = (BLOCKS_AT + N_COLUMNS * MAX_BLOCKS) * 8
@@ -99,11 +106,13 @@ FREE: Final = 1
 LEASED: Final = 2
 IN_FLIGHT: Final = 3
 HELD: Final = 4
+QUARANTINED: Final = 5
 STATE_MASK: Final = 0xFF
 OWNER_SHIFT: Final = 8
 OWNER_MASK: Final = 0xFFFFFF
-GENERATION_SHIFT: Final = 32
-GENERATION_MASK: Final = 0xFFFFFFFF
+LOW_MASK: Final = 0xFFFFFFFF  # of a commit word: owner and state
+RESIDENT_MASK: Final = (1 << 48) - 1
+WORD_MASK: Final = 0xFFFFFFFF_FFFFFFFF
 #: In the channel column of a block in flight: it goes where its message's first block goes, whose
 #: index is in the low bits and whose generation is in the next column.
 FOLLOWS: Final = 1 << 62
@@ -114,9 +123,56 @@ PACK_NBYTES: Final = 1 << 20
 ALIGN_NBYTES: Final = 64
 
 
-def commit_word(state: int, owner: int, generation: int) -> int:
+# Checks find faults, not attacks: one multiplication for each number, by odd constants. All of it
+# works for columns too, as arrays of uint64 that wrap.
+_BY_FIRST: Final = 0x9E3779B97F4A7C15
+_BY_SECOND: Final = 0xC2B2AE3D27D4EB4F
+_PLUS: Final = 0x165667B19E3779F9
+_HIGH_MASK: Final = WORD_MASK - LOW_MASK
+_CONSTANT_WORDS: Final = (
+    *(H_MAGIC, H_VERSION, H_IDENTITY, H_IDENTITY + 1, H_CAPACITY, H_DATA_NBYTES),
+    *(H_THRESHOLD, H_WAIT_S, H_COPY_OUT, H_HUGE),
+)
+
+
+def commit_word(index: int, state: int, owner: int, generation: int) -> int:
     """Compose the one word that says everything about a block."""
-    return state | owner << OWNER_SHIFT | (generation & GENERATION_MASK) << GENERATION_SHIFT
+    low = state | owner << OWNER_SHIFT
+    return generation * _BY_FIRST + (index << 32 | low) * _BY_SECOND + _PLUS & _HIGH_MASK | low
+
+
+def checked_word(index: Any, low: Any, generation: Any) -> Any:
+    """Return the commit word with the given low half: owner and state."""
+    return generation * _BY_FIRST + (index << 32 | low) * _BY_SECOND + _PLUS & _HIGH_MASK | low
+
+
+def row_check(index: Any, offset: Any, size_class: Any) -> Any:
+    """Return what `C_CHECK` must hold for a row with that place and class."""
+    return offset * _BY_FIRST + (index << 8 | size_class) * _BY_SECOND + _PLUS & WORD_MASK
+
+
+def resident_word(index: Any, nbytes: Any) -> Any:
+    """Return what `C_RESIDENT` holds for a block of which so many bytes (< 2**48) have pages."""
+    return (nbytes * _BY_FIRST + index * _BY_SECOND + _PLUS & WORD_MASK - RESIDENT_MASK) | nbytes
+
+
+def resident_nbytes(index: int, word: int) -> int:
+    """Return how many bytes of a block have pages: 0 if the word is damaged, which harms nobody."""
+    nbytes = word & RESIDENT_MASK
+    return nbytes if word == resident_word(index, nbytes) else 0
+
+
+def rows_word(n_rows: int) -> int:
+    """Return what `H_ROWS` holds for so many rows; never 0."""
+    return (n_rows * _BY_FIRST + _PLUS & _HIGH_MASK) | n_rows
+
+
+def header_check(words: memoryview) -> int:
+    """Return what `H_CHECK` must hold for the words of the header that never change."""
+    check = 0
+    for word in _CONSTANT_WORDS:
+        check = (check ^ words[word]) * _BY_FIRST + _PLUS & WORD_MASK
+    return check
 
 
 def class_of(nbytes: int) -> int:

@@ -81,7 +81,7 @@ class Lease:
             aside = bytearray(nbytes)
             self._aside.append((index, aside))
             return memoryview(aside)
-        offset = arena.ledger.offset[index]
+        offset = arena.ledger.rows.offset(index)
         return arena.data.view()[offset : offset + nbytes]
 
     @property
@@ -100,7 +100,7 @@ class Lease:
         """
         arena = self._arena
         for index, aside in self._aside:
-            arena.data.write(arena.ledger.offset[index], memoryview(aside))
+            arena.data.write(arena.ledger.rows.offset(index), memoryview(aside))
         _faults.reach("lease.written")
         arena.ledger.seal(self.blocks, arena.membership.slot, channel)
         self.sealed = True

@@ -16,10 +16,15 @@ call has ordered both.
 
 Steps return; they do not raise, print, allocate containers of unknown size or call the system.
 
-**Lifetime.** Rows are made when first needed and never destroyed; a generation counts each lease
-of a block and is never reset, so an old placement is recognised for ever.
+A faulty process may write anywhere in the file. So nothing that is read from it is believed
+unchecked (see `_layout`, `_rows`): a block whose commit word is not what its index, generation,
+owner and state make is QUARANTINED when somebody meets it, and never used again; a link that
+leads to a block that is not free makes the lists be rebuilt from the commit words.
 
-**When it cannot.** `lease` returns a `Shortage`; `claim` returns the index of the first block
+**Lifetime.** A generation counts each lease of a block and is never reset, so an old placement is
+recognised for ever.
+
+**When it cannot.** `lease` returns a `Shortage`; `claim` returns the position of the first block
 that is not what the placement says."""
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from oobpickle._huge_pages import HUGE_NBYTES, NEVER
 from oobpickle._layout import (
     BLOCKS_AT,
     C_CHANNEL,
+    C_CHECK,
     C_CLASS,
     C_GENERATION,
     C_LAST,
@@ -43,30 +49,32 @@ from oobpickle._layout import (
     C_WORD,
     FOLLOWS,
     FREE,
-    GENERATION_SHIFT,
     H_CAPACITY,
-    H_DATA_NBYTES,
     H_EMPTY,
-    H_FRONTIER,
     H_HELD,
     H_HUGE,
-    H_N_BLOCKS,
     H_RESIDENT,
     H_WARM,
     HELD,
     IN_FLIGHT,
     LEASED,
+    LOW_MASK,
     MAX_BLOCKS,
     N_CLASSES,
-    NONE,
     OWNER_MASK,
     OWNER_SHIFT,
+    QUARANTINED,
+    RESIDENT_MASK,
     STATE_MASK,
-    class_nbytes,
+    WORD_MASK,
+    checked_word,
     class_of,
-    class_stride,
     commit_word,
+    resident_nbytes,
+    resident_word,
+    row_check,
 )
+from oobpickle._rows import Rows, Shortage
 from oobpickle._segment import page_round
 
 if TYPE_CHECKING:
@@ -77,19 +85,28 @@ _AFFINITY_DEPTH: Final = 8
 _CLASSES_UP: Final = 4
 
 
-class Shortage(NamedTuple):
-    """Why blocks could not be leased: a reason of `_statistics.REASONS`, and the numbers."""
-
-    reason: str
-    need_nbytes: int
-    room_nbytes: int
-
-
 class Census(NamedTuple):
-    """Blocks and bytes in use by state, from one look at all rows."""
+    """Blocks and bytes in use by state, and damaged blocks, from one look at all rows."""
 
     n_blocks: dict[str, int]
     nbytes: dict[str, int]
+    n_quarantined: int
+
+
+class _Look(NamedTuple):
+    """One look at all rows. `sound`: the entry is in order; `torn`: but for a lease begun."""
+
+    rows: NDArray[np.uint64]
+    word: NDArray[np.uint64]
+    state: NDArray[np.uint64]
+    sound: NDArray[np.bool_]
+    torn: NDArray[np.bool_]
+
+    def of_state(self, state: int) -> NDArray[np.intp]:
+        """Return the indices of the sound rows in that state."""
+        import numpy as np
+
+        return np.flatnonzero((self.state == state) & self.sound)
 
 
 STATE_NAMES: Final = {FREE: "free", LEASED: "leased", IN_FLIGHT: "in_flight", HELD: "held"}
@@ -116,12 +133,17 @@ class Ledger:
         self.channel = self._column(C_CHANNEL)
         self.last = self._column(C_LAST)
         self.punches = self._column(C_PUNCHES)
+        self.check = self._column(C_CHECK)
+        self.rows = Rows(words)
+        self.capacity = words[H_CAPACITY]
+        self.huge = words[H_HUGE]
 
     def close(self) -> None:
         """Let go of the mapping: any use after this raises ``ValueError``."""
         for column in (
             *(self.word, self.generation, self.offset, self.size_class, self.used),
-            *(self.resident, self.next, self.channel, self.last, self.punches, self.words),
+            *(self.resident, self.next, self.channel, self.last, self.punches, self.check),
+            self.words,
         ):
             column.release()
 
@@ -132,13 +154,55 @@ class Ledger:
     def _array(self, column: memoryview) -> NDArray[np.uint64]:
         import numpy as np
 
-        return np.frombuffer(column, np.uint64)[: self.words[H_N_BLOCKS]]
+        return np.frombuffer(column, np.uint64)[: self.rows.n_rows]
 
     def pages_nbytes(self, nbytes: int) -> int:
         """Return how many bytes the pages under the first `nbytes` bytes of a block take."""
-        if nbytes >= HUGE_NBYTES and self.words[H_HUGE] != NEVER:
+        if nbytes >= HUGE_NBYTES and self.huge != NEVER:
             return -(-nbytes // HUGE_NBYTES) * HUGE_NBYTES
         return page_round(nbytes)
+
+    def resident_nbytes(self, index: int) -> int:
+        """Return how many bytes of a block have pages; 0 if that is damaged, which harms nobody."""
+        return resident_nbytes(index, self.resident[index])
+
+    def pages_of(self, index: int) -> tuple[int, int]:
+        """Return offset and nbytes of the pages of a block of this process, never of another."""
+        offset = self.rows.offset(index)
+        return offset, min(self.resident_nbytes(index), self.rows.known[index].end - offset)
+
+    # --- what is believed
+
+    def is_sound(self, index: int) -> bool:
+        """Tell whether a block's entry is in order, and not quarantined."""
+        if not (self.rows.known.get(index) or self.rows.get(index)):
+            return False
+        word = self.word[index]
+        return word & STATE_MASK != QUARANTINED and word == checked_word(
+            index, word & LOW_MASK, self.generation[index]
+        )
+
+    def is_in_flight(self, index: int, generation: int) -> bool:
+        """Tell whether the message of the block's lease with that generation is unread.
+
+        Needs no lock.
+        """
+        if not (self.rows.known.get(index) or self.rows.get(index)):
+            return False
+        word = self.word[index]
+        return (
+            word & STATE_MASK == IN_FLIGHT
+            and self.generation[index] == generation
+            and word == checked_word(index, word & LOW_MASK, generation)
+        )
+
+    def examine(self, index: int) -> bool:
+        """Step: quarantine a block that is damaged; tell whether it is, or was before."""
+        if index >= self.rows.n_rows or self.is_sound(index):
+            return False
+        self.word[index] = commit_word(index, QUARANTINED, 0, self.generation[index])
+        _faults.reach("ledger.quarantined")
+        return True
 
     # --- leasing
 
@@ -154,36 +218,48 @@ class Ledger:
         for nbytes in needs:
             size_class = class_of(nbytes)
             index, link = self._find(size_class, nbytes, slot)
-            present = self.resident[index] if index >= 0 else 0
+            if index >= 0 and not self._is_free(index, nbytes):
+                index, link = self._find_anew(size_class, nbytes, slot)
+            present = self.resident_nbytes(index) if index >= 0 else 0
             grow = self.pages_nbytes(nbytes) - present
             if grow > 0:
-                room = words[H_CAPACITY] - words[H_RESIDENT]
+                room = self.capacity - words[H_RESIDENT]
                 if grow > room:
                     return Shortage("full", nbytes, max(0, room))
             if index < 0:
-                index = words[H_N_BLOCKS]
-                shortage = self._make_row(index, size_class, nbytes)
-                if shortage is not None:
-                    return shortage
+                made = self.rows.make(size_class, nbytes)
+                if isinstance(made, Shortage):
+                    return made
+                index = made
             else:
                 words[link] = self.next[index]
                 _faults.reach("ledger.lease.unlinked")
             if grow > 0:
-                self.resident[index] += grow
+                self.resident[index] = resident_word(index, present + grow)
                 words[H_RESIDENT] += grow
             self._commit_lease(index, nbytes, slot)
             taken.append((index, present))
         return None
 
     def _commit_lease(self, index: int, nbytes: int, slot: int) -> None:
-        generation = self.generation[index] + 1
+        generation = self.generation[index] + 1 & WORD_MASK
         self.generation[index] = generation
         self.used[index] = nbytes
         self.channel[index] = 0
         self.last[index] = slot
         _faults.reach("ledger.lease.written")
-        self.word[index] = commit_word(LEASED, slot, generation)
+        self.word[index] = commit_word(index, LEASED, slot, generation)
         _faults.reach("ledger.lease.committed")
+
+    def _find_anew(self, size_class: int, nbytes: int, slot: int) -> tuple[int, int]:
+        self.rebuild()  # a link, or what it leads to, was overwritten
+        index, link = self._find(size_class, nbytes, slot)
+        return (index, link) if index >= 0 and self._is_free(index, nbytes) else (-1, 0)
+
+    def _is_free(self, index: int, nbytes: int) -> bool:
+        return self.fits(index, nbytes) and self.word[index] == checked_word(
+            index, FREE, self.generation[index]
+        )
 
     def _find(self, size_class: int, nbytes: int, slot: int) -> tuple[int, int]:
         """Return a free block and the word that links to it: warm, then empty; (-1, 0) if none."""
@@ -192,42 +268,27 @@ class Ledger:
         if words[link]:
             return self._nearest(link, nbytes, slot)
         for up in range(link + 1, min(link + 1 + _CLASSES_UP, H_WARM + N_CLASSES)):
-            if words[up] and self.resident[words[up] - 1] >= nbytes:
-                return words[up] - 1, up
+            if words[up]:
+                index = words[up] - 1
+                if index >= MAX_BLOCKS or self.resident[index] & RESIDENT_MASK >= nbytes:
+                    return index, up
         link = H_EMPTY + size_class
         return (words[link] - 1, link) if words[link] else (-1, 0)
 
     def _nearest(self, first_link: int, nbytes: int, slot: int) -> tuple[int, int]:
         # What this process wrote last is in its page tables: 4 times the rate of the others.
         words, link = self.words, first_link
-        next_at = BLOCKS_AT + C_NEXT * MAX_BLOCKS
+        next_at, n_rows = BLOCKS_AT + C_NEXT * MAX_BLOCKS, self.rows.n_rows
         for _ in range(_AFFINITY_DEPTH):
             index = words[link] - 1
-            if self.last[index] == slot and self.resident[index] >= nbytes:
+            if index >= n_rows:
+                return index, link  # damaged
+            if self.last[index] == slot and self.resident[index] & RESIDENT_MASK >= nbytes:
                 return index, link
             link = next_at + index
             if not words[link]:
                 break
         return words[first_link] - 1, first_link
-
-    def _make_row(self, index: int, size_class: int, nbytes: int) -> Shortage | None:
-        words = self.words
-        if index >= MAX_BLOCKS:
-            return Shortage("table", nbytes, 0)
-        offset = words[H_FRONTIER]
-        if class_nbytes(size_class) >= HUGE_NBYTES:
-            offset = -(-offset // HUGE_NBYTES) * HUGE_NBYTES
-        end = offset + class_stride(size_class)
-        if end > words[H_DATA_NBYTES]:
-            return Shortage("table", nbytes, 0)
-        self.offset[index] = offset
-        self.size_class[index] = size_class
-        self.resident[index] = 0
-        _faults.reach("ledger.row.written")
-        words[H_FRONTIER] = end
-        words[H_N_BLOCKS] = index + 1
-        _faults.reach("ledger.row.counted")
-        return None
 
     # --- passing on
 
@@ -237,15 +298,15 @@ class Ledger:
         for index, generation in blocks:
             self.channel[index] = channel if index == head else FOLLOWS | head
             self.next[index] = head_generation
-            self.word[index] = commit_word(IN_FLIGHT, slot, generation)
+            self.word[index] = commit_word(index, IN_FLIGHT, slot, generation)
 
     def adopt(self, index: int, generation: int, slot: int) -> None:
         """Make a reader the owner of a message that has left its channel, without the lock.
 
         Only inside `Membership.reading`: nobody frees it meanwhile.
         """
-        if index < MAX_BLOCKS and self._is(index, generation, IN_FLIGHT):
-            self.word[index] = commit_word(IN_FLIGHT, slot, generation)
+        if self.is_in_flight(index, generation):
+            self.word[index] = commit_word(index, IN_FLIGHT, slot, generation)
 
     def claim(
         self, blocks: Sequence[tuple[int, int]], needs: Sequence[int], slot: int
@@ -259,20 +320,27 @@ class Ledger:
             many bytes, else ``None``.
         """
         for position, (index, generation) in enumerate(blocks):
-            if not self._is(index, generation, IN_FLIGHT) or self.used[index] != needs[position]:
+            if not self.is_of(index, generation, needs[position]):
+                self.examine(index)
                 return position
-        for index, generation in blocks:
-            self.word[index] = commit_word(HELD, slot, generation)
+        for (index, generation), nbytes in zip(blocks, needs, strict=True):
+            self.word[index] = commit_word(index, HELD, slot, generation)
             _faults.reach("ledger.claim.committed")
-            self.words[H_HELD] += self.used[index]
+            self.words[H_HELD] = self.words[H_HELD] + nbytes & WORD_MASK
         return None
 
-    def _is(self, index: int, generation: int, state: int) -> bool:
+    def is_of(self, index: int, generation: int, nbytes: int) -> bool:
+        """Tell whether the block is in flight with that generation and so many bytes."""
         return (
-            index < self.words[H_N_BLOCKS]
-            and self.generation[index] == generation
-            and self.word[index] & STATE_MASK == state
+            self.is_in_flight(index, generation)
+            and self.used[index] == nbytes
+            and self.fits(index, nbytes)
         )
+
+    def fits(self, index: int, nbytes: int) -> bool:
+        """Tell whether the block exists and holds so many bytes."""
+        row = self.rows.known.get(index) or self.rows.get(index)
+        return row is not None and nbytes <= row.nbytes
 
     # --- giving back
 
@@ -282,7 +350,11 @@ class Ledger:
             word = self.word[index]
             state = word & STATE_MASK
             owner = word >> OWNER_SHIFT & OWNER_MASK
-            if owner != slot or self.generation[index] != generation or state in (NONE, FREE):
+            found = self.generation[index]
+            if word != checked_word(index, word & LOW_MASK, found) or not self.rows.get(index):
+                self.examine(index)
+                continue
+            if owner != slot or found != generation or state in (FREE, QUARANTINED):
                 continue
             if state == HELD:
                 self.words[H_HELD] = max(0, self.words[H_HELD] - self.used[index])
@@ -290,9 +362,10 @@ class Ledger:
             self._free(index, generation)
 
     def _free(self, index: int, generation: int) -> None:
-        self.word[index] = commit_word(FREE, 0, generation)
+        self.word[index] = commit_word(index, FREE, 0, generation)
         _faults.reach("ledger.release.committed")
-        link = (H_WARM if self.resident[index] else H_EMPTY) + self.size_class[index]
+        warm = self.resident[index] & RESIDENT_MASK
+        link = (H_WARM if warm else H_EMPTY) + self.rows.known[index].size_class
         self.next[index] = self.words[link]
         _faults.reach("ledger.release.linked")
         self.words[link] = index + 1
@@ -301,8 +374,9 @@ class Ledger:
         """Free blocks in flight whose commit word is still what the caller saw; return how many."""
         n_freed = 0
         for index, seen in words:
-            if self.word[index] == seen and seen & STATE_MASK == IN_FLIGHT:
-                self._free(index, self.generation[index])
+            generation = self.generation[index]
+            if self.word[index] == seen and self.is_in_flight(index, generation):
+                self._free(index, generation)
                 n_freed += 1
         return n_freed
 
@@ -328,15 +402,14 @@ class Ledger:
         """
         import numpy as np
 
-        word = self._array(self.word)
-        state = word & np.uint64(STATE_MASK)
-        had = np.flatnonzero((state == LEASED) | (state == HELD))
-        owner = word[had] >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)
+        look = self._look()
+        had = np.concatenate([look.of_state(LEASED), look.of_state(HELD)])
+        owner = look.word[had] >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)
         had = had[np.isin(owner, np.array(list(slots), np.uint64))]
         if not len(had):
             return  # the lists and sums are right: whoever died in a step left them to be rebuilt
-        generation = word[had] & ~np.uint64((1 << 32) - 1)
-        word[had] = generation | np.uint64(FREE)
+        generation = self._array(self.generation)[had]
+        self._array(self.word)[had] = checked_word(look.rows[had], FREE, generation)
         _faults.reach("ledger.recover.had")
         self.rebuild()
 
@@ -346,8 +419,10 @@ class Ledger:
         """Lease free blocks whose pages add up to `nbytes`, largest first, to punch them."""
         import numpy as np
 
-        word, resident = self._array(self.word), self._array(self.resident)
-        idle = np.flatnonzero(((word & np.uint64(STATE_MASK)) == FREE) & (resident > 0))
+        look = self._look()
+        resident = self._resident(look)
+        idle = look.of_state(FREE)
+        idle = idle[resident[idle] > 0]
         idle = idle[np.argsort(resident[idle])[::-1]]
         enough = int(np.searchsorted(np.cumsum(resident[idle]), nbytes)) + 1
         for index in idle[:enough].tolist():
@@ -358,56 +433,72 @@ class Ledger:
     def mark_punched(self, indices: Iterable[int]) -> None:
         """Account for blocks whose pages went back to the system."""
         for index in indices:
-            self.words[H_RESIDENT] -= self.resident[index]
-            self.resident[index] = 0
-            self.punches[index] += 1
+            nbytes = self.resident_nbytes(index)
+            self.words[H_RESIDENT] = max(0, self.words[H_RESIDENT] - nbytes)
+            self.resident[index] = resident_word(index, 0)
+            self.punches[index] = self.punches[index] + 1 & WORD_MASK
             _faults.reach("ledger.punched")
 
     # --- the whole table
 
-    def rebuild(self) -> None:
-        """Recompute the row count, the sums and the free lists from the columns."""
-        words = self.words
-        n = words[H_N_BLOCKS]
-        while n < MAX_BLOCKS and self.word[n] & STATE_MASK != NONE:
-            n += 1
-        words[H_N_BLOCKS] = n
-        self._mend_free_rows()
-        self._rebuild_sums()
-        self._rebuild_lists()
-
-    def _mend_free_rows(self) -> None:
-        # A row whose first lease was never committed becomes a free one, without pages; and a
-        # generation that was counted but not committed stays used up.
+    def _look(self) -> _Look:
+        """Look at all rows, and check each."""
         import numpy as np
 
-        word = self._array(self.word)
+        index = np.arange(self.rows.n_rows, dtype=np.uint64)
+        # A copy: others seal and adopt meanwhile.
+        word, generation = self._array(self.word).copy(), self._array(self.generation)
         state = word & np.uint64(STATE_MASK)
-        self._array(self.resident)[state == NONE] = 0
-        free = state <= FREE
-        generation = self._array(self.generation)[free]
-        word[free] = generation << np.uint64(GENERATION_SHIFT) | np.uint64(FREE)
+        placed = self._array(self.check) == row_check(
+            index, self._array(self.offset), self._array(self.size_class)
+        )
+        placed &= self._array(self.size_class) < N_CLASSES
+        sound = placed & (word == checked_word(index, word & np.uint64(LOW_MASK), generation))
+        # A generation that was counted but not committed.
+        before = checked_word(index, FREE, generation - np.uint64(1))
+        return _Look(index, word, state, sound, placed & ~sound & (word == before))
 
-    def _rebuild_sums(self) -> None:
+    def _resident(self, look: _Look) -> NDArray[np.uint64]:
         import numpy as np
 
-        words, word = self.words, self._array(self.word)
-        held = (word & np.uint64(STATE_MASK)) == HELD
-        words[H_HELD] = int(self._array(self.used)[held].sum())
-        words[H_RESIDENT] = int(self._array(self.resident).sum())
-        n = words[H_N_BLOCKS]
-        if n:
-            end = self.offset[n - 1] + class_stride(self.size_class[n - 1])
-            words[H_FRONTIER] = max(words[H_FRONTIER], end)
+        word = self._array(self.resident)
+        nbytes = word & np.uint64(RESIDENT_MASK)
+        return np.where(word == resident_word(look.rows, nbytes), nbytes, np.uint64(0))
 
-    def _rebuild_lists(self) -> None:
+    def rebuild(self) -> None:
+        """Recompute the free lists and sums from the columns, and quarantine what is damaged."""
+        self.rows.recount()
+        self._mend_rows()
+        look = self._look()
+        resident = self._resident(look)
+        self._rebuild_sums(look, resident)
+        self._rebuild_lists(look, resident)
+
+    def _mend_rows(self) -> None:
+        import numpy as np
+
+        look = self._look()
+        word, generation = self._array(self.word), self._array(self.generation)
+        torn = look.torn  # the generation stays used up
+        word[torn] = checked_word(look.rows[torn], FREE, generation[torn])
+        bad = ~(look.sound | torn)
+        if bad.any():
+            # Written again where it is quarantined already.
+            word[bad] = checked_word(look.rows[bad], np.uint64(QUARANTINED), generation[bad])
+
+    def _rebuild_sums(self, look: _Look, resident: NDArray[np.uint64]) -> None:
+        used = self._array(self.used)[look.of_state(HELD)]
+        self.words[H_HELD] = int(used.sum())
+        self.words[H_RESIDENT] = int(resident.sum())
+
+    def _rebuild_lists(self, look: _Look, resident: NDArray[np.uint64]) -> None:
         import numpy as np
 
         words = self.words
         for size_class in range(N_CLASSES):
             words[H_WARM + size_class] = words[H_EMPTY + size_class] = 0
-        free = np.flatnonzero((self._array(self.word) & np.uint64(STATE_MASK)) == FREE)
-        warm = self._array(self.resident)[free] > 0
+        free = look.of_state(FREE)
+        warm = resident[free] > 0
         link = self._array(self.size_class)[free].astype(np.int16)  # few bits: a sort in one pass
         link += np.where(warm, H_WARM, H_EMPTY).astype(np.int16)
         # Lists lie one after another, and each in the order of addresses, the lowest at its head.
@@ -421,22 +512,25 @@ class Ledger:
             words[at] = index + 1
 
     def census(self) -> Census:
-        """Count blocks and bytes in use by state."""
-        import numpy as np
-
-        word, used, resident = (self._array(c) for c in (self.word, self.used, self.resident))
-        state = word & np.uint64(STATE_MASK)
+        """Count blocks and bytes in use by state, and what is or must be quarantined."""
+        look = self._look()
+        used, resident = self._array(self.used), self._resident(look)
         n_blocks, nbytes = {}, {}
         for code, name in STATE_NAMES.items():
-            chosen = state == code
-            n_blocks[name] = int(chosen.sum())
+            chosen = look.of_state(code)
+            n_blocks[name] = len(chosen)
             nbytes[name] = int((resident if code == FREE else used)[chosen].sum())
-        return Census(n_blocks, nbytes)
+        # Without the lock a lease may be seen half written.
+        n_bad = int((~(look.sound | look.torn)).sum()) + len(look.of_state(QUARANTINED))
+        return Census(n_blocks, nbytes, n_bad)
 
     def is_abandoned(self, index: int) -> bool:
         """Tell whether a following block's message is gone: its first block is in other hands."""
         head = self.channel[index] & ~FOLLOWS
-        return self.generation[head] != self.next[index] or self.word[head] & STATE_MASK == FREE
+        if head >= self.rows.n_rows:
+            return False  # damaged: whoever loads it frees it
+        gone = self.word[head] & STATE_MASK in (FREE, QUARANTINED)
+        return gone or self.generation[head] != self.next[index]
 
     def in_flight(self, others: Collection[int]) -> list[tuple[int, int, int]]:
         """Return ``(index, word, channel)`` of blocks in flight whose owner is not among `others`.

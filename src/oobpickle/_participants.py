@@ -42,6 +42,7 @@ from oobpickle._layout import (
     P_STATE,
     PARTICIPANT_WORDS,
     VACANT,
+    WORD_MASK,
 )
 from oobpickle._ledger import Ledger
 from oobpickle._locks import LockFile
@@ -63,19 +64,21 @@ class Participants:
     def join(self, locks: LockFile) -> int | None:
         """Step: take a slot for this process and hold its byte for life."""
         words = self.words
-        n_slots = words[H_N_SLOTS]
-        slot = self._vacant(n_slots)
+        n_slots = self.n_slots
+        slot = self._take_vacant(n_slots, locks)
         if slot is None and n_slots % _REAP_EVERY == 0 and self.reap(locks):
-            slot = self._vacant(n_slots)
+            slot = self._take_vacant(n_slots, locks)
         if slot is None:
-            slot = n_slots
-        if slot >= MAX_PARTICIPANTS or not locks.hold(slot):
+            # The next one; further ones if the number of slots was overwritten.
+            slots = range(n_slots, MAX_PARTICIPANTS)
+            slot = next((slot for slot in slots if locks.hold(slot)), None)
+        if slot is None:
             return None
         _faults.reach("participants.held")
         row = self._row(slot)
         for word in range(P_READING, PARTICIPANT_WORDS):
             words[row + word] = 0
-        words[H_INCARNATION] += 1
+        words[H_INCARNATION] = words[H_INCARNATION] + 1 & WORD_MASK
         words[row + P_INCARNATION] = words[H_INCARNATION]
         words[row + P_PID] = os.getpid()
         words[row + P_PID_NAMESPACE] = pid_namespace()
@@ -84,15 +87,21 @@ class Participants:
         _faults.reach("participants.joined")
         return slot
 
-    def _vacant(self, n_slots: int) -> int | None:
+    @property
+    def n_slots(self) -> int:
+        """How many slots were ever used, never more than there are."""
+        return min(MAX_PARTICIPANTS, self.words[H_N_SLOTS])
+
+    def _take_vacant(self, n_slots: int, locks: LockFile) -> int | None:
         for slot in range(n_slots):
-            if self.words[self._row(slot) + P_STATE] == VACANT:
+            # A living one holds its byte, whatever was written over its state.
+            if self.words[self._row(slot) + P_STATE] == VACANT and locks.hold(slot):
                 return slot
         return None
 
     def reap(self, locks: LockFile, own_slot: int | None = None) -> int:
         """Step: recover every dead participant; return how many there were."""
-        slots = range(self.words[H_N_SLOTS])
+        slots = range(self.n_slots)
         dead = [slot for slot in slots if slot != own_slot and self._is_dead(slot, locks)]
         if dead:
             self._ledger.recover(dead)
@@ -103,26 +112,26 @@ class Participants:
         return len(dead)
 
     def _is_dead(self, slot: int, locks: LockFile) -> bool:
-        return self.words[self._row(slot) + P_STATE] == JOINED and not locks.is_alive(slot)
+        return self.words[self._row(slot) + P_STATE] != VACANT and not locks.is_alive(slot)
 
     def _absorb(self, slot: int) -> None:
         words, row = self.words, self._row(slot)
         incarnation = words[row + P_INCARNATION]
-        old = H_TOTALS + words[H_BANK] * BANK_WORDS
-        new = H_TOTALS + (1 - words[H_BANK]) * BANK_WORDS
+        bank = words[H_BANK] & 1
+        old, new = H_TOTALS + bank * BANK_WORDS, H_TOTALS + (1 - bank) * BANK_WORDS
         if words[old + _BANK_INCLUDES] == incarnation:
             return  # the process that reaped it died right after this
         for k in range(N_COUNTERS):
-            words[new + k] = words[old + k] + words[row + P_COUNTERS + k]
+            words[new + k] = words[old + k] + words[row + P_COUNTERS + k] & WORD_MASK
         words[new + _BANK_INCLUDES] = incarnation
         _faults.reach("participants.summed")
-        words[H_BANK] = 1 - words[H_BANK]
+        words[H_BANK] = 1 - bank
         _faults.reach("participants.absorbed")
 
     def counters(self) -> list[int]:
         """Step: sum the counters of all participants, living and dead."""
         words = self.words
-        bank = H_TOTALS + words[H_BANK] * BANK_WORDS
+        bank = H_TOTALS + (words[H_BANK] & 1) * BANK_WORDS
         sums = list(words[bank : bank + N_COUNTERS])
         for slot in range(words[H_N_SLOTS]):
             row = self._row(slot)
@@ -136,7 +145,7 @@ class Participants:
     def pids(self) -> list[int]:
         """Return the pids of all that joined and were not reaped; a hint for looking at /proc
         only."""
-        rows = (self._row(slot) for slot in range(self.words[H_N_SLOTS]))
+        rows = (self._row(slot) for slot in range(self.n_slots))
         return [self.words[row + P_PID] for row in rows if self.words[row + P_STATE] == JOINED]
 
     def living(self, locks: LockFile, own_slot: int) -> set[int]:
@@ -148,7 +157,7 @@ class Participants:
         if namespace == 0:
             return set()
         found = {os.getpid()}
-        for slot in range(self.words[H_N_SLOTS]):
+        for slot in range(self.n_slots):
             row = self._row(slot)
             joined = slot != own_slot and self.words[row + P_STATE] == JOINED
             if joined and self.words[row + P_PID_NAMESPACE] == namespace:
@@ -160,7 +169,7 @@ class Participants:
     def are_visible(self, locks: LockFile, own_slot: int) -> bool:
         """Tell whether /proc shows all that take part and are alive."""
         namespace = pid_namespace()
-        for slot in range(self.words[H_N_SLOTS]):
+        for slot in range(self.n_slots):
             row = self._row(slot)
             if self.words[row + P_STATE] != JOINED:
                 continue
@@ -173,7 +182,7 @@ class Participants:
 
     def readers(self) -> Iterable[tuple[int, int]]:
         """Yield ``(slot, number of messages it is in the middle of reading)``."""
-        for slot in range(self.words[H_N_SLOTS]):
+        for slot in range(self.n_slots):
             row = self._row(slot)
             if self.words[row + P_STATE] == JOINED:
                 yield slot, self.words[row + P_READING]
@@ -205,7 +214,8 @@ class OwnRow:
         """Add to counters: pairs of counter and amount."""
         with self._lock:
             for counter, amount in amounts:
-                self._words[self._row + P_COUNTERS + counter] += amount
+                at = self._row + P_COUNTERS + counter
+                self._words[at] = self._words[at] + amount & WORD_MASK
 
     def publish_readings(self) -> None:
         """Write into the row how many messages may be between their channel and this process."""

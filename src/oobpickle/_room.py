@@ -25,10 +25,11 @@ from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings, Keeper
 from oobpickle._huge_pages import BY_FAULT, HUGE_NBYTES
-from oobpickle._layout import FOLLOWS, H_CLOSED, H_HUGE
-from oobpickle._ledger import Ledger, Shortage
+from oobpickle._layout import FOLLOWS, H_CLOSED
+from oobpickle._ledger import Ledger
 from oobpickle._membership import Membership
 from oobpickle._pipes import unreadable
+from oobpickle._rows import Shortage
 from oobpickle._segment import STEP_NBYTES, Segment
 from oobpickle._statistics import N_RECLAIMED, format_nbytes
 
@@ -73,7 +74,7 @@ class Room:
         ArenaFullError
             If there is too little memory left, or the system refuses.
         """
-        offset = self._ledger.offset[index]
+        offset = self._ledger.rows.offset(index)
         self._enter(index, offset, min(nbytes, present_nbytes))
         fresh = self._ledger.pages_nbytes(nbytes) - present_nbytes
         if fresh <= 0:
@@ -97,14 +98,14 @@ class Room:
         self._touched[index] = (self._ledger.punches[index], nbytes)
 
     def _reserve(self, start: int, nbytes: int) -> None:
-        if nbytes >= HUGE_NBYTES and self._ledger.words[H_HUGE] == BY_FAULT:
+        if nbytes >= HUGE_NBYTES and self._ledger.huge == BY_FAULT:
             # What exists already is not reserved again: its pages stay huge.
             self._data.populate(start, nbytes, write=True)
         self._data.reserve(start, nbytes)
 
     def enter(self, index: int, nbytes: int) -> None:
         """Make the first `nbytes` bytes of a claimed block fast to read and write."""
-        self._enter(index, self._ledger.offset[index], nbytes)
+        self._enter(index, self._ledger.rows.offset(index), nbytes)
 
     def _enter(self, index: int, offset: int, nbytes: int) -> None:
         punches = self._ledger.punches[index]
@@ -224,14 +225,14 @@ class Room:
     def _punch(self, index: int) -> None:
         # Where the mount cannot punch, the pages stay, and the account is wrong by them.
         with ignoring(OSError):
-            self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
+            self._data.punch(*self._ledger.pages_of(index))
 
     def punch_unreserved(self, indices: Sequence[int]) -> None:
         """Take leased blocks off the account whose pages were counted but not all reserved."""
         # Without the lock the account stays too high until the blocks are punched again.
         with ignoring(ArenaFullError, OSError):
             for index in indices:
-                self._data.punch(self._ledger.offset[index], self._ledger.resident[index])
+                self._data.punch(*self._ledger.pages_of(index))
             self._membership.run(self._ledger.mark_punched, indices)
 
     def reclaim(self) -> int:

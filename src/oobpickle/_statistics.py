@@ -28,6 +28,7 @@ REASONS: Final[dict[str, str]] = {
     "channel": "a process that can read there does not take part: it is older than enabled(), or "
     "another program; make pools, queues and managers inside the block",
     "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
+    "damaged": "a process of the arena has written over its ledger; look for a faulty extension",
 }
 
 (
@@ -86,6 +87,9 @@ class Statistics:
     n_left_shared : int
         Blocks that a fork left shared between parent and child, because the system allowed no
         further mapping (``vm.max_map_count``). Anything but 0 is a reason to worry.
+    n_quarantined : int
+        Blocks whose entry in the ledger is damaged, and which are not used any more. Anything but
+        0 says that some process writes where it should not.
     n_participants : int
         Processes that take part; a dead one counts until somebody has needed what it left.
     fallbacks : mapping of str to Fallback
@@ -112,6 +116,7 @@ class Statistics:
     nbytes_privatized: int
     n_reclaimed: int
     n_left_shared: int
+    n_quarantined: int
     n_participants: int
     fallbacks: Mapping[str, Fallback]
     n_blocks: Mapping[str, int]
@@ -135,6 +140,7 @@ def summed(
     counters: Sequence[int],
     *,
     n_participants: int,
+    n_quarantined: int,
     n_blocks: Mapping[str, int],
     nbytes: Mapping[str, int],
     nbytes_resident: int,
@@ -153,6 +159,7 @@ def summed(
         nbytes_privatized=counters[NBYTES_PRIVATIZED],
         n_reclaimed=counters[N_RECLAIMED],
         n_left_shared=counters[N_LEFT_SHARED],
+        n_quarantined=n_quarantined,
         n_participants=n_participants,
         fallbacks=fallbacks_of(counters),
         n_blocks=n_blocks,
@@ -169,6 +176,7 @@ def nothing() -> Statistics:
     return summed(
         [0] * (_FALLBACKS_AT + 2 * len(REASONS)),
         n_participants=0,
+        n_quarantined=0,
         n_blocks=states,
         nbytes=states,
         nbytes_resident=0,

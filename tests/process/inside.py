@@ -297,8 +297,9 @@ def _problems(ledger):
     n = words[layout.H_N_BLOCKS]
     columns = {
         name: np.frombuffer(getattr(ledger, name), np.uint64)[:n].astype(np.int64)
-        for name in ("offset", "size_class", "used", "resident", "generation")
+        for name in ("offset", "size_class", "used", "generation")
     }
+    columns["resident"] = np.array([ledger.resident_nbytes(i) for i in range(n)], np.int64)
     word = np.frombuffer(ledger.word, np.uint64)
     state = (word[:n] & np.uint64(layout.STATE_MASK)).astype(np.int64)
     return [
@@ -316,10 +317,10 @@ def _row_problems(words, columns, word, state):
     yield from (f"row {i}: state {state[i]}" for i in range(n) if state[i] not in known)
     beyond = np.flatnonzero(word[n : n + 4096] & np.uint64(layout.STATE_MASK))
     yield from (f"row {n + i} is in use beyond the {n} rows" for i in beyond)
-    half = columns["generation"] & layout.GENERATION_MASK
-    in_word = (word[:n] >> np.uint64(layout.GENERATION_SHIFT)).astype(np.int64)
-    differ = np.flatnonzero(in_word != half)
-    yield from (f"row {i}: generation differs from its word's" for i in differ)
+    low = word[:n] & np.uint64(layout.LOW_MASK)
+    index, generation = np.arange(n, dtype=np.uint64), columns["generation"].astype(np.uint64)
+    differ = np.flatnonzero(layout.checked_word(index, low, generation) != word[:n])
+    yield from (f"row {i}: the check of its word is wrong" for i in differ)
     for i in range(n):
         room = layout.class_nbytes(int(columns["size_class"][i]))
         if state[i] != layout.FREE and columns["used"][i] > room:
@@ -374,8 +375,8 @@ def _range_problems(words, columns):
             yield f"blocks {previous} and {i} overlap at {start}"
         end = start + layout.class_stride(int(columns["size_class"][i]))
         previous = i
-    if not end <= words[layout.H_FRONTIER] <= words[layout.H_DATA_NBYTES]:
-        yield f"last block ends at {end}, frontier {words[layout.H_FRONTIER]}"
+    if not end <= words[layout.H_DATA_NBYTES]:
+        yield f"last block ends at {end} of {words[layout.H_DATA_NBYTES]}"
 
 
 def _owner_problems(words, word, state):

@@ -38,6 +38,7 @@ LEVELS = {
         "_serializer",
         "_straight",
         "_ledger",
+        "_rows",
         "_mutex",
         "_participants",
         "_membership",

@@ -24,7 +24,7 @@ from oobpickle import (
 from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
 from oobpickle._huge_pages import BY_FAULT
-from oobpickle._layout import BLOCKS_AT, H_HELD, H_HUGE, H_N_BLOCKS
+from oobpickle._layout import BLOCKS_AT, H_HELD, N_COLUMNS
 from oobpickle._options import Options
 from oobpickle._segment import Segment
 
@@ -424,7 +424,7 @@ def test_on_a_mount_that_may_be_full_the_ledger_has_its_pages_first(
     arena = make_arena()
     arena.acquire([100]).release()
 
-    rows = 10 * 4096
+    rows = N_COLUMNS * 4096
     participants = 8 * BLOCKS_AT
     assert arena._table.resident_nbytes() >= rows + (participants if backing == "tmp" else 0)
 
@@ -433,7 +433,6 @@ def test_no_room_for_the_table_is_a_full_arena(arena, monkeypatch):
     def refuse(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    arena.ledger.words[H_N_BLOCKS] = 0
     arena._n_rows = 0
     monkeypatch.setattr(arena._table.__class__, "reserve", refuse)
     with pytest.raises(ArenaFullError, match=r"no room for the table.*No space") as caught:
@@ -468,7 +467,7 @@ def test_pages_that_only_a_fault_makes_huge_are_made_by_faults(arena, monkeypatc
         reserve(segment, offset, nbytes)
 
     monkeypatch.setattr(Segment, "reserve", look)
-    arena.ledger.words[H_HUGE] = BY_FAULT
+    arena.ledger.huge = BY_FAULT
     lease = arena.acquire([nbytes])
     resident = arena.data.resident_nbytes()
     lease.release()
@@ -482,7 +481,7 @@ def test_a_ledger_of_another_version_is_refused(arena):
     copies = [os.dup(fd) for fd in (data, table, locks)]
     arena.ledger.words[1] += 1
     try:
-        with pytest.raises(ArenaError, match=r"version 2, expected .* and 1"):
+        with pytest.raises(ArenaError, match=r"version 3, expected .* and 2"):
             Arena.attach(*copies)
     finally:
         arena.ledger.words[1] -= 1

@@ -277,6 +277,42 @@ def test_a_forged_envelope_with_a_right_checksum_is_refused(arena, counts, body)
     pickle.loads(envelope)
 
 
+@pytest.mark.parametrize("argument", [None, 5, "text", [1], bytearray(100), b""])
+def test_what_is_no_bytes_is_no_envelope(argument):
+    with pytest.raises(EnvelopeError, match="envelope"):
+        _envelope.unpack_envelope(argument)
+
+
+def test_an_envelope_that_names_a_block_twice_is_refused(arena):
+    """Two arrays over one block would be released twice, and lent to a stranger in between."""
+    envelope = pack(arena, np.ones(100_000))
+    index, generation = _envelope.head_of(envelope, arena.identity)
+    stream = oobpickle.dumps([np.ones(100_000)] * 2).stream
+    body = struct.pack("<6Q", *[index, generation] * 2, *[800_000] * 2) + stream
+    forged = reframe(arena, (2, 2, 0, len(stream)), body)
+
+    with pytest.raises(EnvelopeError, match="twice"):
+        _envelope.unpack_envelope(forged)
+
+    assert 1 == arena.statistics().n_blocks["in_flight"]
+    pickle.loads(envelope)
+
+
+@pytest.mark.parametrize("column", ["word", "generation"])
+def test_a_message_whose_entry_is_damaged_is_refused_and_counted(arena, column):
+    envelope, other = pack(arena, np.ones(100_000)), pack(arena, np.full(100_000, 2.0))
+    index, _ = _envelope.head_of(envelope, arena.identity)
+    getattr(arena.ledger, column)[index] ^= 1 << 45
+
+    with pytest.raises(EnvelopeError, match=r"entry of block .* is damaged"):
+        pickle.loads(envelope)
+
+    assert 1 == arena.statistics().n_quarantined
+    np.testing.assert_array_equal(np.full(100_000, 2.0), pickle.loads(other))
+    assert 1 == arena.statistics().n_quarantined
+    assert 0 == arena.statistics().n_blocks["in_flight"]
+
+
 def test_the_head_of_an_envelope_names_its_first_block(arena):
     envelope = pack(arena, np.ones(1000))
     head = envelope[: _envelope.HEAD_NBYTES]

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -63,26 +64,81 @@ def test_a_hole_page_follows_every_block():
 # --- commit words
 
 
-STATES = [layout.NONE, layout.FREE, layout.LEASED, layout.IN_FLIGHT, layout.HELD]
+STATES = [
+    layout.NONE,
+    layout.FREE,
+    layout.LEASED,
+    layout.IN_FLIGHT,
+    layout.HELD,
+    layout.QUARANTINED,
+]
 
 
 @given(
+    st.integers(0, layout.MAX_BLOCKS - 1),
     st.sampled_from(STATES),
     st.integers(0, layout.OWNER_MASK),
-    st.integers(0, layout.GENERATION_MASK),
+    st.integers(0, layout.WORD_MASK),
 )
-def test_a_commit_word_holds_state_owner_and_generation(state, owner, generation):
-    word = commit_word(state, owner, generation)
+def test_a_commit_word_holds_state_and_owner(index, state, owner, generation):
+    word = commit_word(index, state, owner, generation)
 
     assert word < 1 << 64
     assert word & layout.STATE_MASK == state
     assert word >> layout.OWNER_SHIFT & layout.OWNER_MASK == owner
-    assert word >> layout.GENERATION_SHIFT == generation
 
 
-def test_a_commit_word_holds_the_low_half_of_a_long_generation():
+@given(
+    st.integers(0, layout.MAX_BLOCKS - 1),
+    st.sampled_from(STATES),
+    st.integers(0, 4095),
+    st.integers(0, layout.WORD_MASK),
+    st.integers(0, 63),
+)
+def test_the_check_of_a_commit_word_finds_every_single_change(index, state, owner, generation, bit):
+    word = commit_word(index, state, owner, generation)
+    flipped = word ^ 1 << bit
 
-    assert commit_word(layout.HELD, 5, (7 << 32) + 3) == commit_word(layout.HELD, 5, 3)
+    assert flipped != layout.checked_word(index, flipped & layout.LOW_MASK, generation)
+    assert word != commit_word(index, state, owner, generation ^ 1 << bit)
+    assert word != commit_word(index ^ 1 << bit % 20, state, owner, generation)
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, layout.MAX_BLOCKS - 1), st.integers(0, (1 << 44) - 1)),
+        min_size=1,
+    )
+)
+def test_checks_are_the_same_for_numbers_and_for_columns(pairs):
+    index, number = (np.array(column, np.uint64) for column in zip(*pairs, strict=True))
+    words = layout.checked_word(index, layout.FREE, number).tolist()
+
+    assert words == [commit_word(i, layout.FREE, 0, n) for i, n in pairs]
+    assert layout.row_check(index, number, 5).tolist() == [
+        layout.row_check(i, n, 5) for i, n in pairs
+    ]
+    assert layout.resident_word(index, number).tolist() == [
+        layout.resident_word(i, n) for i, n in pairs
+    ]
+
+
+@given(
+    st.integers(0, layout.MAX_BLOCKS - 1),
+    st.integers(0, (1 << 44) - 1),
+    st.integers(0, layout.WORD_MASK),
+)
+def test_a_damaged_number_of_resident_bytes_is_none(index, nbytes, other):
+    word = layout.resident_word(index, nbytes)
+
+    assert nbytes == layout.resident_nbytes(index, word)
+    assert layout.resident_nbytes(index, other) in (0, other & (1 << 48) - 1)
+    assert layout.resident_nbytes(index, word ^ 1 << 50) == 0
+
+
+def test_no_rows_are_not_an_empty_word():
+
+    assert 0 != layout.rows_word(0)
 
 
 def test_states_are_different_and_an_empty_word_is_none_of_them():

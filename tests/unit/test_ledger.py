@@ -34,28 +34,28 @@ def test_a_leased_block_holds_what_was_asked_for(ledger):
 
     assert (layout.LEASED, 1) == (state_of(ledger, index), owner_of(ledger, index))
     assert (1, 70_000) == (generation, ledger.used[index])
-    assert ledger.resident[index] == ledger.words[layout.H_RESIDENT] == 73_728
+    assert ledger.resident_nbytes(index) == ledger.words[layout.H_RESIDENT] == 73_728
 
 
 def test_huge_pages_are_counted_whole(ledger):
     """Otherwise the arena would occupy more than its capacity."""
-    ledger.words[layout.H_HUGE] = _huge_pages.BY_FAULT
+    ledger.huge = _huge_pages.BY_FAULT
 
     (large, _), (small, _) = lease(ledger, 2 * MIB + 1, 70_000)
 
-    assert ledger.resident[large] == 4 * MIB
-    assert ledger.resident[small] == 73_728
+    assert ledger.resident_nbytes(large) == 4 * MIB
+    assert ledger.resident_nbytes(small) == 73_728
     assert ledger.words[layout.H_RESIDENT] == 4 * MIB + 73_728
 
 
 @pytest.mark.parametrize("nbytes", [2 * MIB, 2 * MIB + 1, 7 * MIB, 20 * MIB + 1, 33 * MIB])
 def test_huge_pages_stay_within_their_block(ledger, nbytes):
-    ledger.words[layout.H_HUGE] = _huge_pages.ALWAYS
+    ledger.huge = _huge_pages.ALWAYS
 
     (first, _), (second, _) = lease(ledger, nbytes, 70_000)
 
     assert ledger.offset[first] % (2 * MIB) == 0
-    assert ledger.offset[first] + ledger.resident[first] <= ledger.offset[second]
+    assert ledger.offset[first] + ledger.resident_nbytes(first) <= ledger.offset[second]
 
 
 def test_a_released_block_is_leased_again_warm_with_the_next_generation(ledger):
@@ -105,8 +105,7 @@ def test_capacity_is_the_limit_of_pages_not_of_blocks(ledger):
 
 
 def test_the_table_of_blocks_can_be_full(ledger):
-    words = ledger.words
-    words[layout.H_DATA_NBYTES] = 10 * layout.PAGE_NBYTES
+    ledger.rows._data_nbytes = 10 * layout.PAGE_NBYTES
     taken = []
 
     shortage = ledger.lease([layout.PAGE_NBYTES] * 6, 1, taken)
@@ -300,7 +299,7 @@ def test_rebuilding_mends_a_lease_that_was_counted_but_not_committed(ledger):
 
     ledger.rebuild()
 
-    assert generation + 1 == ledger.word[index] >> layout.GENERATION_SHIFT
+    assert layout.commit_word(index, layout.FREE, 0, generation + 1) == ledger.word[index]
     assert layout.FREE == state_of(ledger, index)
     assert [(index, generation + 2)] == lease(ledger, MIB)
 
@@ -322,3 +321,181 @@ def test_a_closed_ledger_refuses_instead_of_touching_memory():
 
     with pytest.raises(ValueError, match="released"):
         ledger.lease([1], 1, [])
+
+
+# --- written over by a faulty process
+
+
+def damaged_free(ledger, *needs):
+    """Free blocks of these sizes, and one that is held throughout."""
+    held = send(ledger, MIB)
+    assert ledger.claim(held, [MIB], 3) is None
+    blocks = lease(ledger, *needs)
+    ledger.release(blocks, 1)
+    return [index for index, _ in blocks], held[0]
+
+
+@pytest.mark.parametrize("link", [7, layout.MAX_BLOCKS, (1 << 64) - 1])
+def test_a_link_that_leads_nowhere_is_not_followed(ledger, link):
+    _, held = damaged_free(ledger, MIB, MIB)
+    ledger.words[layout.H_WARM + layout.class_of(MIB)] = link
+
+    taken = lease(ledger, MIB, MIB)
+
+    assert held[0] not in {index for index, _ in taken}
+    assert 2 == len({index for index, _ in taken})
+
+
+@pytest.mark.parametrize("column", ["warm", "empty"])
+def test_a_link_to_a_block_in_use_does_not_give_it_away(ledger, column):
+    (index, other), held = damaged_free(ledger, MIB, MIB)
+    if column == "empty":
+        ledger.mark_punched([index, other])
+        ledger.rebuild()
+    base = layout.H_WARM if column == "warm" else layout.H_EMPTY
+    ledger.words[base + layout.class_of(MIB)] = held[0] + 1
+
+    taken = lease(ledger, MIB, MIB)
+
+    assert held[0] not in {index for index, _ in taken}
+    assert layout.HELD == state_of(ledger, held[0])
+
+
+def test_a_list_that_bites_its_tail_ends(ledger):
+    (first, second), _ = damaged_free(ledger, MIB, MIB)
+    ledger.next[first], ledger.next[second] = second + 1, first + 1
+
+    taken = lease(ledger, MIB, MIB, MIB)
+
+    assert 3 == len({index for index, _ in taken})
+
+
+@pytest.mark.parametrize("column", ["word", "generation", "size_class", "offset", "check"])
+@pytest.mark.parametrize("value", [0, 1, 3, 12345, (1 << 64) - 1])
+def test_a_damaged_entry_is_quarantined_and_its_range_not_used_again(column, value):
+    ledger = make_ledger()
+    (index, other), _ = damaged_free(ledger, MIB, 2 * MIB)
+    view = getattr(ledger, column)
+    if view[index] == value:
+        value = 77
+    view[index] = value
+    if column in ("size_class", "offset", "check"):
+        ledger.rows.known.clear()  # as in a process that has not seen it
+
+    taken = lease(ledger, MIB)
+    ledger.rebuild()
+
+    assert [other] == [i for i, _ in taken]
+    assert layout.QUARANTINED == state_of(ledger, index)
+    assert 1 == ledger.census().n_quarantined
+    assert index != lease(ledger, MIB)[0][0]
+    ledger.rebuild()
+    assert 1 == ledger.census().n_quarantined
+
+
+def test_what_is_known_of_a_row_is_not_read_again(ledger):
+    (block,) = lease(ledger, MIB)
+    offset = ledger.rows.offset(block[0])
+    saved = ledger.offset[block[0]]
+    ledger.offset[block[0]] = 1 << 30
+
+    assert offset == ledger.rows.offset(block[0])
+    ledger.offset[block[0]] = saved
+
+
+@pytest.mark.parametrize("column", ["word", "generation", "used"])
+def test_a_message_whose_entry_is_damaged_is_refused(column):
+    ledger = make_ledger()
+    (good,), (bad,) = send(ledger, MIB), send(ledger, MIB)
+    getattr(ledger, column)[bad[0]] ^= 1 << 40
+
+    assert 1 == ledger.claim([good, bad], [MIB, MIB], 2)
+    assert layout.IN_FLIGHT == state_of(ledger, good[0])
+    expected = layout.IN_FLIGHT if column == "used" else layout.QUARANTINED
+    assert expected == state_of(ledger, bad[0])
+
+
+def test_a_size_that_a_block_does_not_hold_is_refused(ledger):
+    (block,) = send(ledger, MIB)
+    ledger.used[block[0]] = 1 << 40
+
+    assert 0 == ledger.claim([block], [1 << 40], 2)
+    ledger.used[block[0]] = MIB
+
+
+def test_a_held_block_with_a_damaged_word_is_not_given_to_another():
+    ledger = make_ledger()
+    (block,) = send(ledger, MIB)
+    ledger.claim([block], [MIB], 2)
+    ledger.word[block[0]] = layout.FREE  # without its check
+    ledger.rebuild()
+
+    assert block[0] != lease(ledger, MIB)[0][0]
+    ledger.release([block], 2)
+    assert block[0] != lease(ledger, MIB)[0][0]
+    assert layout.QUARANTINED == state_of(ledger, block[0])
+
+
+@pytest.mark.parametrize("value", [0, 1, 3, 1 << 20, (1 << 64) - 1])
+@pytest.mark.parametrize("words", [["H_N_BLOCKS"], ["H_ROWS"]])
+def test_one_of_the_two_numbers_of_rows_is_enough(ledger, words, value):
+    before = [index for index, _ in lease(ledger, MIB, MIB)]
+    for word in words:
+        ledger.words[getattr(layout, word)] = value
+
+    after = [index for index, _ in lease(ledger, MIB, 5 * MIB)]
+
+    assert not set(before) & set(after)
+    ledger.rebuild()
+
+
+def test_without_the_number_of_rows_no_row_is_made_and_the_others_serve():
+    ledger = make_ledger()
+    (block,) = lease(ledger, MIB)
+    ledger.release([block], 1)
+    ledger.words[layout.H_ROWS], ledger.words[layout.H_N_BLOCKS] = 0, 0
+    taken = []
+
+    assert block[0] == lease(ledger, MIB)[0][0]
+    assert "damaged" == ledger.lease([MIB], 1, taken).reason
+    assert "damaged" == make_damaged_anew(ledger).lease([MIB], 1, taken).reason
+    assert [] == taken
+
+
+def make_damaged_anew(ledger):
+    """Return the same ledger as a process sees it that comes later."""
+    return type(ledger)(ledger.words)
+
+
+def test_after_a_damaged_last_row_no_row_is_made():
+    ledger = make_ledger()
+    (block,) = lease(ledger, MIB)
+    ledger.check[block[0]] ^= 1
+    later = make_damaged_anew(ledger)
+
+    assert "damaged" == later.lease([MIB], 1, []).reason
+    assert later.rows.get(block[0]) is None
+
+
+@pytest.mark.parametrize("value", [0, 12345, (1 << 64) - 1])
+def test_damaged_sums_and_sizes_raise_nothing(ledger, value):
+    (block,) = send(ledger, MIB)
+    for word in (layout.H_HELD, layout.H_RESIDENT):
+        ledger.words[word] = value
+    ledger.used[block[0]] = ledger.resident[block[0]] = ledger.punches[block[0]] = value
+
+    ledger.claim([block], [MIB], 2)
+    ledger.release([block], 2)
+    ledger.mark_punched([block[0]])
+    ledger.lease([2 * MIB], 2, [])
+    ledger.used[block[0]] = MIB
+    ledger.rebuild()
+    ledger.free_unread([(block[0], ledger.word[block[0]])])
+
+
+def test_the_first_block_of_a_message_cannot_lie_outside_the_table(ledger):
+    head, follower = send(ledger, MIB, 2 * MIB)
+    ledger.channel[follower[0]] = layout.FOLLOWS | layout.FOLLOWS - 1
+
+    assert not ledger.is_abandoned(follower[0])
+    assert ledger.is_sound(head[0])

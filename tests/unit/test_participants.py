@@ -6,7 +6,17 @@ import pytest
 
 from ledger_tools import FakeLocks, make_ledger, state_of
 from oobpickle import _faults
-from oobpickle._layout import FREE, H_BANK, H_N_SLOTS, MAX_PARTICIPANTS, P_PID, P_PID_NAMESPACE
+from oobpickle._layout import (
+    FREE,
+    H_BANK,
+    H_INCARNATION,
+    H_N_SLOTS,
+    MAX_PARTICIPANTS,
+    P_PID,
+    P_PID_NAMESPACE,
+    P_STATE,
+    PARTICIPANT_WORDS,
+)
 from oobpickle._participants import OwnRow, Participants, pid_namespace
 
 
@@ -128,3 +138,41 @@ def test_readings_are_published_and_taken_back(participants, locks):
     row.readings.discard("one")
     row.publish_readings()
     assert [(0, 0)] == list(participants.readers())
+
+
+# --- written over by a faulty process
+
+
+@pytest.mark.parametrize("n_slots", [0, 1, 5, MAX_PARTICIPANTS + 1, 2**64 - 1])
+def test_a_damaged_number_of_slots_takes_nobody_s_slot(participants, locks, n_slots):
+    first, second = participants.join(locks), participants.join(locks)
+    participants.words[H_N_SLOTS] = n_slots
+
+    slot = participants.join(locks)
+
+    assert slot not in (first, second)
+    participants.counters()
+    participants.reap(locks, slot)
+    assert {first, second} <= locks.alive
+
+
+def test_a_living_participant_whose_state_is_damaged_keeps_its_slot(participants, locks):
+    first = participants.join(locks)
+    participants.words[participants._row(first) + P_STATE] = 0
+
+    assert 1 == participants.join(locks)
+
+
+def test_damaged_counters_raise_nothing(participants, locks):
+    own, other = participants.join(locks), participants.join(locks)
+    for word in range(participants._row(own), participants._row(own) + 2 * PARTICIPANT_WORDS):
+        participants.words[word] = 2**64 - 1
+    participants.words[H_BANK] = participants.words[H_INCARNATION] = 2**64 - 1
+    row = OwnRow(participants.words, own)
+
+    row.count((0, 1))
+    locks.alive.discard(other)
+    participants.reap(locks, own)
+    participants.counters()
+    participants.join(locks)
+    list(participants.readers())

@@ -32,6 +32,7 @@ SHOWN = {
 #: What the arena adds.
 KNOWN = {
     "n_participants": 3,
+    "n_quarantined": 1,
     "n_blocks": {"free": 1, "leased": 2, "in_flight": 3, "held": 4},
     "nbytes": {"free": 10, "leased": 20, "in_flight": 30, "held": 40},
     "nbytes_resident": 100,
