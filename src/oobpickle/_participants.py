@@ -133,7 +133,7 @@ class Participants:
         words = self.words
         bank = H_TOTALS + (words[H_BANK] & 1) * BANK_WORDS
         sums = list(words[bank : bank + N_COUNTERS])
-        for slot in range(words[H_N_SLOTS]):
+        for slot in range(self.n_slots):
             row = self._row(slot)
             if words[row + P_STATE] == JOINED and (
                 words[row + P_INCARNATION] != words[bank + _BANK_INCLUDES]
