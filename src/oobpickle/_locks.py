@@ -68,6 +68,7 @@ class LockFile:
             page = _system.PAGE_NBYTES
             self._address = _system.map_memory(self.fd, 0, page, flags=_system.MAP_SHARED)
             _system.advise(self._address, page, _system.MADV_DONTFORK)
+            _system.advise(self._address, page, _system.MADV_DONTDUMP)
 
     @property
     def unlock_call(self) -> tuple[int, int, object]:

@@ -279,6 +279,7 @@ class Segment:
         """Map the whole file so that nobody sees what this process writes from now on."""
         flags = _system.MAP_PRIVATE | _system.MAP_FIXED | _system.MAP_NORESERVE
         _system.map_memory(self.fd, 0, self.nbytes, flags=flags, address=self._address)
+        self._advise(0, self.nbytes)
 
     def share(self, offset: int, nbytes: int) -> None:
         """Map a privatized range from the file again; its private pages are gone."""

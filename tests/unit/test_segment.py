@@ -116,6 +116,8 @@ def test_the_memory_is_in_no_core_dump(segment):
     assert "dd" in flags_of(address_of(segment, MIB))
     segment.share(MIB, MIB)
     assert "dd" in flags_of(address_of(segment, MIB))
+    segment.isolate()
+    assert "dd" in flags_of(address_of(segment, MIB))
 
 
 def test_a_segment_need_not_be_mapped():

@@ -1,19 +1,28 @@
 """Limits of the system: with less room than wished for everything still arrives."""
 
 import contextlib
+import errno
+import faulthandler
 import gc
+import itertools
 import multiprocessing
 import os
 import resource
+import signal
 import sys
 import tempfile
+import threading
+import time
 import warnings
 
 import inside
+import numpy as np
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
+from oobpickle import _headroom, _system
 from oobpickle._absent import AbsentArena
+from oobpickle._rows import Shortage
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -434,6 +443,224 @@ def backing_none():
     with contextlib.suppress(oobpickle.ArenaError):
         oobpickle.install()
         raise AssertionError("installed")
+
+
+# --- in the middle of a message with many buffers
+
+
+def in_the_middle(what):
+    """Some buffers have their blocks when the next is refused: all goes in-band, nothing stays."""
+    capacity = 24 * MIB if what == "full" else 256 * MIB
+    with _enabled_with_warnings(capacity=capacity, wait_s=0) as (arena, caught):
+        read, write = _pipe()
+        sender = threading.Thread(target=write.send, args=(_many(1),))
+        with _refusing(what, arena) as refused:
+            sender.start()
+            _verify_many(read.recv(), 1)
+            sender.join()
+        assert refused or what in ("full", "shm"), "nothing was refused"
+        statistics = arena.statistics()
+        reason = _REASONS.get(what, what)
+        assert set(statistics.fallbacks) == {reason}, statistics
+        assert statistics.fallbacks[reason].n_messages == 1
+        assert statistics.fallbacks[reason].nbytes > N_MANY * MIB
+        assert statistics.n_messages_out_of_band == 0
+        assert {**statistics.n_blocks, "free": 0} == dict.fromkeys(statistics.n_blocks, 0)
+        inside.assert_ledger_consistent(arena)
+        # What is small enough finds room; and so does the same message, once it is permitted.
+        one, check = (_many(2), _verify_many) if refused else (message(2), verify)
+        sender = threading.Thread(target=write.send, args=(one,))
+        sender.start()
+        check(read.recv(), 2)
+        sender.join()
+        assert arena.statistics().n_messages_out_of_band == 1, arena.statistics()
+    assert len(caught) == 1, [str(w.message) for w in caught]
+
+
+N_MANY = 70
+_REASONS = {"shm": "space", "allocate": "space", "unsupported": "space"}
+
+
+def _many(seed):
+    return [inside.content(100 * seed + n, MIB) for n in range(N_MANY)]
+
+
+def _verify_many(received, seed):
+    assert len(received) == N_MANY
+    for n, array in enumerate(received):
+        assert np.array_equal(array, inside.content(100 * seed + n, MIB)), n
+        array[:] = 0
+
+
+@contextlib.contextmanager
+def _refusing(what, arena):
+    """Refuse it from the tenth block on; yield a list of what was refused."""
+    refused, calls = [], itertools.count()
+
+    def patched(module, name, refusal, after=10):
+        original = getattr(module, name)
+
+        def call(*args):
+            if next(calls) < after:
+                return original(*args)
+            refused.append(args)
+            return refusal(*args)
+
+        setattr(module, name, call)
+        return lambda: setattr(module, name, original)
+
+    undo = {
+        "allocate": lambda: patched(_system, "allocate", _raising(errno.ENOSPC)),
+        "unsupported": lambda: patched(_system, "allocate", _raising(errno.EOPNOTSUPP)),
+        # After one look the next 64 MB are taken on trust.
+        "memory": lambda: patched(_headroom, "available_nbytes", lambda: 0, after=1),
+        "table": lambda: patched(
+            arena.ledger.rows, "make", lambda _, nbytes: Shortage("table", nbytes, 0)
+        ),
+        "damaged": lambda: patched(
+            arena.ledger.rows, "make", lambda _, nbytes: Shortage("damaged", nbytes, 0)
+        ),
+    }.get(what, lambda: lambda: None)()
+    try:
+        yield refused
+    finally:
+        undo()
+
+
+def _raising(number):
+    def refuse(*_):
+        raise OSError(number, os.strerror(number))
+
+    return refuse
+
+
+def limits_between_messages():
+    """None of these stands in the way of a process that takes part already."""
+    for which, value in (
+        (resource.RLIMIT_NOFILE, 0),
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_AS, None),  # little more than it has by then
+    ):
+        reap(fork(_go_on_under, which, value))
+
+
+def _go_on_under(which, value):
+    before = resource.getrlimit(which)
+    with _enabled_with_warnings(capacity=256 * MIB) as (arena, caught):
+        read, write = _pipe()
+        if which == resource.RLIMIT_AS:
+            value = _address_space_nbytes() + 400 * MIB
+        for seed in range(3):
+            sender = threading.Thread(target=write.send, args=(_many(seed),))
+            sender.start()
+            _verify_many(read.recv(), seed)
+            sender.join()
+            _limit(which, value)
+        resource.setrlimit(which, before)
+        statistics = arena.statistics()
+        assert statistics.n_messages_out_of_band + statistics.n_fallbacks == 3, statistics
+        assert statistics.n_blocks["leased"] == 0, statistics
+        inside.assert_ledger_consistent(arena)
+    assert len(caught) == bool(statistics.fallbacks)
+
+
+# --- a fast producer and a slow consumer
+
+
+def slow_consumer():
+    """`Pool.imap` runs ahead of slow workers by an eighth of the capacity: here two messages."""
+    nbytes, n_tasks = 4_000_000, 40
+    with oobpickle.enabled(capacity=64 * MIB) as arena:
+        context = multiprocessing.get_context("fork")
+        gate, go = os.pipe()
+        with context.Pool(2) as pool:
+            made = []
+
+            def tasks():
+                for seed in range(n_tasks):
+                    made.append(seed)
+                    yield gate, message(seed, nbytes)
+
+            results = pool.imap_unordered(_once_let, tasks())  # either may take what lets it go
+            seen = set()
+            ahead = most = 0
+            for n in range(n_tasks):
+                if n < 3:
+                    _wait_until_nothing_is_made(made)
+                    ahead = max(ahead, len(made) - n)
+                    sizes = arena.statistics().nbytes
+                    most = max(most, sizes["in_flight"] + sizes["held"] + sizes["leased"])
+                os.write(go, b"x")
+                seen.add(results.next(30))
+            assert seen == set(range(n_tasks))
+            pool.close()
+            pool.join()
+        statistics = arena.statistics()
+        assert statistics.n_fallbacks == 0, statistics
+        assert 2 <= ahead <= 8, ahead
+        assert 2 * nbytes <= most <= 8 * nbytes, most
+        os.close(gate)
+        os.close(go)
+
+
+def _wait_until_nothing_is_made(made, for_s=0.2):
+    n_made, since = -1, 0.0
+
+    def rests():
+        nonlocal n_made, since
+        if len(made) != n_made:
+            n_made, since = len(made), time.monotonic()
+        return time.monotonic() - since > for_s
+
+    eventually(rests)
+
+
+def _once_let(task):
+    gate, received = task
+    os.read(gate, 1)
+    return verify(received)[0]
+
+
+# --- core dumps
+
+
+def core_dump(folder):
+    """Every mapping of ours is left out of it, in parent and child, also what a fork made private.
+
+    The last word has the kernel: it dumps this very process, by SIGABRT.
+    """
+    os.chdir(folder)
+    with oobpickle.enabled(capacity=GIB):
+        read, write = _pipe()
+        sender = threading.Thread(target=write.send, args=(message(1, 300_000_000),))
+        sender.start()
+        held = verify(read.recv(), 1)
+        sender.join()
+        _assert_not_dumped(3)
+        reap(fork(_assert_not_dumped, 3))
+        _assert_not_dumped(3)
+        write.send(message(2))
+        later = verify(read.recv(), 2)
+        _assert_not_dumped(3)
+        print("ready", flush=True)
+        resource.setrlimit(resource.RLIMIT_CORE, (resource.RLIM_INFINITY,) * 2)
+        faulthandler.disable()
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
+        os.abort()
+        del held, later
+
+
+def _assert_not_dumped(at_least):
+    found, name = {}, ""
+    with open("/proc/self/smaps") as file:
+        for line in file:
+            if "-" in line.split(" ", 1)[0]:
+                name = line
+            elif line.startswith("VmFlags:") and "oobpickle" in name:
+                found[name] = "dd" in line.split()
+    kinds = {name.split("oobpickle-")[1].split()[0] for name in found}
+    assert len(kinds) >= at_least, found
+    assert all(found.values()), found
 
 
 # --- the memory cgroup
