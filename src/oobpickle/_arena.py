@@ -37,11 +37,13 @@ from oobpickle._layout import (
     H_CAPACITY,
     H_CHECK,
     H_CLOSED,
+    H_DATA_INODE,
     H_DATA_NBYTES,
     H_HANDED,
     H_HANDED_ENDS,
     H_HUGE,
     H_IDENTITY,
+    H_LOCKS_INODE,
     H_MAGIC,
     H_ROWS,
     H_VERSION,
@@ -144,7 +146,7 @@ class Arena:
             if segments[1].backing != "memfd":  # a mount can be full: then its pages fault fatally
                 segments[1].reserve(0, 8 * BLOCKS_AT)
             segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
-            _write_header(segments[1].words(), options, segments[0])
+            _write_header(segments[1].words(), options, segments[0], segments[2].fd)
             arena = cls(segments[0], segments[1], segments[2].fd)
             segments.pop().kept = True
             arena._reserve_rows(0)
@@ -186,6 +188,13 @@ class Arena:
             )
         head = memoryview(bytearray(os.pread(ledger_fd, 8 * HEADER_WORDS, 0))).cast("Q")
         _check_header(head, data_nbytes)  # before anything is mapped
+        for word, fd in ((H_DATA_INODE, data_fd), (H_LOCKS_INODE, locks_fd)):
+            inode = os.fstat(fd).st_ino
+            if inode != head[word]:
+                raise ArenaError(
+                    f"descriptor {fd} is another file than the ledger's: inode {inode}, expected "
+                    f"{head[word]}"
+                )
         table = Segment.attach(ledger_fd)
         os.set_inheritable(locks_fd, False)
         data = Segment.attach(data_fd, map_it=_may_map())
@@ -695,12 +704,14 @@ def _create_data(nbytes: int) -> Segment:
             nbytes //= 4
 
 
-def _write_header(words: memoryview, options: Options, data: Segment) -> None:
+def _write_header(words: memoryview, options: Options, data: Segment, locks_fd: int) -> None:
     identity = secrets.token_bytes(16)
     words[H_IDENTITY] = int.from_bytes(identity[:8], "little")
     words[H_IDENTITY + 1] = int.from_bytes(identity[8:], "little")
     options.write(words)
     words[H_DATA_NBYTES] = data.nbytes
+    words[H_DATA_INODE] = os.fstat(data.fd).st_ino
+    words[H_LOCKS_INODE] = os.fstat(locks_fd).st_ino
     words[H_HUGE] = _huge_pages.policy() if data.backing == "memfd" else _huge_pages.NEVER
     words[H_ROWS] = rows_word(0)
     words[H_VERSION] = VERSION

@@ -51,6 +51,8 @@ H_STRANGERS: Final = 10  # a process that cannot join has read messages: none is
 H_HANDED: Final = 11  # how many ends of channels were passed on
 H_HUGE: Final = 12  # how huge pages are to be had: `_huge_pages.policy`
 H_CHECK: Final = 13  # of the words that never change
+H_DATA_INODE: Final = 14  # which files belong to this ledger
+H_LOCKS_INODE: Final = 15
 H_DIRTY: Final = 16
 H_N_BLOCKS: Final = 17
 H_ROWS: Final = 18  # the same number with its check
@@ -131,7 +133,7 @@ _PLUS: Final = 0x165667B19E3779F9
 _HIGH_MASK: Final = WORD_MASK - LOW_MASK
 _CONSTANT_WORDS: Final = (
     *(H_MAGIC, H_VERSION, H_IDENTITY, H_IDENTITY + 1, H_CAPACITY, H_DATA_NBYTES),
-    *(H_THRESHOLD, H_WAIT_S, H_COPY_OUT, H_HUGE),
+    *(H_THRESHOLD, H_WAIT_S, H_COPY_OUT, H_HUGE, H_DATA_INODE, H_LOCKS_INODE),
 )
 
 

@@ -4,6 +4,7 @@ import errno
 import gc
 import multiprocessing
 import os
+import struct
 import threading
 
 import numpy as np
@@ -24,7 +25,7 @@ from oobpickle import (
 from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
 from oobpickle._huge_pages import BY_FAULT
-from oobpickle._layout import BLOCKS_AT, H_HELD, N_COLUMNS
+from oobpickle._layout import BLOCKS_AT, H_CAPACITY, H_HELD, N_COLUMNS
 from oobpickle._options import Options
 from oobpickle._segment import Segment
 
@@ -487,6 +488,73 @@ def test_a_ledger_of_another_version_is_refused(arena):
         arena.ledger.words[1] -= 1
         for fd in copies:
             os.close(fd)
+
+
+def test_a_damaged_header_is_refused_before_anything_is_mapped(arena):
+    copies = [os.dup(fd) for fd in arena.descriptors]
+    n_mapped = number_of_mappings()
+    arena.ledger.words[H_CAPACITY] ^= 1
+    try:
+        with pytest.raises(ArenaError, match=r"header .* is damaged"):
+            Arena.attach(*copies)
+        assert n_mapped == number_of_mappings()
+    finally:
+        arena.ledger.words[H_CAPACITY] ^= 1
+        for fd in copies:
+            os.close(fd)
+
+
+def number_of_mappings():
+    with open("/proc/self/maps") as file:
+        return sum("oobpickle" in line for line in file)
+
+
+def name_with(arena, numbers):
+    """Return a name that says that the arena's files are somewhere else."""
+    return arena.identity + struct.pack("<4I", os.getpid(), *numbers)
+
+
+@pytest.mark.parametrize("which", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["nothing", "fifo", "directory", "short", "foreign", "public"])
+def test_an_address_that_names_something_else_is_refused(arena, tmp_path, which, kind):
+    opened = {
+        "nothing": list,
+        "fifo": lambda: list(os.pipe()),
+        "directory": lambda: [os.open(tmp_path, os.O_RDONLY)],
+        "short": lambda: [os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o600)],
+        "foreign": lambda: [private_file(arena.data.nbytes)],
+        "public": lambda: [os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o644)],
+    }[kind]()
+    numbers = list(arena.descriptors)
+    numbers[which] = opened[0] if opened else 999
+    before, n_mapped = os.listdir("/proc/self/fd"), number_of_mappings()
+    try:
+        with pytest.raises((ArenaError, OSError)):
+            Arena.find(name_with(arena, numbers))
+        assert len(before) == len(os.listdir("/proc/self/fd"))
+        assert n_mapped == number_of_mappings()
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+@pytest.mark.parametrize(("user", "mode"), [(0, 0o640), (0, 0o602), (65534, 0o600)])
+def test_files_that_others_may_open_are_not_attached_to(arena, user, mode):
+    os.fchmod(arena.data.fd, mode)
+    if user:
+        if os.geteuid() != 0:
+            pytest.skip("only root can give a file away")
+        os.fchown(arena.data.fd, user, user)
+
+    with pytest.raises(ArenaError, match="not private to this user"):
+        Arena.find(arena.name)
+
+
+def private_file(nbytes):
+    fd = os.memfd_create("oobpickle-test")
+    os.fchmod(fd, 0o600)
+    os.ftruncate(fd, nbytes)
+    return fd
 
 
 def vanish(arena):
