@@ -87,6 +87,11 @@ def test_an_older_worker_with_another_version(start_method):
     run_program("strangers", "older_worker_with_another_version", start_method)
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_a_participant_that_writes_over_the_ledger(seed):
+    run_program("strangers", "faulty_participant", seed)
+
+
 def test_a_sender_without_a_descriptor():
     run_program("strangers", "sender_without_a_descriptor")
 

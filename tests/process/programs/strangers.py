@@ -6,6 +6,7 @@ import multiprocessing
 import multiprocessing.popen_spawn_posix
 import os
 import pickle
+import random
 import resource
 import subprocess
 import sys
@@ -15,11 +16,12 @@ from multiprocessing.connection import Client, Listener
 
 import inside
 import numpy as np
-from inside import Token, eventually, fork, message, reap, verify
+from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
 import oobpickle._reduction
 from oobpickle import _arena, _participants
+from oobpickle import _layout as layout
 
 MIB = 1 << 20
 N = 3
@@ -423,6 +425,103 @@ def what_is_in_flight_stays(hidden_by):
         go.give()
         reap(reader)
         assert arena.statistics().n_reclaimed == 0
+
+
+def faulty_participant(seed):
+    """It writes over the ledger, and the others go on: whole messages, or errors of ours."""
+    rng = random.Random(int(seed))
+    with _enabled_but_damaged(capacity=64 * MIB, wait_s=0) as arena:
+        read, write = multiprocessing.Pipe(duplex=False)
+        there, back = multiprocessing.Pipe(duplex=False)
+        ask, asked = multiprocessing.Pipe()
+        scribbler = fork(_scribble, arena, asked, rng.random())
+        worker = fork(_answer_or_refuse, read, back)
+        held, n_refused, n_inside = [], 0, 0
+        for n in range(_N_DAMAGED):
+            # The last time also what says that the arena is closed.
+            ask.send("all" if n == _N_DAMAGED - 1 else "most")
+            if n % 2:
+                ask.recv()  # or while the message is on its way
+            write.send(message(n, rng.choice((200_000, 1_000_000, 3_000_000))))
+            if not n % 2:
+                ask.recv()
+            assert there.poll(POLL_S), f"no answer to message {n}"
+            try:
+                answer = there.recv()
+            except oobpickle.EnvelopeError:
+                n_refused += 1
+            else:
+                n_refused += answer == "refused"
+                if answer != "refused":
+                    held.append(verify(answer, n))
+                    n_inside += is_in_arena(arena, answer[1])
+            for one in held:
+                verify(one)
+            del held[: len(held) - 3]
+        write.send(None)
+        ask.send(None)
+        reap(worker)
+        reap(scribbler)
+        for one in held:
+            verify(one)
+        statistics = arena.statistics()
+        assert statistics.n_quarantined > 0, statistics
+        # Not of the statistics: those have been written over too.
+        assert n_inside >= 5, n_inside
+        assert n_refused < _N_DAMAGED // 4, n_refused
+        assert set(statistics.fallbacks) <= {*_REASONS}, statistics
+        del held, one, answer
+
+
+_N_DAMAGED = 60
+_REASONS = oobpickle._statistics.REASONS
+
+
+@contextlib.contextmanager
+def _enabled_but_damaged(**options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oobpickle.FallbackWarning)
+        with oobpickle.enabled(**options) as arena:
+            yield arena
+
+
+def _scribble(arena, asked, seed):
+    rng, words = random.Random(seed), arena.ledger.words
+    while (which := asked.recv()) is not None:
+        header = [*range(layout.H_STRANGERS, layout.H_WARM + 256)]
+        participants = [layout.HEADER_WORDS + n for n in range(6 * layout.PARTICIPANT_WORDS)]
+        for _ in range(3):
+            n_rows = arena.ledger.rows.n_rows
+            block = layout.BLOCKS_AT + rng.randrange(layout.N_COLUMNS) * layout.MAX_BLOCKS
+            at = rng.choice(
+                (rng.choice(header), rng.choice(participants), block + rng.randrange(n_rows + 1))
+            )
+            if at != layout.H_HANDED or which == "all":
+                words[at] = rng.choice(
+                    (0, 1, words[at] ^ 1 << rng.randrange(64), rng.getrandbits(64))
+                )
+        if which == "all":
+            words[layout.H_CLOSED] = rng.getrandbits(64)
+        asked.send("done")
+    os._exit(0)
+
+
+def _answer_or_refuse(read, back):
+    kept = []
+    while True:
+        try:
+            received = read.recv()
+        except oobpickle.EnvelopeError:
+            back.send("refused")
+            continue
+        if received is None:
+            break
+        kept.append(verify(received))
+        back.send(message(received[0], received[1].nbytes))
+        for one in kept:
+            verify(one)
+        del kept[: len(kept) - 2]
+    os._exit(0)
 
 
 def sender_without_a_descriptor():
