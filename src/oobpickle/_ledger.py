@@ -201,7 +201,6 @@ class Ledger:
         if index >= self.rows.n_rows or self.is_sound(index):
             return False
         self.word[index] = commit_word(index, QUARANTINED, 0, self.generation[index])
-        _faults.reach("ledger.quarantined")
         return True
 
     # --- leasing
