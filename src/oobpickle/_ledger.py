@@ -83,6 +83,7 @@ if TYPE_CHECKING:
 
 _AFFINITY_DEPTH: Final = 8
 _CLASSES_UP: Final = 4
+_N_LOOKS: Final = 3
 
 
 class Census(NamedTuple):
@@ -101,6 +102,11 @@ class _Look(NamedTuple):
     state: NDArray[np.uint64]
     sound: NDArray[np.bool_]
     torn: NDArray[np.bool_]
+
+    @property
+    def damaged(self) -> NDArray[np.bool_]:
+        """The entries that are in no order that any step leaves."""
+        return ~(self.sound | self.torn)
 
     def of_state(self, state: int) -> NDArray[np.intp]:
         """Return the indices of the sound rows in that state."""
@@ -151,10 +157,10 @@ class Ledger:
         start = BLOCKS_AT + number * MAX_BLOCKS
         return self.words[start : start + MAX_BLOCKS]
 
-    def _array(self, column: memoryview) -> NDArray[np.uint64]:
+    def _array(self, column: memoryview, n_rows: int | None = None) -> NDArray[np.uint64]:
         import numpy as np
 
-        return np.frombuffer(column, np.uint64)[: self.rows.n_rows]
+        return np.frombuffer(column, np.uint64)[: self.rows.n_rows if n_rows is None else n_rows]
 
     def pages_nbytes(self, nbytes: int) -> int:
         """Return how many bytes the pages under the first `nbytes` bytes of a block take."""
@@ -444,14 +450,15 @@ class Ledger:
         """Look at all rows, and check each."""
         import numpy as np
 
-        index = np.arange(self.rows.n_rows, dtype=np.uint64)
+        n_rows = self.rows.n_rows  # once: without the lock there can be more at any moment
+        index = np.arange(n_rows, dtype=np.uint64)
         # A copy: others seal and adopt meanwhile.
-        word, generation = self._array(self.word).copy(), self._array(self.generation)
+        word = self._array(self.word, n_rows).copy()
+        generation = self._array(self.generation, n_rows)
+        offset, size_class = self._array(self.offset, n_rows), self._array(self.size_class, n_rows)
         state = word & np.uint64(STATE_MASK)
-        placed = self._array(self.check) == row_check(
-            index, self._array(self.offset), self._array(self.size_class)
-        )
-        placed &= self._array(self.size_class) < N_CLASSES
+        placed = self._array(self.check, n_rows) == row_check(index, offset, size_class)
+        placed &= size_class < N_CLASSES
         sound = placed & (word == checked_word(index, word & np.uint64(LOW_MASK), generation))
         # A generation that was counted but not committed.
         before = checked_word(index, FREE, generation - np.uint64(1))
@@ -460,7 +467,7 @@ class Ledger:
     def _resident(self, look: _Look) -> NDArray[np.uint64]:
         import numpy as np
 
-        word = self._array(self.resident)
+        word = self._array(self.resident, len(look.rows))
         nbytes = word & np.uint64(RESIDENT_MASK)
         return np.where(word == resident_word(look.rows, nbytes), nbytes, np.uint64(0))
 
@@ -480,7 +487,7 @@ class Ledger:
         word, generation = self._array(self.word), self._array(self.generation)
         torn = look.torn  # the generation stays used up
         word[torn] = checked_word(look.rows[torn], FREE, generation[torn])
-        bad = ~(look.sound | torn)
+        bad = look.damaged
         if bad.any():
             # Written again where it is quarantined already.
             word[bad] = checked_word(look.rows[bad], np.uint64(QUARANTINED), generation[bad])
@@ -513,15 +520,23 @@ class Ledger:
     def census(self) -> Census:
         """Count blocks and bytes in use by state, and what is or must be quarantined."""
         look = self._look()
-        used, resident = self._array(self.used), self._resident(look)
+        used, resident = self._array(self.used, len(look.rows)), self._resident(look)
         n_blocks, nbytes = {}, {}
         for code, name in STATE_NAMES.items():
             chosen = look.of_state(code)
             n_blocks[name] = len(chosen)
             nbytes[name] = int((resident if code == FREE else used)[chosen].sum())
-        # Without the lock a lease may be seen half written.
-        n_bad = int((~(look.sound | look.torn)).sum()) + len(look.of_state(QUARANTINED))
+        n_bad = len(look.of_state(QUARANTINED)) + self._n_damaged(look)
         return Census(n_blocks, nbytes, n_bad)
+
+    def _n_damaged(self, look: _Look) -> int:
+        """Return how many entries are in disorder: without the lock, one may be half written."""
+        damaged = look.damaged
+        for _ in range(_N_LOOKS):
+            if not damaged.any():
+                break
+            damaged &= self._look().damaged[: len(damaged)]
+        return int(damaged.sum())
 
     def is_abandoned(self, index: int) -> bool:
         """Tell whether a following block's message is gone: its first block is in other hands."""

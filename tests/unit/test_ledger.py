@@ -5,6 +5,7 @@ import pytest
 from ledger_tools import assert_in_order, make_ledger, owner_of, state_of
 from oobpickle import _huge_pages
 from oobpickle import _layout as layout
+from oobpickle._rows import Rows
 
 MIB = 1 << 20
 
@@ -302,6 +303,25 @@ def test_rebuilding_mends_a_lease_that_was_counted_but_not_committed(ledger):
     assert layout.commit_word(index, layout.FREE, 0, generation + 1) == ledger.word[index]
     assert layout.FREE == state_of(ledger, index)
     assert [(index, generation + 2)] == lease(ledger, MIB)
+
+
+def test_census_goes_on_while_another_process_makes_rows(ledger, monkeypatch):
+    lease(ledger, *[70_000] * 3)
+    n_rows = Rows.n_rows.fget
+
+    def more(rows):
+        with monkeypatch.context() as patch:
+            patch.setattr(Rows, "n_rows", property(n_rows))
+            rows.make(0, 100)
+            return rows.n_rows
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rows, "n_rows", property(more))
+        census = ledger.census()
+    ledger.rebuild()  # puts the new rows into the lists
+
+    assert (census.n_blocks["leased"], census.n_quarantined) == (3, 0)
+    assert census.n_blocks["free"] >= 1
 
 
 def test_census_counts_bytes_in_use_and_kept(ledger):
