@@ -60,13 +60,14 @@ from oobpickle._layout import (
     rows_word,
 )
 from oobpickle._lease import Lease
-from oobpickle._ledger import Census, Ledger
+from oobpickle._ledger import Ledger
 from oobpickle._membership import HURRIED_S, Membership
 from oobpickle._options import Options
 from oobpickle._room import Room
 from oobpickle._rows import Shortage
 from oobpickle._segment import Segment, largest_file_nbytes, locked_nbytes
 from oobpickle._statistics import Statistics, format_nbytes
+from oobpickle._table import Census
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Sequence

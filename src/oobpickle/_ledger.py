@@ -30,29 +30,16 @@ that is not what the placement says."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, Final
 
 from oobpickle import _faults
-from oobpickle._huge_pages import HUGE_NBYTES, NEVER
 from oobpickle._layout import (
     BLOCKS_AT,
-    C_CHANNEL,
-    C_CHECK,
-    C_CLASS,
-    C_GENERATION,
-    C_LAST,
     C_NEXT,
-    C_OFFSET,
-    C_PUNCHES,
-    C_RESIDENT,
-    C_USED,
-    C_WORD,
     FOLLOWS,
     FREE,
-    H_CAPACITY,
     H_EMPTY,
     H_HELD,
-    H_HUGE,
     H_RESIDENT,
     H_WARM,
     HELD,
@@ -70,112 +57,26 @@ from oobpickle._layout import (
     checked_word,
     class_of,
     commit_word,
-    resident_nbytes,
     resident_word,
-    row_check,
 )
-from oobpickle._rows import Rows, Shortage
-from oobpickle._segment import page_round
+from oobpickle._rows import Shortage
+from oobpickle._table import Table
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
+    pass
 
 _AFFINITY_DEPTH: Final = 8
 _CLASSES_UP: Final = 4
-_N_LOOKS: Final = 3
 
 
-class Census(NamedTuple):
-    """Blocks and bytes in use by state, and damaged blocks, from one look at all rows."""
-
-    n_blocks: dict[str, int]
-    nbytes: dict[str, int]
-    n_quarantined: int
-
-
-class _Look(NamedTuple):
-    """One look at all rows. `sound`: the entry is in order; `torn`: but for a lease begun."""
-
-    rows: NDArray[np.uint64]
-    word: NDArray[np.uint64]
-    state: NDArray[np.uint64]
-    sound: NDArray[np.bool_]
-    torn: NDArray[np.bool_]
-
-    @property
-    def damaged(self) -> NDArray[np.bool_]:
-        """The entries that are in no order that any step leaves."""
-        return ~(self.sound | self.torn)
-
-    def of_state(self, state: int) -> NDArray[np.intp]:
-        """Return the indices of the sound rows in that state."""
-        import numpy as np
-
-        return np.flatnonzero((self.state == state) & self.sound)
-
-
-STATE_NAMES: Final = {FREE: "free", LEASED: "leased", IN_FLIGHT: "in_flight", HELD: "held"}
-
-
-class Ledger:
-    """The table of blocks over the ledger's words.
+class Ledger(Table):
+    """The steps on the table of blocks.
 
     Parameters
     ----------
     words : memoryview
         The whole ledger file as 64-bit words.
     """
-
-    def __init__(self, words: memoryview) -> None:
-        self.words = words
-        self.word = self._column(C_WORD)
-        self.generation = self._column(C_GENERATION)
-        self.offset = self._column(C_OFFSET)
-        self.size_class = self._column(C_CLASS)
-        self.used = self._column(C_USED)
-        self.resident = self._column(C_RESIDENT)
-        self.next = self._column(C_NEXT)
-        self.channel = self._column(C_CHANNEL)
-        self.last = self._column(C_LAST)
-        self.punches = self._column(C_PUNCHES)
-        self.check = self._column(C_CHECK)
-        self.rows = Rows(words)
-        self.capacity = words[H_CAPACITY]
-        self.huge = words[H_HUGE]
-
-    def close(self) -> None:
-        """Let go of the mapping: any use after this raises ``ValueError``."""
-        for column in (
-            *(self.word, self.generation, self.offset, self.size_class, self.used),
-            *(self.resident, self.next, self.channel, self.last, self.punches, self.check),
-            self.words,
-        ):
-            column.release()
-
-    def _column(self, number: int) -> memoryview:
-        start = BLOCKS_AT + number * MAX_BLOCKS
-        return self.words[start : start + MAX_BLOCKS]
-
-    def _array(self, column: memoryview, n_rows: int | None = None) -> NDArray[np.uint64]:
-        import numpy as np
-
-        return np.frombuffer(column, np.uint64)[: self.rows.n_rows if n_rows is None else n_rows]
-
-    def pages_nbytes(self, nbytes: int) -> int:
-        """Return how many bytes the pages under the first `nbytes` bytes of a block take."""
-        if nbytes >= HUGE_NBYTES and self.huge != NEVER:
-            return -(-nbytes // HUGE_NBYTES) * HUGE_NBYTES
-        return page_round(nbytes)
-
-    def resident_nbytes(self, index: int) -> int:
-        """Return how many bytes of a block have pages; 0 if that is damaged, which harms nobody."""
-        return resident_nbytes(index, self.resident[index])
-
-    def pages_of(self, index: int) -> tuple[int, int]:
-        """Return offset and nbytes of the pages of a block of this process, never of another."""
-        offset = self.rows.offset(index)
-        return offset, min(self.resident_nbytes(index), self.rows.known[index].end - offset)
 
     # --- what is believed
 
@@ -388,16 +289,9 @@ class Ledger:
     def forget_unknown(self, slot: int, known: set[int]) -> None:
         """After an interrupted step: free what `slot` owns without the process knowing."""
         for state in (LEASED, HELD):
-            for index in self._owned(slot, state):
+            for index in self.owned_by(slot, state):
                 if index not in known:
                     self.release([(index, self.generation[index])], slot)
-
-    def _owned(self, slot: int, state: int) -> list[int]:
-        import numpy as np
-
-        low = np.uint64(OWNER_MASK << OWNER_SHIFT | STATE_MASK)
-        word = self._array(self.word)
-        return [int(i) for i in np.flatnonzero((word & low) == slot << OWNER_SHIFT | state)]
 
     def recover(self, slots: Collection[int]) -> None:
         """Free what dead participants leased or held: one look at all rows, however many died.
@@ -407,14 +301,14 @@ class Ledger:
         """
         import numpy as np
 
-        look = self._look()
+        look = self.look()
         had = np.concatenate([look.of_state(LEASED), look.of_state(HELD)])
         owner = look.word[had] >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)
         had = had[np.isin(owner, np.array(list(slots), np.uint64))]
         if not len(had):
             return  # the lists and sums are right: whoever died in a step left them to be rebuilt
-        generation = self._array(self.generation)[had]
-        self._array(self.word)[had] = checked_word(look.rows[had], FREE, generation)
+        generation = self.array(self.generation)[had]
+        self.array(self.word)[had] = checked_word(look.rows[had], FREE, generation)
         _faults.reach("ledger.recover.had")
         self.rebuild()
 
@@ -424,7 +318,7 @@ class Ledger:
         """Lease free blocks whose pages add up to `nbytes`, largest first, to punch them."""
         import numpy as np
 
-        look = self._look()
+        look = self.look()
         resident = self._resident(look)
         idle = look.of_state(FREE)
         idle = idle[resident[idle] > 0]
@@ -444,100 +338,6 @@ class Ledger:
             self.punches[index] = self.punches[index] + 1 & WORD_MASK
             _faults.reach("ledger.punched")
 
-    # --- the whole table
-
-    def _look(self) -> _Look:
-        """Look at all rows, and check each."""
-        import numpy as np
-
-        n_rows = self.rows.n_rows  # once: without the lock there can be more at any moment
-        index = np.arange(n_rows, dtype=np.uint64)
-        # A copy: others seal and adopt meanwhile.
-        word = self._array(self.word, n_rows).copy()
-        generation = self._array(self.generation, n_rows)
-        offset, size_class = self._array(self.offset, n_rows), self._array(self.size_class, n_rows)
-        state = word & np.uint64(STATE_MASK)
-        placed = self._array(self.check, n_rows) == row_check(index, offset, size_class)
-        placed &= size_class < N_CLASSES
-        sound = placed & (word == checked_word(index, word & np.uint64(LOW_MASK), generation))
-        # A generation that was counted but not committed.
-        before = checked_word(index, FREE, generation - np.uint64(1))
-        return _Look(index, word, state, sound, placed & ~sound & (word == before))
-
-    def _resident(self, look: _Look) -> NDArray[np.uint64]:
-        import numpy as np
-
-        word = self._array(self.resident, len(look.rows))
-        nbytes = word & np.uint64(RESIDENT_MASK)
-        return np.where(word == resident_word(look.rows, nbytes), nbytes, np.uint64(0))
-
-    def rebuild(self) -> None:
-        """Recompute the free lists and sums from the columns, and quarantine what is damaged."""
-        self.rows.recount()
-        self._mend_rows()
-        look = self._look()
-        resident = self._resident(look)
-        self._rebuild_sums(look, resident)
-        self._rebuild_lists(look, resident)
-
-    def _mend_rows(self) -> None:
-        import numpy as np
-
-        look = self._look()
-        word, generation = self._array(self.word), self._array(self.generation)
-        torn = look.torn  # the generation stays used up
-        word[torn] = checked_word(look.rows[torn], FREE, generation[torn])
-        bad = look.damaged
-        if bad.any():
-            # Written again where it is quarantined already.
-            word[bad] = checked_word(look.rows[bad], np.uint64(QUARANTINED), generation[bad])
-
-    def _rebuild_sums(self, look: _Look, resident: NDArray[np.uint64]) -> None:
-        used = self._array(self.used)[look.of_state(HELD)]
-        self.words[H_HELD] = int(used.sum())
-        self.words[H_RESIDENT] = int(resident.sum())
-
-    def _rebuild_lists(self, look: _Look, resident: NDArray[np.uint64]) -> None:
-        import numpy as np
-
-        words = self.words
-        for size_class in range(N_CLASSES):
-            words[H_WARM + size_class] = words[H_EMPTY + size_class] = 0
-        free = look.of_state(FREE)
-        warm = resident[free] > 0
-        link = self._array(self.size_class)[free].astype(np.int16)  # few bits: a sort in one pass
-        link += np.where(warm, H_WARM, H_EMPTY).astype(np.int16)
-        # Lists lie one after another, and each in the order of addresses, the lowest at its head.
-        order = np.argsort(link, kind="stable")
-        free, link = free[order], link[order]
-        following = np.zeros(len(free), np.uint64)
-        following[:-1] = np.where(link[:-1] == link[1:], free[1:] + 1, 0)
-        self._array(self.next)[free] = following
-        first = np.flatnonzero(np.diff(link, prepend=-1))
-        for at, index in zip(link[first].tolist(), free[first].tolist(), strict=True):
-            words[at] = index + 1
-
-    def census(self) -> Census:
-        """Count blocks and bytes in use by state, and what is or must be quarantined."""
-        look = self._look()
-        used, resident = self._array(self.used, len(look.rows)), self._resident(look)
-        n_blocks, nbytes = {}, {}
-        for code, name in STATE_NAMES.items():
-            chosen = look.of_state(code)
-            n_blocks[name] = len(chosen)
-            nbytes[name] = int((resident if code == FREE else used)[chosen].sum())
-        n_bad = len(look.of_state(QUARANTINED)) + self._n_damaged(look)
-        return Census(n_blocks, nbytes, n_bad)
-
-    def _n_damaged(self, look: _Look) -> int:
-        """Return how many entries are in disorder: without the lock, one may be half written."""
-        damaged = look.damaged
-        for _ in range(_N_LOOKS):
-            if not damaged.any():
-                break
-            damaged &= self._look().damaged[: len(damaged)]
-        return int(damaged.sum())
-
     def is_abandoned(self, index: int) -> bool:
         """Tell whether a following block's message is gone: its first block is in other hands."""
         head = self.channel[index] & ~FOLLOWS
@@ -545,17 +345,3 @@ class Ledger:
             return False  # damaged: whoever loads it frees it
         gone = self.word[head] & STATE_MASK in (FREE, QUARANTINED)
         return gone or self.generation[head] != self.next[index]
-
-    def in_flight(self, others: Collection[int]) -> list[tuple[int, int, int]]:
-        """Return ``(index, word, channel)`` of blocks in flight whose owner is not among `others`.
-
-        Those are the blocks of the dead, and of the caller who leaves its own slot out.
-        """
-        import numpy as np
-
-        # One look at all rows: others change them meanwhile.
-        word = self._array(self.word).copy()
-        owner = word >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)
-        chosen = (word & np.uint64(STATE_MASK)) == IN_FLIGHT
-        chosen &= ~np.isin(owner, np.array(list(others), np.uint64))
-        return [(i, int(word[i]), self.channel[i]) for i in np.flatnonzero(chosen).tolist()]

@@ -110,7 +110,7 @@ def has_reducer(type: type) -> bool:
     return type in _registered
 
 
-class Table(dict[type, Reducer]):
+class DispatchTable(dict[type, Reducer]):
     """A dispatch table that learns about a class when the first instance of it comes.
 
     What is not special gets what the pickler itself would call; so the pickler, which asks for
@@ -205,9 +205,9 @@ class Sink:
 
     def dispatch_table(
         self, general: Mapping[type, Reducer], special: Mapping[type, Reducer]
-    ) -> Table:
+    ) -> DispatchTable:
         """Return the table for a pickler: what users registered, both tables, and then ours."""
-        table = Table()
+        table = DispatchTable()
         table.sink = self
         table.levels = (_registered, special, general)
         return table

@@ -37,6 +37,7 @@ LEVELS = {
         "_into",
         "_serializer",
         "_straight",
+        "_table",
         "_ledger",
         "_rows",
         "_mutex",
