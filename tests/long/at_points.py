@@ -92,13 +92,13 @@ class Victim:
         raise AssertionError("all of the message was written")
 
 
-def kill_at(survivors, point, n_hits, chance):
+def kill_at(survivors, point, n_hits, chance, first):
     """Kill so many victims at a point; return how many died by each signal."""
     hits = dict.fromkeys(SIGNALS, 0)
     running, n_started = [], 0
     while sum(hits.values()) < n_hits:
         while len(running) < N_AT_A_TIME and n_started < n_hits:
-            name = SIGNALS[n_started % len(SIGNALS)]
+            name = SIGNALS[(first + n_started) % len(SIGNALS)]
             hit = 1 if point in ONCE else chance.randint(1, 3)
             running.append(Victim(survivors, point, f"{point}:{hit}:{name}"))
             running[-1].send(100 * n_started)
@@ -138,10 +138,10 @@ class Nursery:
         inside.verify(self.read.recv())
         raise AssertionError("it did not attach")
 
-    def kill_at(self, point, n_hits, chance):
+    def kill_at(self, point, n_hits, chance, first):
         hits = dict.fromkeys(SIGNALS, 0)
         for n in range(n_hits):
-            name = SIGNALS[n % len(SIGNALS)]
+            name = SIGNALS[(first + n) % len(SIGNALS)]
             os.write(self._order, f"{point}:1:{name}".encode())
             self._write.send(message(n, chance.choice((100_000, 2_000_000))))
             code = int(os.read(self._answers, 100))
@@ -162,13 +162,13 @@ def main(method, n_hits, seed, within_s, *names):
     until = time.monotonic() + float(within_s)
     nursery = Nursery() if method == "fork" else None
     survivors = Survivors(method)
-    for point in names:
+    for place, point in enumerate(names):
         if time.monotonic() > until:
             break
         start_s, chance = time.monotonic(), random.Random(f"{seed} {point}")
         older = nursery if method == "fork" and point in OF_OLDER else None
         kill = older.kill_at if older else functools.partial(kill_at, survivors)
-        hits = kill(point, int(n_hits), chance)
+        hits = kill(point, int(n_hits), chance, place)
         survivors.look()
         print(
             json.dumps(
