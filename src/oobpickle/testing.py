@@ -129,15 +129,13 @@ def _reference(obj: object) -> bytes:
 
 
 def _differing_calls(obj: object, expected: Calls, calls: Calls) -> list[str]:
-    if calls == expected:
+    if calls == expected or registered():  # a reducer that was registered calls what it likes
         return []
-    twice = has_common_memory(obj)  # then reducers run twice, see `dumps`
-    replaced = {function.__qualname__ for function in registered().values()}
+    most = 2 if has_common_memory(obj) else 1  # then reducers run twice, see `dumps`
     return [
-        f"{name} was called {calls[name]} times, by pickle {expected[name]} times"
-        for name in sorted(calls.keys() | expected.keys())
-        if calls[name] > (1 + twice) * expected[name] or (calls[name] < expected[name])
-        if not replaced
+        f"{name} was called {calls[name]} times, by pickle {n} times"
+        for name, n in sorted((name, expected[name]) for name in calls.keys() | expected.keys())
+        if not n <= calls[name] <= most * n
     ]
 
 
