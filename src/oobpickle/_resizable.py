@@ -19,6 +19,14 @@ from typing import Any
 from oobpickle._errors import ResizedError
 
 
+def resized(owner: object, nbytes: int, found_nbytes: int) -> ResizedError:
+    """Return the error for memory that has another size than when it was taken apart."""
+    return ResizedError(
+        f"a {type(owner).__name__} of {nbytes} bytes had {found_nbytes} when it was written. "
+        "Write the payload before you resize what is in it."
+    )
+
+
 class Resizable:
     """Memory of an object that can change its size.
 
@@ -46,10 +54,7 @@ class Resizable:
         """
         raw = PickleBuffer(self.owner).raw()
         if raw.nbytes != self.nbytes:
-            raise ResizedError(
-                f"a {type(self.owner).__name__} of {self.nbytes} bytes had {raw.nbytes} when it "
-                "was written. Write the payload before you resize what is in it."
-            )
+            raise resized(self.owner, self.nbytes, raw.nbytes)
         return raw
 
     def copy_into(self, view: memoryview) -> None:

@@ -26,7 +26,7 @@ from oobpickle._into import load_into
 from oobpickle._locating import add_place
 from oobpickle._payload import Payload, check_sizes, fresh_destinations
 from oobpickle._reducers import Reducer, Sink
-from oobpickle._stream import Pieces, Stream
+from oobpickle._stream import Pieces, Stream, joined
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
@@ -169,6 +169,10 @@ def _settled(file: Any, sink: Sink) -> bytes | Stream:
         return file
     if len(file) == 1:
         return file[0]  # type: ignore[no-any-return]
+    if len(file) == 3 and type(file[1]) in (bytearray, bytes):  # one array that stays in-band
+        start, content, end = file
+        if len(start) + len(content) + len(end) < sink.threshold:
+            return joined(start, content, end)
     stream = Stream.of(file, sink.settled)
     return bytes(stream) if stream.nbytes < sink.threshold else stream
 

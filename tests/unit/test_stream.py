@@ -9,7 +9,7 @@ import pytest
 import oobpickle
 from oobpickle import ResizedError
 from oobpickle._serializer import serialize
-from oobpickle._stream import Pieces, Stream
+from oobpickle._stream import Pieces, Stream, joined
 
 KIB = 1 << 10
 LARGE = bytes(range(256)) * 400  # more than a frame
@@ -66,6 +66,24 @@ def test_a_bytearray_whose_content_is_taken_at_once_may_change():
     memory.clear()
 
     assert pickle.loads(bytes(stream)) == [LARGE]
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray])
+def test_three_pieces_are_joined_as_a_stream_would(kind):
+    obj = [1, kind(b"abc" * 30_000), "end"]
+    pieces = Pieces()
+    pickle.Pickler(pieces, 5).dump(obj)
+
+    assert [bytes, kind, bytes] == [*map(type, pieces)]
+    assert pickle.dumps(obj, 5) == joined(*pieces) == bytes(Stream.of(pieces, {}))
+
+
+def test_joining_a_bytearray_that_was_resized_is_refused():
+    pieces = Pieces()
+    pickle.Pickler(pieces, 5).dump(bytearray(b"abc" * 30_000))
+    pieces[1].append(1)
+    with pytest.raises(ResizedError, match=r"bytearray of 90000 bytes had 90001"):
+        joined(*pieces)
 
 
 def test_a_bytearray_may_be_resized_by_others_and_that_is_seen():
