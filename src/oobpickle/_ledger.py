@@ -57,6 +57,7 @@ from oobpickle._layout import (
     checked_word,
     class_of,
     commit_word,
+    resident_nbytes,
     resident_word,
 )
 from oobpickle._rows import Shortage
@@ -126,7 +127,7 @@ class Ledger(Table):
             index, link = self._find(size_class, nbytes, slot)
             if index >= 0 and not self._is_free(index, nbytes):
                 index, link = self._find_anew(size_class, nbytes, slot)
-            present = self.resident_nbytes(index) if index >= 0 else 0
+            present = resident_nbytes(index, self.resident[index]) if index >= 0 else 0
             grow = self.pages_nbytes(nbytes) - present
             if grow > 0:
                 room = self.capacity - words[H_RESIDENT]
@@ -163,9 +164,10 @@ class Ledger(Table):
         return (index, link) if index >= 0 and self._is_free(index, nbytes) else (-1, 0)
 
     def _is_free(self, index: int, nbytes: int) -> bool:
-        return self.fits(index, nbytes) and self.word[index] == checked_word(
-            index, FREE, self.generation[index]
-        )
+        row = self.rows.known.get(index) or self.rows.get(index)
+        if row is None or nbytes > row.nbytes:
+            return False
+        return self.word[index] == commit_word(index, FREE, 0, self.generation[index])
 
     def _find(self, size_class: int, nbytes: int, slot: int) -> tuple[int, int]:
         """Return a free block and the word that links to it: warm, then empty; (-1, 0) if none."""
@@ -184,10 +186,10 @@ class Ledger(Table):
     def _nearest(self, first_link: int, nbytes: int, slot: int) -> tuple[int, int]:
         # What this process wrote last is in its page tables: 4 times the rate of the others.
         words, link = self.words, first_link
-        next_at, n_rows = BLOCKS_AT + C_NEXT * MAX_BLOCKS, self.rows.n_rows
+        next_at = BLOCKS_AT + C_NEXT * MAX_BLOCKS
         for _ in range(_AFFINITY_DEPTH):
             index = words[link] - 1
-            if index >= n_rows:
+            if index >= MAX_BLOCKS:
                 return index, link  # damaged
             if self.last[index] == slot and self.resident[index] & RESIDENT_MASK >= nbytes:
                 return index, link
@@ -255,12 +257,14 @@ class Ledger(Table):
         for index, generation in blocks:
             word = self.word[index]
             state = word & STATE_MASK
-            owner = word >> OWNER_SHIFT & OWNER_MASK
-            found = self.generation[index]
-            if word != checked_word(index, word & LOW_MASK, found) or not self.rows.get(index):
-                self.examine(index)
+            if word != checked_word(index, word & LOW_MASK, generation):
+                self.examine(index)  # damaged, or of another lease
                 continue
-            if owner != slot or found != generation or state in (FREE, QUARANTINED):
+            if word >> OWNER_SHIFT & OWNER_MASK != slot or state in (FREE, QUARANTINED):
+                continue
+            known = index in self.rows.known or self.rows.get(index)
+            if self.generation[index] != generation or not known:
+                self.examine(index)
                 continue
             if state == HELD:
                 self.words[H_HELD] = max(0, self.words[H_HELD] - self.used[index])

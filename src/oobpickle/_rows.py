@@ -134,7 +134,7 @@ class Rows:
         ArenaError
             If its row is damaged.
         """
-        row = self.get(index)
+        row = self.known.get(index) or self.get(index)
         if row is None:
             raise ArenaError(f"the ledger's entry of block {index} is damaged")
         return row.offset
