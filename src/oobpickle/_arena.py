@@ -311,7 +311,7 @@ class Arena:
             raise ArenaFullError("no address space to map the arena; see ulimit -v", "detached")
         sizes = list(sizes)
         layout = plan(sizes)
-        least = sum(self.ledger.pages_nbytes(nbytes) for nbytes in layout.needs)
+        least = sum(map(self.ledger.pages_nbytes, layout.needs))
         if least > self._capacity:
             raise self._full(Shortage("full", least, self._capacity))
         taken: list[tuple[int, int]] = []
@@ -685,8 +685,11 @@ def _may_map() -> bool:
 
 def _fresh_nbytes(taken: list[tuple[int, int]], layout: Plan) -> int:
     """Return how many bytes of the needs lie in pages that leased blocks do not have yet."""
-    pairs = zip(taken, layout.needs, strict=True)
-    return sum(max(0, nbytes - present) for (_, present), nbytes in pairs)
+    fresh_nbytes = 0
+    for (_, present), nbytes in zip(taken, layout.needs, strict=True):
+        if nbytes > present:
+            fresh_nbytes += nbytes - present
+    return fresh_nbytes
 
 
 def _create_data(nbytes: int) -> Segment:

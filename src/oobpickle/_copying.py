@@ -52,7 +52,9 @@ _jobs: Final[set[weakref.ref[_Job]]] = set()
 
 def is_busy() -> bool:
     """Tell whether a copy of this process, also one that was interrupted, may still be writing."""
-    jobs = [reference() for reference in list(_jobs)] if _jobs else []
+    if not _jobs:
+        return False
+    jobs = [reference() for reference in list(_jobs)]
     return any(job is not None and job.has_helper for job in jobs)
 
 
