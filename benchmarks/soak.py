@@ -113,12 +113,15 @@ class Soak:
         for driver in self.drivers:
             driver.start()
         period_s = min(30.0, max(3.0, seconds / 8))
-        while not self.problems:
-            left_s = seconds - (time.monotonic() - self._start_s)
-            if left_s <= 0 and len(self.measures) > 1:
-                break
+        left_s = seconds
+        while True:
             self._work(min(period_s, max(_LEAST_WORK_S, left_s)))
             self._rest()
+            left_s = seconds - (time.monotonic() - self._start_s)
+            if self.problems or (left_s <= 0 and len(self.measures) > 1):
+                break
+            for driver in self.drivers:
+                driver.go_on()
         self._end()
 
     # --- faults
@@ -180,8 +183,6 @@ class Soak:
         self.problems += excess
         self.measures.append(measure)
         self._print_line(measure)
-        for driver in self.drivers:
-            driver.go_on()
 
     def _measure(self) -> Measure:
         processes = {"parent": own_rest()}
