@@ -94,16 +94,20 @@ class Rows:
         return self._n_rows
 
     def _count(self) -> None:
+        # Read first: another thread may count meanwhile, and find more.
+        least = self._n_rows
         word, plain = self._words[H_ROWS], self._words[H_N_BLOCKS]
         n_rows = word & LOW_MASK
-        self._is_certain = word == rows_word(n_rows) and self._n_rows <= n_rows <= MAX_BLOCKS
-        if not self._is_certain:
+        is_certain = word == rows_word(n_rows) and least <= n_rows <= MAX_BLOCKS
+        if not is_certain:
             # The other copy, if it is the number of a last row.
             n_rows = plain
-            if not self._n_rows <= n_rows < MAX_BLOCKS or not self._ends_at(n_rows):
-                return
-            self._is_certain, word = True, rows_word(n_rows)
-        self._word, self._n_rows = word, n_rows
+            is_certain = least <= n_rows < MAX_BLOCKS and self._ends_at(n_rows)
+            word = rows_word(n_rows)
+        if not is_certain:
+            self._is_certain, self._word = False, -1  # so each use counts again
+        elif n_rows >= self._n_rows:
+            self._is_certain, self._word, self._n_rows = True, word, n_rows
 
     def _ends_at(self, n_rows: int) -> bool:
         is_last = n_rows == 0 or self._read(n_rows - 1) is not None
@@ -179,9 +183,10 @@ class Rows:
         ):
             self._words[BLOCKS_AT + column * MAX_BLOCKS + index] = value
         _faults.reach("ledger.row.written")
-        self.known[index] = row
         self._words[H_N_BLOCKS] = index + 1
         _faults.reach("ledger.row.numbered")
         self._words[H_ROWS] = rows_word(index + 1)
         _faults.reach("ledger.row.counted")
+        # Not before: after an interrupt up to here somebody else may make another row of it.
+        self.known[index] = row
         return index
