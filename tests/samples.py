@@ -160,6 +160,8 @@ def dtypes():
         "clongdouble": np.dtype("G"),
         "big-endian": np.dtype(">f8"),
         "big-endian complex": np.dtype(">c16"),
+        "big-endian longdouble": np.dtype(">g"),
+        "big-endian clongdouble": np.dtype(">G"),
         "str": np.dtype("U5"),
         "big-endian str": np.dtype(">U5"),
         "bytes": np.dtype("S7"),

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from oobpickle._copying import copy_array, copy_bytes
 from oobpickle._errors import PayloadError
-from oobpickle._reducers import byte_bounds, in_memory_order
+from oobpickle._reducers import EXPORTED_CHARS, byte_bounds, in_memory_order
 from oobpickle._resizable import Resizable
 from oobpickle._stream import Stream
 
@@ -341,7 +341,8 @@ def _copy(view: memoryview, source: Any) -> None:
     if flat.dtype.names is not None:
         # Bytes between the fields too, or the receiver would see what was there before.
         flat = flat.view(np.dtype((np.void, flat.itemsize)))
-    if flat.flags.c_contiguous and flat.nbytes <= _SMALL_NBYTES and source.dtype.kind in "biufc":
+    is_small = flat.nbytes <= _SMALL_NBYTES and flat.flags.c_contiguous
+    if is_small and flat.dtype.char in EXPORTED_CHARS:
         view[:] = memoryview(flat).cast("B")
     else:
         # Takes strides in the same pass.

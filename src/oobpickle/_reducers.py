@@ -46,7 +46,8 @@ Reducer = Callable[[Any], Any]
 MIN_BUFFER_NBYTES: Final = 512
 _NOTHING: Final = bytearray()
 _KINDS: Final = frozenset("biufcmMSUV")
-_EXPORTED_KINDS: Final = frozenset("biufcS")
+#: Their dtypes the buffer protocol has in every byte order: not that of long doubles.
+EXPORTED_CHARS: Final = frozenset("?bBhHiIlLqQefdFDS")
 #: NumPy copies up to here when it loads; above, the array is made on what the pickle had.
 _MOST_OWNED_NBYTES: Final = 1000
 
@@ -135,9 +136,9 @@ class DispatchTable(dict[type, Reducer]):
             if kind in level:
                 self[kind] = level[kind]
                 return level[kind]
-        numpy = sys.modules.get("numpy")
         reduce: Reducer
-        if numpy is not None and kind is numpy.ndarray:
+        # None too while another thread is importing numpy.
+        if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
             reduce = self.sink.reduce_array
         elif kind is Rebuild:
             reduce = _REDUCED
@@ -271,7 +272,7 @@ class Sink:
             arguments = (array.shape, kind, ordered.tobytes(), *order)
             # A copy, because a small array that arrives owns its memory, as it does without us.
             return sys.modules["numpy"].array, (Rebuild(type(array), arguments),)
-        if strides is None and dtype.kind in _EXPORTED_KINDS and array.flags.c_contiguous:
+        if strides is None and dtype.char in EXPORTED_CHARS and array.flags.c_contiguous:
             memory = bytearray(array)
         else:
             memory = bytearray(in_memory_order(array).tobytes())

@@ -31,11 +31,12 @@ _REDUCERS: Final = ("__reduce_ex__", "__reduce__")
 
 def reducer_of(kind: type) -> Reduce | None:
     """Return how to reduce instances of a class, or ``None`` if that is not known here."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None or not issubclass(kind, numpy.ndarray):
+    # None too while another thread is importing numpy.
+    ndarray = getattr(sys.modules.get("numpy"), "ndarray", None)
+    if ndarray is None or not issubclass(kind, ndarray):
         return None
-    if inherits(kind, numpy.ndarray, _REDUCERS):
-        is_ours = inherits(kind, numpy.ndarray, ["__setstate__"]) and _is_finalized_by_numpy(kind)
+    if inherits(kind, ndarray, _REDUCERS):
+        is_ours = inherits(kind, ndarray, ["__setstate__"]) and _is_finalized_by_numpy(kind)
         return _reduce_directly if is_ours else _reduce_by_state
     masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
     if masked is None or not issubclass(kind, masked):

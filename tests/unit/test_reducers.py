@@ -1,9 +1,11 @@
 """Reducers: how objects are taken apart, and which ones apply."""
 
+import collections
 import copyreg
 import gc
 import pickle
 import sys
+import types
 from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
@@ -177,6 +179,14 @@ def test_numpy_is_not_imported_for_objects_without_arrays(monkeypatch):
 
     assert "numpy" not in sys.modules
     assert not any(cls.__module__ == "numpy" for cls in table)
+
+
+def test_while_another_thread_imports_numpy_objects_can_be_sent(monkeypatch):
+    """A feeder thread sends when it likes; what it cannot pickle is lost."""
+    obj = [types.SimpleNamespace(a=1), collections.OrderedDict(b=2)]
+    monkeypatch.setitem(sys.modules, "numpy", types.ModuleType("numpy"))  # it has nothing yet
+
+    assert obj == oobpickle.loads(serialize(obj, {}, 1 << 16))
 
 
 # --- the sink
