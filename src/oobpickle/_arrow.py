@@ -10,7 +10,7 @@ it is reduced by pyarrow, as every other array is.
 
 **Lifetime.** No state. pyarrow is looked for where the user's import has put it, never imported.
 
-**When it cannot.** pyarrow's way is taken: types that the format refuses."""
+**When it cannot.** pyarrow's way is taken: types that the format refuses, and invalid arrays."""
 
 from __future__ import annotations
 
@@ -40,6 +40,13 @@ def _reduce(_taker: Taker, array: Any) -> Any:
 def compact(array: Any) -> Any:
     """Return an equal array whose buffers hold no more than it refers to, or the array itself."""
     pa: Any = sys.modules["pyarrow"]
+    try:
+        return _compact(pa, array)
+    except (pa.ArrowException, KeyError):
+        return array
+
+
+def _compact(pa: Any, array: Any) -> Any:
     if array.get_total_buffer_size() - array.nbytes < _LEAST_WASTED_NBYTES:
         return array
     if isinstance(array, pa.DictionaryArray):
@@ -47,8 +54,5 @@ def compact(array: Any) -> Any:
         return pa.DictionaryArray.from_arrays(indices, values, ordered=array.type.ordered)
     if isinstance(array, pa.ExtensionArray):
         return pa.ExtensionArray.from_storage(array.type, compact(array.storage))
-    try:
-        batch = pa.RecordBatch.from_arrays([array], ["array"])
-        return pa.ipc.read_record_batch(batch.serialize(), batch.schema).column(0)
-    except (pa.ArrowException, KeyError):
-        return array
+    batch = pa.RecordBatch.from_arrays([array], ["array"])
+    return pa.ipc.read_record_batch(batch.serialize(), batch.schema).column(0)

@@ -112,6 +112,8 @@ def serialize(
                 return _independent(_dump_by_value, stream, obj, reducers, sink, undo)
             except Exception as second:
                 pass_on_foreign(second)
+                if isinstance(second, ResizedError):
+                    raise
         _call_all(undo)
         add_place(error, obj, Sink(0).dispatch_table(copyreg.dispatch_table, reducers))
         _call_all(undo)

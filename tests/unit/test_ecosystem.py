@@ -159,6 +159,13 @@ def test_a_slice_that_the_format_of_arrow_refuses_is_sent_as_pyarrow_does():
     assert oobpickle.loads(oobpickle.dumps(part)).equals(part)
 
 
+def test_a_slice_of_an_invalid_array_is_sent_as_pyarrow_does():
+    indices, values = pa.array([7] * N), pa.array(["a", "b"])
+    part = pa.DictionaryArray.from_arrays(indices, values, safe=False)[:5]
+
+    assert oobpickle.loads(oobpickle.dumps(part)).indices.equals(part.indices)
+
+
 def test_the_source_names_none_of_these_libraries():
     from pathlib import Path
 

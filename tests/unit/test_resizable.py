@@ -9,6 +9,7 @@ import pytest
 import oobpickle
 from oobpickle import ResizedError
 from oobpickle._resizable import Resizable
+from oobpickle._serializer import serialize
 
 
 @pytest.mark.parametrize("owner", [bytearray(b"abcd" * 5), array.array("H", range(10))])
@@ -74,3 +75,17 @@ def test_what_is_resized_meanwhile_arrives_whole(make):
 
     assert [expected, []] == arrived
     assert resizes.n_calls == 2
+
+
+def test_what_is_resized_arrives_whole_when_something_else_crosses_by_value():
+    def triple(n):
+        return 3 * n
+
+    content = bytearray(b"ab" * 50_000)
+    obj = [triple, content, Resizes(content)]
+    with pytest.raises(ResizedError):  # upon which a connection makes another attempt
+        serialize(obj, {}, 1 << 20, by_value=True)
+    payload = serialize(obj, {}, 1 << 20, by_value=True, copying=True)
+    function, arrived, _ = oobpickle.loads(payload)
+
+    assert (6, b"ab" * 50_004) == (function(2), arrived)
