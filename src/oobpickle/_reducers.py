@@ -268,6 +268,9 @@ class Sink:
         if nbytes >= MIN_BUFFER_NBYTES and not self.stays(nbytes):
             return type(array), (array.shape, kind, self.stand_in(array, nbytes), *order)
         if nbytes <= _MOST_OWNED_NBYTES:
+            if dtype.names is not None and (strides is None or array.flags.f_contiguous):
+                # In the copy below, what is between the fields would be anything.
+                return array.__reduce__()
             ordered = array if strides is None else in_memory_order(array)
             arguments = (array.shape, kind, ordered.tobytes(), *order)
             # A copy, because a small array that arrives owns its memory, as it does without us.

@@ -319,6 +319,19 @@ def test_overlapping_arrays_arrive_as_pickle_would_deliver_them_but_writable(lay
     assert wrong == {}
 
 
+@pytest.mark.parametrize("order", ["C", "F"])
+@pytest.mark.parametrize("threshold", [0, 1 << 40], ids=["out of band", "in band"])
+@pytest.mark.parametrize("nbytes", [320, 960, 3_200])
+def test_bytes_between_fields_arrive_as_they_are(nbytes, threshold, order):
+    """Some take the checksum of an array's memory."""
+    raw = np.arange(nbytes).astype("u1").view("V32").reshape((2, -1), order=order)
+    array = raw.view(samples.dtypes()["gap"])
+    arrived = oobpickle.loads(serialize(array, {}, threshold))
+
+    assert arrived.flags.owndata or nbytes > 320
+    assert arrived.view("V32").tobytes("A") == raw.tobytes("A")
+
+
 def test_memory_handed_over_twice_is_not_shared():
     memory = bytearray(1000)
     first, second = crossed([np.frombuffer(memory, "u1"), np.frombuffer(memory, "u1")])
