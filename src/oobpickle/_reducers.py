@@ -309,6 +309,8 @@ def _settled(source: Any) -> Any:
     if isinstance(source, (PickleBuffer, Resizable)):
         return PickleBuffer(bytearray(source.raw()))
     array: Array = source
+    if array.dtype.names is not None:
+        array = array.view(f"V{array.itemsize}")  # with the bytes between the fields
     return array.copy("C" if kept_strides(array) is None else "K")
 
 

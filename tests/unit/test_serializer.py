@@ -332,6 +332,13 @@ def test_bytes_between_fields_arrive_as_they_are(nbytes, threshold, order):
     assert arrived.view("V32").tobytes("A") == raw.tobytes("A")
 
 
+def test_bytes_between_fields_arrive_of_memory_handed_over_twice():
+    raw = np.arange(3_200).astype("u1").view("V32")
+    array = raw.view(samples.dtypes()["gap"])
+
+    assert [one.view("V32").tobytes() for one in crossed([array, array[:]])] == 2 * [raw.tobytes()]
+
+
 def test_memory_handed_over_twice_is_not_shared():
     memory = bytearray(1000)
     first, second = crossed([np.frombuffer(memory, "u1"), np.frombuffer(memory, "u1")])
