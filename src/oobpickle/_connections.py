@@ -31,7 +31,6 @@ import os
 import pickle
 import sys
 from collections.abc import Callable
-from inspect import CO_OPTIMIZED
 from types import CodeType, FrameType
 from typing import Any, Final
 
@@ -184,9 +183,13 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
 
 def _writes_at_once(frame: FrameType) -> bool:
     """Tell whether the caller of ``dumps`` gives the bytes to a connection, and to nobody else."""
-    return frame.f_code is mp_queues.Queue._feed.__code__ or isinstance(  # type: ignore[attr-defined]
+    return _is_feeder(frame) or isinstance(
         frame.f_locals.get("self"), (mp_connection.Connection, mp_queues.SimpleQueue)
     )
+
+
+def _is_feeder(frame: FrameType) -> bool:
+    return frame.f_code is mp_queues.Queue._feed.__code__  # type: ignore[attr-defined]
 
 
 def _in_band(
@@ -358,9 +361,10 @@ def _descriptor_in(frame: FrameType | None) -> int | None:
     connection = names.get("self")
     if connection is None:
         connection = getattr(names.get("send_bytes"), "__self__", None)  # Queue._feed
-        if frame is not None and frame.f_code.co_flags & CO_OPTIMIZED and type(names) is dict:
+        if frame is not None and _is_feeder(frame) and type(names) is dict:
             # Before CPython 3.13 the frame keeps this copy of its variables, and so the object that
-            # was sent: until the next large message, since a feeder does not return.
+            # was sent: until the next large message, since a feeder does not return. Another
+            # function may have got the very same from `locals`, and use it.
             names.clear()
     connection = getattr(connection, "_writer", connection)  # SimpleQueue.put
     handle = getattr(connection, "_handle", None)

@@ -417,3 +417,16 @@ def test_without_shared_memory_everything_stays_as_it_was(monkeypatch):
         oobpickle.statistics()
     with pytest.raises(ArenaError):
         oobpickle.install()
+
+
+def test_what_locals_returned_to_a_caller_of_dumps_stays_as_it_is():
+    def pickled(wanted, obj):
+        mine = locals()
+        multiprocessing.connection._ForkingPickler.dumps(obj)
+        return mine, wanted
+
+    with pytest.warns(FallbackWarning), oobpickle.enabled():
+        variables, _ = pickled(1, BIG)
+
+    assert variables["wanted"] == 1
+    assert variables["obj"] is BIG
