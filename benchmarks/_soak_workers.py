@@ -80,6 +80,18 @@ def own_rest() -> Rest:
     return Rest(int(found) * 1024, len(os.listdir("/proc/self/fd")))
 
 
+def largest_mappings(n: int = 4) -> list[str]:
+    """Describe where this process has most private memory: in the arena, a heap, an array?"""
+    found: list[tuple[int, str]] = []
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if re.match(r"[0-9a-f]+-", line):
+            name = " ".join([*line.split()[1:2], *line.split()[5:]])
+        elif line.startswith("Anonymous:"):
+            found.append((int(line.split()[1]) * 1024, name))
+    return [f"{nbytes / 1e6:.1f} MB {name}" for nbytes, name in sorted(found, reverse=True)[:n]]
+
+
 # --- forks
 
 

@@ -39,7 +39,7 @@ from typing import Final
 import numpy as np
 from _soak_drivers import SIGNALS, Driver, ExecutorDriver, PipeDriver, PoolDriver, QueueDriver
 from _soak_messages import KINDS, PLAIN_VARIABLE, Parcel
-from _soak_workers import Forks, Rest, own_rest, prepare_process
+from _soak_workers import Forks, Rest, largest_mappings, own_rest, prepare_process
 from numpy.random import SFC64, Generator
 
 import oobpickle
@@ -181,6 +181,8 @@ class Soak:
                 break
             time.sleep(0.05)
         self.problems += excess
+        if excess:
+            self.problems.append(f"largest private mappings: {', '.join(largest_mappings())}")
         self.measures.append(measure)
         self._print_line(measure)
 
