@@ -365,6 +365,16 @@ class _TaskDriver(Driver):
         self._to_strike: deque[int] = deque()
         self._sent: deque[tuple[Any, int, int]] = deque()
 
+    def ask_workers_to_rest(self) -> list[Rest]:
+        # New ones after each rest: forked workers keep open whatever this process had open, and so
+        # the messages that nobody has read of an executor that broke.
+        self.stop_workers()
+        return []
+
+    def go_on(self, *, until_end: bool = False) -> None:
+        self.start_workers()
+        super().go_on(until_end=until_end)
+
     def strike(self, number: int) -> bool:
         self._to_strike.append(number)
         return True
@@ -416,16 +426,6 @@ class PoolDriver(_TaskDriver):
         self._n_deaths = 0
         self._pool = context.Pool(2, prepare_pool_worker, maxtasksperchild=_TASKS_PER_CHILD)
 
-    def ask_workers_to_rest(self) -> list[Rest]:
-        # A new pool after each rest: forked workers keep open whatever this process had open, and
-        # so the messages that nobody has read of an executor that broke.
-        self.stop_workers()
-        return []
-
-    def go_on(self, *, until_end: bool = False) -> None:
-        self.start_workers()
-        super().go_on(until_end=until_end)
-
     def submit(self, seed: int, parcel: Parcel) -> Any:
         return self._pool.apply_async(work, (seed, parcel))
 
@@ -455,14 +455,6 @@ class ExecutorDriver(_TaskDriver):
                 2, context, initializer=prepare_process
             )
         self._is_to_break = False
-
-    def ask_workers_to_rest(self) -> list[Rest]:
-        self.stop_workers()
-        return []
-
-    def go_on(self, *, until_end: bool = False) -> None:
-        self.start_workers()
-        super().go_on(until_end=until_end)
 
     def submit(self, seed: int, parcel: Parcel) -> Any:
         try:

@@ -60,6 +60,7 @@ class Payload:
         Stream and buffers together, bytes.
     """
 
+    #: `written` is the stream as the pickler wrote it, for those who can do with its pieces.
     __slots__ = ("_sources", "sizes", "written")
 
     def __init__(self, stream: bytes | Stream, sources: Sequence[Any], sizes: list[int]) -> None:
