@@ -103,7 +103,13 @@ class Hook:
             self._replaced.pop()
 
     def count_fallback(self, reason: str, nbytes: int) -> None:
-        """Count a message of that many bytes that travels in-band for one of the reasons."""
+        """Count a message of that many bytes that travels in-band for one of the reasons.
+
+        Not one that met the closing of the arena: it travels as without oobpickle, as it would
+        have a moment later, and there is nothing to warn of.
+        """
+        if reason == "detached" and self.arena.closed:
+            return
         n_messages_at, nbytes_at = _statistics.fallback_counters(reason)
         self.arena.membership.count((n_messages_at, 1), (nbytes_at, nbytes))
 

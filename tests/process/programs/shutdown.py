@@ -9,6 +9,7 @@ import inside
 from inside import eventually, message, verify
 
 import oobpickle
+from oobpickle import _connections
 
 MIB = 1 << 20
 N_TASKS = 12
@@ -62,6 +63,34 @@ def block_left_while_workers_run():
     pool.close()
     pool.join()
     del results, pool
+    _assert_nothing_is_left(arena)
+
+
+def block_left_while_a_message_is_about_to_take_room():
+    """It is neither lost nor warned of: the sender has looked, then the owner closes the arena."""
+    context = multiprocessing.get_context("fork")
+    looked = context.Event()
+    send_through = _connections._send_through
+
+    def after_the_owner_has_closed(hook, *args):
+        looked.set()
+        eventually(lambda: hook.arena.closed)
+        return send_through(hook, *args)
+
+    def send(end):
+        _connections._send_through = after_the_owner_has_closed
+        end.send(message(7))
+
+    with oobpickle.enabled(capacity=256 * MIB) as arena:
+        receiver, sender = context.Pipe(duplex=False)
+        worker = context.Process(target=send, args=(sender,))
+        worker.start()
+        assert looked.wait(30)
+    verify(receiver.recv(), 7)
+    worker.join()
+    worker.close()
+    assert not arena.statistics().fallbacks, arena.statistics()
+    assert arena.statistics().n_messages_out_of_band == 0, arena.statistics()
     _assert_nothing_is_left(arena)
 
 
