@@ -127,11 +127,13 @@ def _reduce_masked_directly(taker: Taker, array: Any) -> Any:
     if array._baseclass is not np.ndarray or both[0].dtype.names is not None:
         return _masked_state(taker, array, *both)
     data, mask = (_rebuild_of(taker, one) for one in both)
-    fill_value = array._fill_value
-    if fill_value is None:
-        fill_value = np.ma.default_fill_value(array.dtype)
     # dtype, copy, subok, ndmin
-    arguments = (type(array), data, mask, None, False, True, 0, fill_value)
+    arguments = (type(array), data, mask, None, False, True, 0, array._fill_value)
+    if array._fill_value is None:
+        # NumPy's way sets the default, whose dtype is not that of the array. A state of None would
+        # be left out, so it is made where it arrives.
+        default = Rebuild(type(None), ())
+        return np.ma.MaskedArray.__new__, arguments, default, None, None, np.ma.set_fill_value
     return np.ma.MaskedArray.__new__, arguments
 
 

@@ -82,6 +82,14 @@ OUT_OF_BAND = {
     "masked, records": (np.ma.array(RECORDS, mask=[(1, 0)] * 20_000), [240_000, 40_000]),
     "masked matrix": (np.ma.masked_less(ARRAY.view(np.matrix), 7), [160_000, 20_000]),
     "masked subclass": (Named(ARRAY, ARRAY < 7), [160_000, 20_000]),
+    "masked, default fill of another dtype": (
+        np.ma.array(ARRAY.astype(np.float32), mask=ARRAY < 4),
+        [80_000, 20_000],
+    ),
+    "masked, default fill out of range": (
+        np.ma.array(np.tile(ARRAY, 2).astype(np.int16), mask=np.tile(ARRAY, 2) < 4),
+        [80_000, 40_000],
+    ),
     "masked dates": (np.ma.array(ARRAY.view("M8[s]"), mask=ARRAY < 4), [160_000, 20_000]),
 }
 #: What NumPy makes of these cannot be made of a buffer, or is the class's own business.
