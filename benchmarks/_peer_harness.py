@@ -38,17 +38,12 @@ from typing import Any
 
 from _driver import MISMATCH
 from _harness import MismatchError, SideError
+from _leftovers import Leftovers
 from _peer_memory import TOKEN, Tree, available_nbytes, shared_nbytes
 from _peer_rows import Row
 from _peer_side import expect
 
 HERE = Path(__file__).resolve().parent
-SHM = Path("/dev/shm")
-# What the peers name their files.
-_LEFTOVERS = (
-    *("psm_*", "npshmex_*", "joblib_memmapping_folder_*", "torch_*", "plasma*", "mpich_*"),
-    *("peers-file-*", "sem.*", "ray_*"),
-)
 _SAMPLE_S = 0.02
 _WATCH_S = 0.2
 _BATCH_S = 0.1  # So much is measured in a round of one peer, at least one message.
@@ -222,7 +217,9 @@ def _batch(side: PeerSide, n_messages: int) -> list[float]:
     return durations_s[n_uncounted:]
 
 
-def measure_apart(row: Row, peers: list[str], limits: Limits) -> dict[str, Cell]:
+def measure_apart(
+    row: Row, peers: list[str], limits: Limits, leftovers: Leftovers
+) -> dict[str, Cell]:
     """Measure one row in passes, with one side at a time, as not all fit into memory."""
     expected = expect(row.nbytes)
     cells = {name: Cell() for name in peers}
@@ -233,7 +230,7 @@ def measure_apart(row: Row, peers: list[str], limits: Limits) -> dict[str, Cell]
                 continue
             with _noting(cell, name=name), PeerSide(name, row.n_workers, limits) as side:
                 _pass(side, row, expected, cell, index)
-            remove_leftovers()
+            leftovers.remove()
     return cells
 
 
@@ -293,18 +290,3 @@ def _turned(names: Iterable[str], index: int) -> list[str]:
     n_turned = index * 5 % max(1, len(order))
     order = order[n_turned:] + order[:n_turned]
     return order[::-1] if index % 2 else order
-
-
-def remove_leftovers() -> None:
-    """Remove files that peers forgot in ``/dev/shm`` and that no process maps."""
-    mapped: set[str] = set()
-    for maps in Path("/proc").glob("[0-9]*/maps"):
-        with contextlib.suppress(OSError):
-            mapped.update(word for word in maps.read_text().split() if word.startswith(str(SHM)))
-    for pattern in _LEFTOVERS:
-        for path in SHM.glob(pattern):
-            if path.stat().st_uid == os.getuid() and str(path) not in mapped:
-                if path.is_dir():
-                    shutil.rmtree(path, ignore_errors=True)
-                else:
-                    path.unlink(missing_ok=True)

@@ -35,13 +35,13 @@ import _environment
 import _peer_side
 import _peers
 from _harness import MismatchError
+from _leftovers import Leftovers
 from _peer_harness import (
     Cell,
     Limits,
     PeerSide,
     measure_apart,
     measure_together,
-    remove_leftovers,
 )
 from _peer_report import compare, figures, header, lines
 from _peer_rows import ROWS, Row
@@ -128,20 +128,21 @@ def _measure(
     )
     there = [name for name in names if name not in missing]
     found: Found = {}
+    leftovers = Leftovers()
     try:
-        for row, cells in _measure_rows(rows, there, limits):
+        for row, cells in _measure_rows(rows, there, limits, leftovers):
             compare(cells)
             cells.update({name: Cell(failure=reason) for name, reason in missing.items()})
             found[row] = cells
             if arguments.json:
                 _store(arguments.json, facts, found)  # After each row: a run may be cut short.
     finally:
-        remove_leftovers()
+        leftovers.remove()
     return {row: found[row] for row in rows}
 
 
 def _measure_rows(
-    rows: list[Row], names: list[str], limits: Limits
+    rows: list[Row], names: list[str], limits: Limits, leftovers: Leftovers
 ) -> Iterator[tuple[Row, dict[str, Cell]]]:
     for n_workers in sorted({row.n_workers for row in rows}):
         sides: dict[str, PeerSide] = {}
@@ -157,7 +158,7 @@ def _measure_rows(
     for row in rows:
         if row.is_apart:
             with _noting_time(row):
-                cells = measure_apart(row, names, limits)
+                cells = measure_apart(row, names, limits, leftovers)
             yield row, cells
 
 
