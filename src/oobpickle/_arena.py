@@ -3,11 +3,10 @@
 **What.** `Arena` gives destinations to senders (`acquire`), recycles blocks, keeps within its
 capacity, and says what it did. Its `intake` is for receivers.
 
-**How it works.** Three nameless files: data, ledger, locks. Apart, so that a write past the end
-of an array cannot reach the table. Memory that was used is kept for the next message: fresh pages
-cost ten times more than a copy. A receiver's block comes back when the last array over it is
-collected: a weak reference on an exact ndarray, the *anchor*, queues it, and whoever next works
-with the ledger frees it.
+**How it works.** Over three nameless files (`_files`). Memory that was used is kept for the next
+message: fresh pages cost ten times more than a copy. A receiver's block comes back when the last
+array over it is collected: a weak reference on an exact ndarray, the *anchor*, queues it, and
+whoever next works with the ledger frees it.
 
 **Lifetime.** Created by `create` (the owner), inherited by `attach` and by fork. `close` ends it:
 free blocks go back to the system at once, blocks under living arrays when those die. However
@@ -21,43 +20,25 @@ from __future__ import annotations
 
 import operator
 import os
-import secrets
-import stat
-import struct
 import time
 from typing import TYPE_CHECKING, Final, SupportsIndex
 
-from oobpickle import _copying, _faults, _fork, _huge_pages, _statistics, _system
+from oobpickle import _copying, _faults, _fork, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
+from oobpickle._files import Files, name_of, open_by_name
 from oobpickle._foreign import ignoring, pass_on_foreign
+from oobpickle._handed import HandedEnds
 from oobpickle._holdings import Holdings
 from oobpickle._intake import Intake
 from oobpickle._layout import (
     BLOCKS_AT,
     H_CAPACITY,
-    H_CHECK,
     H_CLOSED,
-    H_DATA_INODE,
-    H_DATA_NBYTES,
-    H_HANDED,
-    H_HANDED_ENDS,
-    H_HUGE,
-    H_IDENTITY,
-    H_LOCKS_INODE,
-    H_MAGIC,
-    H_ROWS,
-    H_VERSION,
     HEADER_WORDS,
-    LEDGER_NBYTES,
-    MAGIC,
     MAX_BLOCKS,
     N_COLUMNS,
-    N_HANDED_ENDS,
-    VERSION,
     Plan,
-    header_check,
     plan,
-    rows_word,
 )
 from oobpickle._lease import Lease
 from oobpickle._ledger import Ledger
@@ -65,22 +46,18 @@ from oobpickle._membership import HURRIED_S, Membership
 from oobpickle._options import Options
 from oobpickle._room import Room
 from oobpickle._rows import Shortage
-from oobpickle._segment import Segment, largest_file_nbytes, locked_nbytes
 from oobpickle._statistics import Statistics, format_nbytes
 from oobpickle._table import Census
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Sequence
+    from collections.abc import Callable, Sequence
 
-_DATA_NBYTES: Final = 1 << 44
-_MIN_DATA_NBYTES: Final = 64 << 20
 _PLAIN_NBYTES_PER_S: Final = 0.3e9  # what a message through a pipe takes, for the default wait_s
 _FIRST_PAUSE_S: Final = 0.2e-3
 _LAST_PAUSE_S: Final = 5e-3
 _STEP_BLOCKS: Final = 64  # blocks per step, so that nobody waits long for the lock
 _EVERYTHING: Final = 1 << 62
 _ROWS_AHEAD: Final = 448  # with a step, one page of each column
-_ADDRESS: Final = struct.Struct("<4I")
 
 Block = tuple[int, int]  # index and generation
 
@@ -103,24 +80,24 @@ class Arena:
 
     _kept = True
 
-    def __init__(self, data: Segment, table: Segment, handle: int) -> None:
-        words = table.words()
-        _check_header(words, data.nbytes)
-        self.data = data
+    def __init__(self, files: Files) -> None:
+        words = files.words
+        self.data = files.data
         self.ledger = Ledger(words)
-        self.holdings = Holdings(self.ledger, data)
-        self.membership = Membership(self.ledger, handle, self._repair)
-        self.room = Room(self.ledger, data, self.holdings, self.membership)
-        self._table = table
+        self.holdings = Holdings(self.ledger, self.data)
+        self.membership = Membership(self.ledger, files.locks.fd, self._repair)
+        self.room = Room(self.ledger, self.data, self.holdings, self.membership)
+        self.handed = HandedEnds(words, self.membership)
+        self._table = files.table
         self.words = words
-        self.identity = bytes(words[H_IDENTITY : H_IDENTITY + 2])
+        self.identity = files.identity
         self.options = Options.read(words)
         self._capacity = words[H_CAPACITY]
         self._pid = os.getpid()
         self._inside_step = False
         self._askers: set[object] = set()  # tokens, as in `users`, for this arena
         self._n_rows = 0  # of the ledger that have pages
-        self._kept = data.kept
+        self._kept = self.data.kept
         self._final: Statistics | None = None  # valid once it is retired
         self.intake = Intake(self)
         self.sizes_of: Callable[[object], list[int]] = _cannot_pickle
@@ -137,26 +114,18 @@ class Arena:
         """
         if not _system.SUPPORTED:
             raise ArenaError("this needs 64-bit Linux with /proc")
-        options = options.resolve()
-        segments: list[Segment] = []
-        arena = None
+        files = arena = None
         try:
-            segments.append(_create_data(largest_file_nbytes(_DATA_NBYTES)))
-            options = options.within(segments[0].nbytes)
-            segments.append(Segment.create(LEDGER_NBYTES, "ledger"))
-            if segments[1].backing != "memfd":  # a mount can be full: then its pages fault fatally
-                segments[1].reserve(0, 8 * BLOCKS_AT)
-            segments.append(Segment.create(_system.PAGE_NBYTES, "locks", map_it=False))
-            _write_header(segments[1].words(), options, segments[0], segments[2].fd)
-            arena = cls(segments[0], segments[1], segments[2].fd)
-            segments.pop().kept = True
+            files = Files.create(options.resolve())
+            arena = cls(files)
+            files.locks.kept = True  # the membership's from now on
             arena._reserve_rows(0)
             arena.membership.join()
         except BaseException as error:
             if arena is not None:
                 arena.membership.close()
-            for segment in segments:
-                segment.close()
+            if files is not None:
+                files.close()
             pass_on_foreign(error)
             if not isinstance(error, (OSError, ArenaFullError)):
                 raise
@@ -181,27 +150,10 @@ class Arena:
         ArenaError
             If they are no files of an arena, or of another version.
         """
-        table_nbytes, data_nbytes = os.fstat(ledger_fd).st_size, os.fstat(data_fd).st_size
-        if table_nbytes != LEDGER_NBYTES or data_nbytes < _MIN_DATA_NBYTES:
-            raise ArenaError(
-                f"these are no files of an arena: {table_nbytes} and {data_nbytes} bytes, expected "
-                f"{LEDGER_NBYTES} and at least {_MIN_DATA_NBYTES}"
-            )
-        head = memoryview(bytearray(os.pread(ledger_fd, 8 * HEADER_WORDS, 0))).cast("Q")
-        _check_header(head, data_nbytes)  # before anything is mapped
-        for word, fd in ((H_DATA_INODE, data_fd), (H_LOCKS_INODE, locks_fd)):
-            inode = os.fstat(fd).st_ino
-            if inode != head[word]:
-                raise ArenaError(
-                    f"descriptor {fd} is another file than the ledger's: inode {inode}, expected "
-                    f"{head[word]}"
-                )
-        table = Segment.attach(ledger_fd)
-        os.set_inheritable(locks_fd, False)
-        data = Segment.attach(data_fd, map_it=_may_map())
-        arena = cls(data, table, locks_fd)
+        files = Files.inherited(data_fd, ledger_fd, locks_fd)
+        arena = cls(files)
         _faults.reach("arena.mapped")
-        if table.mapped:
+        if files.table.mapped:
             arena.membership.try_join()
         else:  # no address space: it can load messages, and copies them out of the file
             arena.membership.stay_out()
@@ -216,24 +168,10 @@ class Arena:
         OSError, ArenaError
             If that process is gone, is another user's, or has not got this arena.
         """
-        pid, *numbers = _ADDRESS.unpack(name[16:])
-        fds: list[int] = []
+        fds = open_by_name(name)
         try:
-            for number in numbers:
-                path = f"/proc/{pid}/fd/{number}"
-                status = os.stat(path)
-                if not stat.S_ISREG(status.st_mode):
-                    raise ArenaError(f"process {pid} has something else open now")
-                if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-                    raise ArenaError(
-                        f"a file of process {pid} belongs to user {status.st_uid}, mode "
-                        f"{stat.S_IMODE(status.st_mode):04o}: not private to this user"
-                    )
-                fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-            if os.pread(fds[1], 16, 8 * H_IDENTITY) != name[:16]:
-                raise ArenaError(f"process {pid} has not got it any more")
-            return cls.attach(fds[0], fds[1], fds[2])
-        except (OSError, ArenaError):
+            return cls.attach(*fds)
+        except BaseException:
             for fd in fds:
                 os.close(fd)
             raise
@@ -241,7 +179,7 @@ class Arena:
     @property
     def name(self) -> bytes:
         """32 bytes: the identity, and where this process has the files."""
-        return self.identity + _ADDRESS.pack(os.getpid(), *self.descriptors)
+        return name_of(self.identity, self.descriptors)
 
     @property
     def descriptors(self) -> tuple[int, int, int]:
@@ -252,35 +190,6 @@ class Arena:
     def closed(self) -> bool:
         """Whether the owner has closed it: nothing new is sent through it."""
         return self.words[H_CLOSED] != 0
-
-    @property
-    def n_handed(self) -> int:
-        """How many ends of channels participants have passed on."""
-        return self.words[H_HANDED]
-
-    def note_handed(self, ends: Collection[int]) -> None:
-        """Let all participants look again at who can read there."""
-        try:
-            self.membership.run(self._note_handed, ends)
-        except (ArenaFullError, OSError) as error:
-            pass_on_foreign(error)
-            # Too many to be listed: they look again at all.
-            jump = N_HANDED_ENDS + 1 + secrets.randbits(62)
-            self.words[H_HANDED] = (self.words[H_HANDED] + jump) % (1 << 63)
-
-    def _note_handed(self, ends: Collection[int]) -> None:
-        for end in ends:
-            n = self.words[H_HANDED]
-            self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] = end
-            self.words[H_HANDED] = (n + 1) % (1 << 63)
-
-    def handed_since(self, n_handed: int) -> list[int] | None:
-        """Return the ends that were passed on since there were `n_handed`; ``None`` for "any"."""
-        numbers = range(n_handed, self.words[H_HANDED])
-        ends = [self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] for n in numbers[-N_HANDED_ENDS:]]
-        # Read first, then looked whether they were overwritten meanwhile.
-        n_new = self.words[H_HANDED] - n_handed
-        return ends if 0 <= n_new <= N_HANDED_ENDS else None
 
     def _repair(self) -> None:
         self.ledger.rebuild()
@@ -674,15 +583,6 @@ def check_preparation(like: object, nbytes: int | None, count: int) -> None:
             raise ValueError(f"{name} must be {least} or more, not {value}")
 
 
-def _may_map() -> bool:
-    """Tell whether a sparse mapping is safe: mlockall() would make all of it resident."""
-    try:
-        return locked_nbytes() == 0
-    except OSError as error:  # no /proc, or no descriptor
-        pass_on_foreign(error)
-        return True
-
-
 def _fresh_nbytes(taken: list[tuple[int, int]], layout: Plan) -> int:
     """Return how many bytes of the needs lie in pages that leased blocks do not have yet."""
     fresh_nbytes = 0
@@ -690,50 +590,3 @@ def _fresh_nbytes(taken: list[tuple[int, int]], layout: Plan) -> int:
         if nbytes > present:
             fresh_nbytes += nbytes - present
     return fresh_nbytes
-
-
-def _create_data(nbytes: int) -> Segment:
-    """Create the data file, as large as the address space allows: 128 TiB hold seven of 16."""
-    if nbytes < _MIN_DATA_NBYTES:
-        raise ArenaError(
-            f"the limits of this process leave {format_nbytes(nbytes)} of address space or file "
-            f"size, need {format_nbytes(_MIN_DATA_NBYTES)}. See ulimit -v and ulimit -f."
-        )
-    while True:
-        try:
-            return Segment.create(nbytes, "data")
-        except ArenaError:
-            if nbytes // 4 < _MIN_DATA_NBYTES:
-                raise
-            nbytes //= 4
-
-
-def _write_header(words: memoryview, options: Options, data: Segment, locks_fd: int) -> None:
-    identity = secrets.token_bytes(16)
-    words[H_IDENTITY] = int.from_bytes(identity[:8], "little")
-    words[H_IDENTITY + 1] = int.from_bytes(identity[8:], "little")
-    options.write(words)
-    words[H_DATA_NBYTES] = data.nbytes
-    words[H_DATA_INODE] = os.fstat(data.fd).st_ino
-    words[H_LOCKS_INODE] = os.fstat(locks_fd).st_ino
-    words[H_HUGE] = _huge_pages.policy() if data.backing == "memfd" else _huge_pages.NEVER
-    words[H_ROWS] = rows_word(0)
-    words[H_VERSION] = VERSION
-    words[H_MAGIC] = MAGIC
-    words[H_CHECK] = header_check(words)
-
-
-def _check_header(words: memoryview, data_nbytes: int) -> None:
-    if (words[H_MAGIC], words[H_VERSION]) != (MAGIC, VERSION):
-        raise ArenaError(
-            f"the inherited file is no ledger of this version: magic {words[H_MAGIC]:#x}, "
-            f"version {words[H_VERSION]}, expected {MAGIC:#x} and {VERSION}. "
-            "Use one version of oobpickle in all processes."
-        )
-    if words[H_CHECK] != header_check(words):
-        raise ArenaError("the header of the inherited ledger is damaged: its check does not match")
-    if words[H_DATA_NBYTES] != data_nbytes:
-        raise ArenaError(
-            f"the inherited data file has {data_nbytes} bytes, the ledger speaks of "
-            f"{words[H_DATA_NBYTES]}"
-        )

@@ -47,7 +47,7 @@ class Channels:
     def __init__(self, arena: Arena, known: bytes = b"") -> None:
         self._arena = arena
         numbers = array("Q", known)
-        self._n_handed = numbers.pop(0) if numbers else arena.n_handed
+        self._n_handed = numbers.pop(0) if numbers else arena.handed.n
         # From the end that writes to the end that reads.
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
         self._epoch = arena.holdings.epoch
@@ -83,7 +83,7 @@ class Channels:
         for end in ends:
             self._handed[end] = None
         _bound(self._handed)
-        self._arena.note_handed(ends)
+        self._arena.handed.note(ends)
 
     def _doubt(self, ends: Iterable[int]) -> None:
         """From now on the system is asked who can read there."""
@@ -110,10 +110,10 @@ class Channels:
         token = object()
         try:
             self._passing[token] = self._arena.holdings.epoch, ends
-            self._arena.note_handed(ends)
+            self._arena.handed.note(ends)
             yield
         finally:
-            self._arena.note_handed(ends)
+            self._arena.handed.note(ends)
             self._passing.pop(token, None)
             for end in ends:
                 self._vain.pop(end, None)
@@ -143,10 +143,10 @@ class Channels:
 
     def _catch_up(self) -> None:
         """Doubt what other participants have passed on."""
-        n_handed = self._arena.n_handed
+        n_handed = self._arena.handed.n
         if n_handed == self._n_handed:
             return
-        ends = self._arena.handed_since(self._n_handed)
+        ends = self._arena.handed.since(self._n_handed)
         self._doubt([*self._made, *self._found] if ends is None else ends)
         self._n_handed = n_handed
 

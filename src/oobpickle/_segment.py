@@ -29,13 +29,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import resource
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 from oobpickle import _faults, _huge_pages, _system
+from oobpickle._backing import open_nameless, seal
 from oobpickle._errors import ArenaError
 from oobpickle._file_words import WORD_NBYTES, FileWords
 from oobpickle._foreign import ignoring, pass_on_foreign
@@ -44,15 +43,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-BACKING_VARIABLE: Final = "OOBPICKLE_BACKING"
 STEP_NBYTES: Final = 64 << 20
-_ALIGN_NBYTES: Final = 2 << 20
-
-_MFD_CLOEXEC: Final = 0x1
-_MFD_ALLOW_SEALING: Final = 0x2
-_MFD_NOEXEC_SEAL: Final = 0x8
-_F_ADD_SEALS: Final = 1033
-_SEALS: Final = 0x1 | 0x2 | 0x4  # SEAL, SHRINK, GROW: nobody can cut the file under a mapping
 
 
 def page_round(nbytes: int) -> int:
@@ -107,12 +98,12 @@ class Segment:
         ArenaError
             If the system has no file, size or address space for it; the text says which.
         """
-        fd, backing = _open_nameless(name)
+        fd, backing = open_nameless(name)
         try:
             os.fchmod(fd, 0o600)
             os.ftruncate(fd, nbytes)
             if backing == "memfd":
-                _seal(fd)
+                seal(fd)
             return cls(fd, nbytes, backing, map_it=map_it, kept=False)
         except BaseException as error:
             os.close(fd)
@@ -344,91 +335,3 @@ def _touch(view: memoryview) -> None:
     # thread's store between both, so this is the only path that needs such threads to be idle.
     for start in range(0, len(view), _system.PAGE_NBYTES):
         view[start] = view[start]
-
-
-def _open_nameless(name: str) -> tuple[int, str]:
-    wanted = os.environ.get(BACKING_VARIABLE, "")
-    openers = {"memfd": _open_memfd, "shm": _open_shm, "tmp": _open_tmp}
-    if wanted and wanted not in openers:
-        raise ArenaError(f"{BACKING_VARIABLE} is {wanted!r}, expected one of {', '.join(openers)}")
-    problems = []
-    for backing, opener in openers.items():
-        if wanted and backing != wanted:
-            continue
-        try:
-            return opener(name), backing
-        except OSError as error:
-            pass_on_foreign(error)
-            problems.append(f"{backing}: {error.strerror}")
-    raise ArenaError(f"no shared memory on this system ({'; '.join(problems)})")
-
-
-def _open_memfd(name: str) -> int:
-    flags = _MFD_CLOEXEC | _MFD_ALLOW_SEALING
-    try:
-        return os.memfd_create(f"oobpickle-{name}", flags | _MFD_NOEXEC_SEAL)
-    except OSError as error:  # kernels before 6.3 do not know the flag
-        pass_on_foreign(error)
-        return os.memfd_create(f"oobpickle-{name}", flags)
-
-
-def _open_shm(name: str) -> int:
-    return _open_unlinked("/dev/shm")
-
-
-def _open_tmp(name: str) -> int:
-    return _open_unlinked(tempfile.gettempdir())
-
-
-def _open_unlinked(directory: str) -> int:
-    try:
-        return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
-    except OSError as error:  # O_TMPFILE is not for every file system
-        pass_on_foreign(error)
-        fd, path = tempfile.mkstemp(dir=directory)
-        os.unlink(path)
-        os.set_inheritable(fd, False)
-        return fd
-
-
-def _seal(fd: int) -> None:
-    import fcntl
-
-    fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
-
-
-def largest_file_nbytes(wanted: int) -> int:
-    """Return how large a sparse file may be here, at most `wanted` bytes.
-
-    Considers ``RLIMIT_FSIZE`` and a quarter of what ``RLIMIT_AS`` leaves.
-
-    Raises
-    ------
-    ArenaError
-        If the process locks its memory: a sparse mapping would become resident as a whole.
-    """
-    status = _own_status()
-    if locked_nbytes() > 0:
-        raise ArenaError(
-            f"this process locks {locked_nbytes()} bytes of memory (mlock): a sparse mapping could "
-            "become resident as a whole. Run without mlockall()."
-        )
-    nbytes = wanted
-    file_limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if file_limit != resource.RLIM_INFINITY:
-        nbytes = min(nbytes, file_limit)
-    space_limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if space_limit != resource.RLIM_INFINITY:
-        nbytes = min(nbytes, (space_limit - status.get("VmSize", 0)) // 4)
-    return max(0, nbytes // _ALIGN_NBYTES * _ALIGN_NBYTES)
-
-
-def locked_nbytes() -> int:
-    """Return how much of its memory this process has locked; a mapping may then be locked too."""
-    return _own_status().get("VmLck", 0)
-
-
-def _own_status() -> dict[str, int]:
-    with open("/proc/self/status") as file:
-        pairs = (line.split(":", 1) for line in file)
-        return {key: int(text.split()[0]) * 1024 for key, text in pairs if text.endswith("kB\n")}

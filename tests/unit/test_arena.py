@@ -17,10 +17,10 @@ from oobpickle import (
     ArenaError,
     ArenaFullError,
     StaleEnvelopeError,
+    _backing,
     _fork,
     _headroom,
     _participants,
-    _segment,
 )
 from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
@@ -628,7 +628,7 @@ def test_a_message_whose_reader_may_be_hidden_is_kept(arena, monkeypatch):
 @pytest.mark.parametrize("locked_nbytes", [0, 4096])
 def test_where_memory_is_locked_the_data_is_not_mapped(arena, monkeypatch, locked_nbytes):
     """A sparse mapping could become resident as a whole."""
-    monkeypatch.setattr(_segment, "_own_status", lambda: {"VmLck": locked_nbytes})
+    monkeypatch.setattr(_backing, "_own_status", lambda: {"VmLck": locked_nbytes})
     other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
 
     assert other.data.mapped is (locked_nbytes == 0)

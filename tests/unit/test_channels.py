@@ -244,20 +244,20 @@ def test_what_cannot_be_listed_makes_all_doubtful(
 
     if stuck:
         monkeypatch.setattr(arena.membership, "run", run)
-        arena.note_handed([1])
+        arena.handed.note([1])
     else:
-        arena.note_handed(range(N_HANDED_ENDS + 1))
+        arena.handed.note(range(N_HANDED_ENDS + 1))
 
     assert 0 == channels.known(ends[1].fileno())
 
 
 def test_descriptors_that_are_no_channels_matter_to_nobody(arena, channels):
-    before = arena.n_handed
+    before = arena.handed.n
 
     with open("/dev/null") as file, channels.passing_on([1 << 20, file.fileno()]):
         pass
 
-    assert before == arena.n_handed
+    assert before == arena.handed.n
 
 
 def test_one_that_is_not_open_does_not_hide_the_others(channels, ends):

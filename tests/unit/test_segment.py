@@ -13,9 +13,10 @@ import weakref
 import numpy as np
 import pytest
 
-from oobpickle import _segment, _system
+from oobpickle import _backing, _segment, _system
+from oobpickle._backing import BACKING_VARIABLE, largest_file_nbytes
 from oobpickle._errors import ArenaError
-from oobpickle._segment import BACKING_VARIABLE, Segment, largest_file_nbytes, page_round
+from oobpickle._segment import Segment, page_round
 from oobpickle._system import PAGE_NBYTES
 
 MIB = 1 << 20
@@ -617,7 +618,12 @@ def test_attaching_maps_the_same_file_and_keeps_it_from_programs(segment):
 
 def in_a_process(code, *fds):
     """Run code in a fresh interpreter and return what it prints."""
-    program = "import os, resource\nfrom oobpickle._segment import *\n" + code
+    program = (
+        "import os, resource\n"
+        "from oobpickle._backing import largest_file_nbytes\n"
+        "from oobpickle._segment import Segment\n"
+        f"{code}"
+    )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     child = subprocess.run(
         [sys.executable, "-W", "error", "-c", program],
@@ -715,7 +721,7 @@ def test_a_process_that_locks_its_memory_gets_no_sparse_mapping(monkeypatch):
     libc = ctypes.CDLL(None, use_errno=True)
     page = ctypes.create_string_buffer(2 * PAGE_NBYTES)
     if libc.mlock(page, PAGE_NBYTES) != 0:
-        monkeypatch.setattr(_segment, "_own_status", lambda: {"VmLck": 8192})
+        monkeypatch.setattr(_backing, "_own_status", lambda: {"VmLck": 8192})
     try:
         with pytest.raises(ArenaError, match=r"locks \d+ bytes .*mlockall"):
             largest_file_nbytes(1 << 44)

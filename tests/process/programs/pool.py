@@ -281,11 +281,11 @@ def program_that_a_worker_lets_inherit_a_connection(method):
 def programs_without_connections_change_nothing():
     with oobpickle.enabled() as arena:
         read, write = multiprocessing.Pipe(duplex=False)
-        handed, pipe = arena.n_handed, subprocess.PIPE
+        handed, pipe = arena.handed.n, subprocess.PIPE
         for more in ({"stderr": subprocess.STDOUT}, {"close_fds": False}, {"stdin": pipe}):
             command = [sys.executable, "-c", "print(1)"]
             subprocess.run(command, stdout=pipe, check=True, **more)
-        assert arena.n_handed == handed
+        assert arena.handed.n == handed
         write.send(message(1))
         verify(read.recv(), 1)
         assert arena.statistics().n_messages_out_of_band == 1

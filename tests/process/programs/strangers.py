@@ -20,7 +20,7 @@ from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
 import oobpickle._reduction
-from oobpickle import _arena, _participants
+from oobpickle import _files, _participants
 from oobpickle import _layout as layout
 
 MIB = 1 << 20
@@ -244,7 +244,7 @@ def older_worker_with_another_version(method):
 
 
 def _become_another_version():
-    _arena.VERSION += 1
+    _files.VERSION += 1
 
 
 def _nothing():
