@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+import exploring  # noqa: F401  (registers hypothesis's profiles)
+
 START_METHODS = ("fork", "spawn", "forkserver")
 
 

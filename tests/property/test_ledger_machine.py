@@ -2,10 +2,10 @@
 
 from contextlib import contextmanager
 
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precondition, rule
 
+from exploring import examples
 from ledger_tools import FakeLocks, assert_in_order, make_ledger, make_mutex, owner_of, state_of
 from oobpickle import _faults, _ledger, _mutex, _participants
 from oobpickle._layout import FREE, HELD, IN_FLIGHT, LEASED
@@ -267,4 +267,4 @@ class LedgerMachine(RuleBasedStateMachine):
 
 
 TestLedgerMachine = LedgerMachine.TestCase
-TestLedgerMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestLedgerMachine.settings = examples(60, stateful_step_count=40)

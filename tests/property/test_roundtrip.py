@@ -4,20 +4,19 @@ import array as array_module
 import pickle
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import oobpickle
 import samples
+from exploring import examples
 from oobpickle import Payload, PayloadError, StructureError
 from oobpickle._serializer import serialize
 from oobpickle.testing import check_roundtrip
 from samples import Layer, Model, described, pickled
 
-settings.register_profile("roundtrip", deadline=None, database=None)
-few = settings(settings.get_profile("roundtrip"), max_examples=30)
-some = settings(settings.get_profile("roundtrip"), max_examples=60)
+few, some = examples(30), examples(60)
 
 
 # --- arrays
@@ -191,7 +190,7 @@ def test_an_object_arrives_as_pickle_would_deliver_it(obj, way, threshold):
     assert described(obj) == before
 
 
-@settings(settings.get_profile("roundtrip"), max_examples=25)
+@examples(25)
 @given(st.one_of(arrays(), objects(), subclasses()))
 def test_an_object_arrives_in_a_process_as_pickle_would_deliver_it(obj):
     check_roundtrip(obj, start_method="fork")
