@@ -85,7 +85,7 @@ def _arrays_of_column(column: Any) -> Iterator[Any]:
                 yield np.frombuffer(buffer, np.uint8)
         if not chunks:
             yield np.asarray(column.astype("i8"))
-    elif np.asarray(column).dtype == object:
+    elif column.dtype.kind == "O":  # not what it becomes as an array: times with a zone do, too
         yield np.frombuffer("".join(column).encode(), np.uint8)
     else:
         yield np.asarray(column.astype("i8") if column.dtype.kind == "M" else column)
