@@ -215,7 +215,7 @@ class Side:
             start_s = time.perf_counter()
             ForkingPickler.dumps(objects)
             between_s = time.perf_counter()
-            serialize(objects, reducers, 160 << 10, by_value=True)
+            serialize(objects, reducers, 192 << 10, by_value=True)
             times.append((between_s - start_s, time.perf_counter() - between_s))
         return times
 

@@ -22,7 +22,7 @@ from oobpickle import _headroom
 from oobpickle._layout import H_CAPACITY, H_COPY_OUT, H_THRESHOLD, H_WAIT_S
 
 #: Measured crossover of plain pickling and the arena for one message through a warm Pool.
-DEFAULT_THRESHOLD: Final = 160 << 10
+DEFAULT_THRESHOLD: Final = 192 << 10
 #: For tests: every message goes through the arena, with its stream, however small it is.
 FORCED: Final = os.environ.get("OOBPICKLE_FORCE") == "1"
 _MIN_CAPACITY: Final = 1 << 20

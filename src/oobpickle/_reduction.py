@@ -196,7 +196,7 @@ def enabled(
         memory cgroup's limit. What is available is looked at again whenever fresh memory is
         taken.
     threshold : int, optional
-        Messages of fewer bytes in all travel as they always did. Default: 160 KiB, the
+        Messages of fewer bytes in all travel as they always did. Default: 192 KiB, the
         measured crossover.
     wait_s : float, optional
         How long a sender waits for room that others hold, seconds, before the message travels
