@@ -496,7 +496,9 @@ class Arena:
 
     def _destroy(self) -> None:
         _fork.unwatch(self)
+        # Other threads may still look: whoever starts a program is in no operation of the arena.
         self.words = memoryview(bytearray(bytes(self.words[:HEADER_WORDS]))).cast("Q")
+        self.handed.words = self.words
         self.membership.close()
         self.ledger.close()
         self.data.close()

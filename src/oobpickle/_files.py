@@ -10,7 +10,8 @@ anything is mapped.
 **Lifetime.** Files that were created end with this object, unless somebody keeps them; inherited
 ones stay open.
 
-**When it cannot.** `ArenaError`, and nothing that was made stays behind."""
+**When it cannot.** `ArenaError`. Nothing that `create` has made stays behind, whatever interrupts
+it; an interrupted `inherited` may leave mappings."""
 
 from __future__ import annotations
 

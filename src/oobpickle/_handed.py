@@ -32,19 +32,19 @@ class HandedEnds:
     Parameters
     ----------
     words : memoryview
-        Of the ledger.
+        Of the ledger; once that is closed, the arena puts a copy of the header in its place.
     membership : Membership
         For the lock.
     """
 
     def __init__(self, words: memoryview, membership: Membership) -> None:
-        self._words = words
+        self.words = words
         self._membership = membership
 
     @property
     def n(self) -> int:
         """How many there have been."""
-        return self._words[H_HANDED]
+        return self.words[H_HANDED]
 
     def note(self, ends: Collection[int]) -> None:
         """Let all participants look again at who can read there."""
@@ -54,18 +54,18 @@ class HandedEnds:
             pass_on_foreign(error)
             # Too many to be listed: they look again at all.
             jump = N_HANDED_ENDS + 1 + secrets.randbits(62)
-            self._words[H_HANDED] = (self._words[H_HANDED] + jump) % (1 << 63)
+            self.words[H_HANDED] = (self.words[H_HANDED] + jump) % (1 << 63)
 
     def _note(self, ends: Collection[int]) -> None:
         for end in ends:
-            n = self._words[H_HANDED]
-            self._words[H_HANDED_ENDS + n % N_HANDED_ENDS] = end
-            self._words[H_HANDED] = (n + 1) % (1 << 63)
+            n = self.words[H_HANDED]
+            self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] = end
+            self.words[H_HANDED] = (n + 1) % (1 << 63)
 
     def since(self, n_seen: int) -> list[int] | None:
         """Return the ends that were passed on since there were `n_seen`; ``None`` for "any"."""
-        numbers = range(n_seen, self._words[H_HANDED])
-        ends = [self._words[H_HANDED_ENDS + n % N_HANDED_ENDS] for n in numbers[-N_HANDED_ENDS:]]
+        numbers = range(n_seen, self.words[H_HANDED])
+        ends = [self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] for n in numbers[-N_HANDED_ENDS:]]
         # Read first, then looked whether they were overwritten meanwhile.
-        n_new = self._words[H_HANDED] - n_seen
+        n_new = self.words[H_HANDED] - n_seen
         return ends if 0 <= n_new <= N_HANDED_ENDS else None

@@ -124,12 +124,14 @@ def _reduce_masked_directly(taker: Taker, array: Any) -> Any:
     both = _data_and_mask(array)
     if both is None or taker.stays(both[0].nbytes + both[1].nbytes):
         return array.__reduce_ex__(5)
-    if array._baseclass is not np.ndarray or both[0].dtype.names is not None:
+    is_plain = array._baseclass is np.ndarray and both[0].dtype.names is None and array.ndim > 0
+    if not is_plain:
         return _masked_state(taker, array, *both)
     data, mask = (_rebuild_of(taker, one) for one in both)
+    fill_value = array._fill_value
     # dtype, copy, subok, ndmin
-    arguments = (type(array), data, mask, None, False, True, 0, array._fill_value)
-    if array._fill_value is None:
+    arguments = (type(array), data, mask, None, False, True, 0, fill_value)
+    if fill_value is None:
         # NumPy's way sets the default, whose dtype is not that of the array. A state of None would
         # be left out, so it is made where it arrives.
         default = Rebuild(type(None), ())

@@ -292,6 +292,9 @@ def assert_empty(arena):
     assert_ledger_consistent(arena)
 
 
+_ROWS_BEYOND = 4096
+
+
 def _problems(ledger):
     words = ledger.words
     n = words[layout.H_N_BLOCKS]
@@ -300,10 +303,11 @@ def _problems(ledger):
         for name in ("offset", "size_class", "used", "generation")
     }
     columns["resident"] = np.array([ledger.resident_nbytes(i) for i in range(n)], np.int64)
-    word = np.frombuffer(ledger.word, np.uint64)
+    # A copy: others seal and adopt meanwhile, without the lock.
+    word = np.frombuffer(ledger.word, np.uint64)[: n + _ROWS_BEYOND].copy()
     state = (word[:n] & np.uint64(layout.STATE_MASK)).astype(np.int64)
     return [
-        *_row_problems(words, columns, word, state),
+        *_row_problems(ledger, columns, word, state),
         *_list_problems(ledger, columns, state),
         *_sum_problems(words, columns, state),
         *_range_problems(words, columns),
@@ -311,12 +315,12 @@ def _problems(ledger):
     ]
 
 
-def _row_problems(words, columns, word, state):
+def _row_problems(ledger, columns, word, state):
     n = len(state)
     known = (layout.FREE, layout.LEASED, layout.IN_FLIGHT, layout.HELD)
     yield from (f"row {i}: state {state[i]}" for i in range(n) if state[i] not in known)
     # One that is free was made by somebody who died before it was counted.
-    beyond = np.flatnonzero((word[n : n + 4096] & np.uint64(layout.STATE_MASK)) > layout.FREE)
+    beyond = np.flatnonzero((word[n:] & np.uint64(layout.STATE_MASK)) > layout.FREE)
     yield from (f"row {n + i} is in use beyond the {n} rows" for i in beyond)
     low = word[:n] & np.uint64(layout.LOW_MASK)
     index, generation = np.arange(n, dtype=np.uint64), columns["generation"].astype(np.uint64)
@@ -326,7 +330,7 @@ def _row_problems(words, columns, word, state):
         room = layout.class_nbytes(int(columns["size_class"][i]))
         if state[i] != layout.FREE and columns["used"][i] > room:
             yield f"row {i}: {columns['used'][i]} bytes used of {room}"
-        if columns["resident"][i] > room or columns["resident"][i] % 4096:
+        if columns["resident"][i] > ledger.pages_nbytes(room) or columns["resident"][i] % 4096:
             yield f"row {i}: {columns['resident'][i]} bytes resident of {room}"
 
 

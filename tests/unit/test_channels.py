@@ -370,3 +370,15 @@ def test_a_sender_does_not_wait_for_readers_that_are_gone(arena, channels, ends)
     assert not thread.is_alive()
     for lease in leases:
         claim(arena, lease)
+
+
+def test_what_is_passed_on_when_the_arena_has_gone_is_nobodys_business(arena, ends):
+    """Another thread starts a program: it is in no operation that keeps the arena."""
+    channels = Channels(arena)
+    arena.close()
+    arena.detach()
+    assert arena.try_destroy()
+
+    with channels.passing_on([ends[0].fileno()]):
+        channels.forget(ends[1].fileno())
+    assert arena.handed.since(arena.handed.n) == []

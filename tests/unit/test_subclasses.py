@@ -90,6 +90,7 @@ OUT_OF_BAND = {
         np.ma.array(np.tile(ARRAY, 2).astype(np.int16), mask=np.tile(ARRAY, 2) < 4),
         [80_000, 40_000],
     ),
+    "masked, one long text": (np.ma.array(np.array("x" * 40_000)), [160_000, 1]),
     "masked dates": (np.ma.array(ARRAY.view("M8[s]"), mask=ARRAY < 4), [160_000, 20_000]),
 }
 #: What NumPy makes of these cannot be made of a buffer, or is the class's own business.

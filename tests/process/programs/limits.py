@@ -361,12 +361,14 @@ def full_of_held_results():
             for seed, one in enumerate(results):
                 verify(one, seed)
             n_inside = sum(is_in_arena(arena, one[1]) for one in results)
-            assert n_inside == 5, n_inside
-            assert arena.statistics().fallbacks["full"].n_messages == 5
+            # Where huge pages are asked for, a block takes whole ones.
+            n_expected = 16 * MIB // arena.ledger.pages_nbytes(3_000_000)
+            assert n_inside == n_expected, n_inside
+            assert arena.statistics().fallbacks["full"].n_messages == 10 - n_expected
             del results, one
             for seed in range(4):
                 assert is_in_arena(arena, pool.apply(_make, (seed, 3_000_000))[1])
-            assert arena.statistics().n_fallbacks == 5
+            assert arena.statistics().n_fallbacks == 10 - n_expected
             pool.close()
             pool.join()
     assert len(caught) == 1
