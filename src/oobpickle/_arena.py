@@ -444,6 +444,7 @@ class Arena:
                 self.membership.reap()
                 self.room.reclaim()
                 self.room.punch_idle(_EVERYTHING)
+                self.room.punch_uncounted()
         finally:
             self._askers.discard(token)
 
@@ -459,6 +460,7 @@ class Arena:
             self.room.reclaim()  # before it is closed: after that nobody says when he reads
             self.words[H_CLOSED] = 1
             self.room.punch_idle(_EVERYTHING)
+            self.room.punch_uncounted()
         except (ArenaFullError, OSError) as error:
             pass_on_foreign(error)
             self.words[H_CLOSED] = 1  # a stuck lock: the kernel frees it with the processes

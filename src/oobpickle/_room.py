@@ -24,7 +24,7 @@ from oobpickle import _faults, _headroom
 from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings, Keeper
-from oobpickle._huge_pages import BY_FAULT, HUGE_NBYTES
+from oobpickle._huge_pages import BY_FAULT, HUGE_NBYTES, NEVER
 from oobpickle._layout import FOLLOWS, H_CLOSED
 from oobpickle._ledger import Ledger
 from oobpickle._membership import Membership
@@ -213,6 +213,21 @@ class Room:
             if blocks:
                 self._membership.run(self._holdings.release_pending, self._membership.slot)
         return bool(blocks)
+
+    def punch_uncounted(self) -> None:
+        """Give back pages that no block has counted, if nothing is in use and none is counted.
+
+        After a process was killed in the middle of a punch, a block's count says more than there
+        is. Whoever writes there has pages made by a fault; and where huge pages are asked for, such
+        a page reaches into blocks before and behind.
+        """
+        if self._ledger.huge != NEVER:
+            with ignoring(ArenaFullError, OSError):
+                self._membership.run(self._punch_uncounted)
+
+    def _punch_uncounted(self) -> None:
+        if not any(self._ledger.census().nbytes.values()) and self._data.resident_nbytes():
+            self._data.punch(0, self._data.nbytes)
 
     def _take_idle(self, nbytes: int, blocks: list[tuple[int, int]]) -> None:
         taken: list[int] = []

@@ -477,6 +477,22 @@ def test_pages_that_only_a_fault_makes_huge_are_made_by_faults(arena, monkeypatc
     assert resident == (10 * MIB if nbytes > 2 * MIB else MIB)
 
 
+def test_pages_that_a_fault_made_around_a_block_go_back_when_nothing_is_in_use(arena):
+    arena.ledger.huge = BY_FAULT
+    lease = arena.acquire([100_000])
+    offset = arena.ledger.offset[lease.blocks[0][0]]
+    other = arena.acquire([100_000])
+    arena.data.array(offset + 120_000, 1)[:] = 1  # as the huge page of a fault would
+    lease.release()
+    arena.trim()
+    in_use = arena.data.resident_nbytes()
+    other.release()
+    arena.trim()
+
+    assert in_use > 100_000
+    assert arena.data.resident_nbytes() == 0
+
+
 def test_a_ledger_of_another_version_is_refused(arena):
     data, table, locks = arena.descriptors
     copies = [os.dup(fd) for fd in (data, table, locks)]
