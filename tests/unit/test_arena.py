@@ -479,10 +479,9 @@ def test_pages_that_only_a_fault_makes_huge_are_made_by_faults(arena, monkeypatc
 
 def test_pages_that_a_fault_made_around_a_block_go_back_when_nothing_is_in_use(arena):
     arena.ledger.huge = BY_FAULT
-    lease = arena.acquire([100_000])
-    offset = arena.ledger.offset[lease.blocks[0][0]]
-    other = arena.acquire([100_000])
-    arena.data.array(offset + 120_000, 1)[:] = 1  # as the huge page of a fault would
+    lease, other = arena.acquire([100_000]), arena.acquire([100_000])
+    end = max(arena.ledger.offset[one.blocks[0][0]] for one in (lease, other)) + 200_000
+    arena.data.array(end, 1)[:] = 1  # as the huge page of a fault would
     lease.release()
     arena.trim()
     in_use = arena.data.resident_nbytes()
