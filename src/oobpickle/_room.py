@@ -226,7 +226,12 @@ class Room:
                 self._membership.run(self._punch_uncounted)
 
     def _punch_uncounted(self) -> None:
-        if not any(self._ledger.census().nbytes.values()) and self._data.resident_nbytes():
+        census = self._ledger.census()
+        in_use = sum(n for state, n in census.n_blocks.items() if state != "free")
+        # Somebody may hold what was in a damaged one.
+        if in_use or census.n_quarantined or census.nbytes["free"]:
+            return
+        if self._data.resident_nbytes():
             self._data.punch(0, self._data.nbytes)
 
     def _take_idle(self, nbytes: int, blocks: list[tuple[int, int]]) -> None:

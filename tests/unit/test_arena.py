@@ -492,6 +492,20 @@ def test_pages_that_a_fault_made_around_a_block_go_back_when_nothing_is_in_use(a
     assert arena.data.resident_nbytes() == 0
 
 
+def test_no_page_is_taken_from_a_damaged_block_that_is_held(arena):
+    arena.ledger.huge = BY_FAULT
+    sent = send(arena, b"x" * MIB)
+    (view,) = arena.intake.claim(*sent)
+    index = sent[0][0][0]
+    word, arena.ledger.word[index] = arena.ledger.word[index], 0xBAD << 40
+    arena.trim()
+
+    assert arena.statistics().n_quarantined == 1
+    assert b"x" * MIB == bytes(view)
+    arena.ledger.word[index] = word
+    del view
+
+
 def test_a_ledger_of_another_version_is_refused(arena):
     data, table, locks = arena.descriptors
     copies = [os.dup(fd) for fd in (data, table, locks)]
