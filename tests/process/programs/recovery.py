@@ -223,7 +223,8 @@ def thirty_terminated_pools():
     nbytes, n_tasks = 300_000, 20
     seen = []
     for _ in range(30):
-        # Looks for lost messages have an interval; quicker rounds than that share one.
+        # Looks for lost messages have an interval: rounds that are quicker share one, and what they
+        # leave adds up.
         eventually(lambda: time.monotonic() >= arena.room._look_again_at)
         _terminate_a_pool(n_tasks, nbytes)
         seen.append(arena.statistics().nbytes["in_flight"])
