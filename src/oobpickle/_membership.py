@@ -10,7 +10,7 @@ slot), the next use tries again.
 **Lifetime.** Ends with the process; nobody need say goodbye.
 
 **When it cannot.** `run` raises `ArenaFullError` with the reason ``detached`` while this process
-cannot join, and ``busy`` while the lock cannot be had."""
+cannot join, or if somebody has closed its descriptors, and ``busy`` while the lock cannot be had."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Final
 
+from oobpickle._descriptors import ClosedDescriptorError, close_if, file_of, is_file
 from oobpickle._errors import ArenaFullError
-from oobpickle._foreign import ignoring, pass_on_foreign
+from oobpickle._foreign import pass_on_foreign
 from oobpickle._layout import H_STRANGERS
 from oobpickle._ledger import Ledger
-from oobpickle._locks import LockFile, file_of
+from oobpickle._locks import LockFile
 from oobpickle._mutex import LedgerBusyError, LedgerMutex
 from oobpickle._participants import OwnRow, Participants
 
@@ -72,7 +73,7 @@ class Membership:
         if self.retired:
             raise ArenaFullError("this process takes no part in the arena any more", "detached")
         if self._mutex is None:
-            locks = LockFile(self.handle)
+            locks = LockFile(self.handle, self._file)
             try:
                 self._mutex = LedgerMutex(locks, self._ledger.words, self._repair)
             except BaseException:  # a Ctrl-C
@@ -98,6 +99,16 @@ class Membership:
     def joined(self) -> bool:
         """Whether this process is a participant now."""
         return self._own is not None
+
+    @property
+    def has_handle(self) -> bool:
+        """Whether `handle` is still the locks file: children can join by it."""
+        return is_file(self.handle, self._file)
+
+    @property
+    def has_lost_lock(self) -> bool:
+        """Whether this process takes part, and somebody has closed its descriptor of the lock."""
+        return self._mutex is not None and not self._mutex.locks.is_intact()
 
     @property
     def slot(self) -> int:
@@ -128,6 +139,8 @@ class Membership:
             if not error.is_own:
                 self._patient_at = now + _HURRY_S
             raise
+        except ClosedDescriptorError as error:
+            raise ArenaFullError(str(error), "detached") from error
 
     @property
     def mutex(self) -> LedgerMutex:
@@ -229,7 +242,5 @@ class Membership:
             self._mutex.locks.close()
         self._mutex = None
         self._own = None
-        with ignoring(OSError):  # closed already, by an earlier call that was interrupted
-            if file_of(self.handle) == self._file:
-                os.close(self.handle)
+        close_if(self.handle, self._file)  # or closed already, by a call that was interrupted
         self.handle = -1

@@ -28,12 +28,14 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from oobpickle import _faults, _system
+from oobpickle._descriptors import ClosedDescriptorError
 from oobpickle._errors import ArenaFullError
 from oobpickle._layout import H_DIRTY
 from oobpickle._locks import LockFile
 
 _FIRST_PAUSE_S: Final = 20e-6
 _LAST_PAUSE_S: Final = 2e-3
+_NO_CALL: Final = (-1, _system.F_OFD_SETLK, None)
 _LONGEST_FORK_S: Final = 10.0  # from the last of the before hooks to the first of the after hooks
 
 #: Turned on by one at the end of each fork, by a hook that is a C call and so is never interrupted:
@@ -158,8 +160,12 @@ class LedgerMutex:
         unlock_call = locks.unlock_call
         unlock = _system.fcntl_keeping_gil
         try:
-            if not locks.try_lock():
-                self._wait(timeout_s)
+            try:
+                if not locks.try_lock():
+                    self._wait(timeout_s)
+            except ClosedDescriptorError:
+                unlock_call = _NO_CALL  # the number is another file's, and so are its locks
+                raise
             _faults.reach("mutex.locked")
             if words[H_DIRTY] or self._interrupted:
                 words[H_DIRTY] = 1
@@ -173,6 +179,7 @@ class LedgerMutex:
             return result
         finally:
             unlock(*unlock_call)
+            locks.see_to_loss()
 
     def _wait(self, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s

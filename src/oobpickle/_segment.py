@@ -21,11 +21,13 @@ which knows. A forked child inherits the mapping; private ranges are copy-on-wri
 **When it cannot.** Creating raises `ArenaError` where there is no file to be had, where the
 process locks all its memory, or where limits leave no room. Attaching without address space gives
 a segment that is not ``mapped``; `read_into` works there, and `words` slowly. After someone closed
-our descriptor number and opened another file on it, every operation on the file is refused
-(`ArenaError`) instead of touching a stranger's file."""
+our descriptor, and perhaps opened another file on its number, what can be done with the mapping
+alone is done so (`_remap`); what cannot is refused (`ArenaError`) instead of touching a stranger's
+file."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import os
@@ -33,8 +35,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
-from oobpickle import _faults, _huge_pages, _system
+from oobpickle import _faults, _huge_pages, _remap, _system
 from oobpickle._backing import open_nameless, seal
+from oobpickle._descriptors import ClosedDescriptorError, close_if, file_of, is_file
 from oobpickle._errors import ArenaError
 from oobpickle._file_words import WORD_NBYTES, FileWords
 from oobpickle._foreign import ignoring, pass_on_foreign
@@ -53,7 +56,11 @@ def page_round(nbytes: int) -> int:
 
 
 class NoMappingError(OSError):
-    """The system allows no further mapping; nothing has changed."""
+    """The system allows no further mapping; nothing has changed but the first `n_done` bytes."""
+
+    def __init__(self, number: int | None, text: str | None, n_done: int = 0) -> None:
+        super().__init__(number, text)
+        self.n_done = n_done
 
 
 class Segment:
@@ -72,19 +79,18 @@ class Segment:
         not, if this process has created the file: an interrupt must not leave it behind.
     """
 
-    __slots__ = ("_address", "_identity", "_view", "backing", "fd", "kept", "nbytes")
+    __slots__ = ("_address", "_first", "_identity", "_view", "backing", "fd", "kept", "nbytes")
 
     def __init__(
         self, fd: int, nbytes: int, backing: str, *, map_it: bool = True, kept: bool = True
     ) -> None:
         self.kept = True
-        self._address = 0
+        self._address = self._first = 0
         self._view: memoryview | None = None
         self.fd = fd
         self.nbytes = nbytes
         self.backing = backing
-        status = os.fstat(fd)
-        self._identity = (status.st_dev, status.st_ino)
+        self._identity = file_of(fd)
         self.kept = kept  # from here on `close` has what it needs
         if map_it:
             self._map()
@@ -137,6 +143,11 @@ class Segment:
         )
         self._address = address
         self._advise(0, self.nbytes)
+        with ignoring(OSError):  # only in the place of a descriptor that somebody may close
+            self._first = _system.map_memory(
+                self.fd, 0, _system.PAGE_NBYTES, flags=_system.MAP_SHARED
+            )
+            _system.advise(self._first, _system.PAGE_NBYTES, _system.MADV_DONTDUMP)
         array = (ctypes.c_ubyte * self.nbytes).from_address(address)
         self._view = memoryview(array).cast("B")
 
@@ -195,11 +206,26 @@ class Segment:
 
     def punch(self, offset: int, nbytes: int) -> None:
         """Give the pages of the range back to the system."""
-        self._check_identity()
-        _system.punch_hole(self.fd, offset, page_round(nbytes))
+        if self.is_ours():
+            _system.punch_hole(self.fd, offset, page_round(nbytes))
+        else:
+            self._remove(offset, page_round(nbytes))
+
+    def _remove(self, offset: int, nbytes: int) -> None:
+        if not self.mapped:
+            raise self._closed()
+        with self._file_again(offset, nbytes) as address:
+            if not _system.advise(address, nbytes, _system.MADV_REMOVE):
+                raise self._closed()
 
     def read_into(self, offset: int, destination: memoryview) -> None:
         """Fill `destination` from the *file*, whatever this process has mapped over the range."""
+        if not self.is_ours() and self.mapped:
+            start = offset % _system.PAGE_NBYTES
+            with self._file_again(offset - start, start + destination.nbytes) as address:
+                found = (ctypes.c_ubyte * destination.nbytes).from_address(address + start)
+                destination[:] = memoryview(found).cast("B")
+            return
         self._check_identity()
         done, total = 0, destination.nbytes
         while done < total:
@@ -215,12 +241,15 @@ class Segment:
         while done < total:
             done += os.pwrite(self.fd, source[done : done + STEP_NBYTES], offset + done)
 
-    def privatize(self, offset: int, nbytes: int, *, resume: bool = False) -> None:
+    def privatize(
+        self, offset: int, nbytes: int, *, resume: bool = False, keep_file: bool = False
+    ) -> None:
         """Turn the range into ordinary private memory of this process, at its address.
 
         Writes of other threads, even without the GIL, are not lost: until its page is copied a read
-        sees the file, and a write copies the page first. The file's pages are punched step by
-        step, so the peak is one step above the range.
+        sees the file, and a write copies the page first. (If somebody has closed the descriptor,
+        writes without the GIL can be lost.) The file's pages are punched step by step, so the peak
+        is one step above the range.
 
         Parameters
         ----------
@@ -229,31 +258,79 @@ class Segment:
         resume : bool
             An earlier call for this range was interrupted: to map it a second time would lose
             what it copied.
+        keep_file : bool
+            The file's pages are another process's: leave them.
 
         Raises
         ------
         NoMappingError
-            If no further mapping is allowed; the range is then shared as before.
+            If no further mapping is allowed. The range is then shared as before, but for what its
+            ``n_done`` says.
         """
         nbytes = page_round(nbytes)
-        address = self._address + offset
-        self._check_identity()
-        if not (resume and self.is_private(offset)):
-            flags = _system.MAP_PRIVATE | _system.MAP_FIXED | _system.MAP_NORESERVE
-            try:
-                _system.map_memory(self.fd, offset, nbytes, flags=flags, address=address)
-            except OSError as error:
-                if error.errno != errno.ENOMEM:
-                    raise
-                raise NoMappingError(error.errno, error.strerror) from error
-        self._advise(offset, nbytes)
+        resume = resume and self.is_private(offset)
+        is_mapped = resume or self._map_privately(offset, nbytes)
+        if is_mapped:
+            self._advise(offset, nbytes)
         for start in range(0, nbytes, STEP_NBYTES):
             n = min(STEP_NBYTES, nbytes - start)
-            if not _system.advise(address + start, n, _system.MADV_POPULATE_WRITE):
-                _touch(self.view()[offset + start : offset + start + n])
+            # What was interrupted may have gone by copies.
+            if is_mapped and not (resume and start and not self.is_private(offset + start)):
+                self._copy_pages(offset + start, n)
+            else:
+                self._replace_by_copy(offset + start, n, start)
             _faults.reach("segment.populated")
-            with ignoring(OSError):  # the range is private, whatever becomes of the file
-                _system.punch_hole(self.fd, offset + start, n)
+            if not keep_file:
+                with ignoring(OSError):  # the range is private, whatever becomes of the file
+                    self._free_pages(offset, start, n)
+
+    def _map_privately(self, offset: int, nbytes: int) -> bool:
+        """Map the file privately over the range; return ``False`` if there is no descriptor."""
+        if not self.is_ours():
+            return False
+        flags = _system.MAP_PRIVATE | _system.MAP_FIXED | _system.MAP_NORESERVE
+        address = self._address + offset
+        try:
+            _system.map_memory(self.fd, offset, nbytes, flags=flags, address=address)
+        except OSError as error:
+            if error.errno != errno.ENOMEM:
+                raise
+            raise NoMappingError(error.errno, error.strerror) from error
+        if self.is_ours():
+            return True
+        self._share_again(offset, nbytes)  # perhaps it was a strange file that was mapped
+        return False
+
+    def _copy_pages(self, offset: int, nbytes: int) -> None:
+        if not _system.advise(self._address + offset, nbytes, _system.MADV_POPULATE_WRITE):
+            _touch(self.view()[offset : offset + nbytes])
+
+    def _replace_by_copy(self, offset: int, nbytes: int, n_done: int) -> None:
+        try:
+            _remap.make_private(self._address + offset, nbytes)
+        except OSError as error:
+            pass_on_foreign(error)
+            raise NoMappingError(error.errno, error.strerror, n_done) from error
+        self._advise(offset, nbytes)
+
+    def _free_pages(self, block: int, start: int, nbytes: int) -> None:
+        if self.is_ours():
+            _system.punch_hole(self.fd, block + start, nbytes)
+            return
+        # Only the page before the whole block is certain to be shared.
+        with self._file_again(block, start + nbytes) as address:
+            _system.advise(address + start, nbytes, _system.MADV_REMOVE)
+
+    def _file_again(self, offset: int, nbytes: int) -> contextlib.AbstractContextManager[int]:
+        return _remap.file_again(*self._before(offset), nbytes)
+
+    def _before(self, offset: int) -> tuple[int, int]:
+        """Return the address of a shared page, and how far behind it in the file `offset` is."""
+        if offset:
+            return self._address + offset - _system.PAGE_NBYTES, _system.PAGE_NBYTES
+        if not self._first:
+            raise self._closed()
+        return self._first, 0
 
     def is_private(self, offset: int) -> bool:
         """Tell whether the page at `offset` is private memory of this process."""
@@ -274,11 +351,18 @@ class Segment:
 
     def share(self, offset: int, nbytes: int) -> None:
         """Map a privatized range from the file again; its private pages are gone."""
-        self._check_identity()
-        flags = _system.MAP_SHARED | _system.MAP_FIXED | _system.MAP_NORESERVE
         nbytes = page_round(nbytes)
-        _system.map_memory(self.fd, offset, nbytes, flags=flags, address=self._address + offset)
+        if self.is_ours():
+            flags = _system.MAP_SHARED | _system.MAP_FIXED | _system.MAP_NORESERVE
+            _system.map_memory(self.fd, offset, nbytes, flags=flags, address=self._address + offset)
+        if not self.is_ours():  # or not any more, and another file was mapped
+            self._share_again(offset, nbytes)
         self._advise(offset, nbytes)
+
+    def _share_again(self, offset: int, nbytes: int) -> None:
+        if not self.mapped:
+            raise self._closed()
+        _remap.share(*self._before(offset), nbytes, self._address + offset)
 
     def freeing_calls(self, offset: int, nbytes: int) -> list[Callable[..., object]]:
         """Return calls that give the pages of a range back; weakref callbacks of C alone.
@@ -294,6 +378,7 @@ class Segment:
 
     def resident_nbytes(self) -> int:
         """Bytes of the file that have pages (or blocks on disk)."""
+        self._check_identity()
         return os.fstat(self.fd).st_blocks * 512
 
     def huge_nbytes(self) -> int:
@@ -306,28 +391,26 @@ class Segment:
             self._view.release()
             self._view = None
             _system.unmap_memory(self._address, self.nbytes)
-        if self._is_ours():
-            os.close(self.fd)
+        if self._first:
+            first, self._first = self._first, 0
+            _system.unmap_memory(first, _system.PAGE_NBYTES)
+        close_if(self.fd, self._identity)
         self.fd = -1
 
     def __del__(self) -> None:
         if not self.kept:
             self.close()
 
-    def _is_ours(self) -> bool:
-        try:
-            status = os.fstat(self.fd)
-        except OSError as error:
-            pass_on_foreign(error)
-            return False
-        return (status.st_dev, status.st_ino) == self._identity
+    def is_ours(self) -> bool:
+        """Tell whether the descriptor is still this file's: others may have closed it."""
+        return is_file(self.fd, self._identity)
 
     def _check_identity(self) -> None:
-        if not self._is_ours():
-            raise ArenaError(
-                f"descriptor {self.fd} of the arena was closed in process {os.getpid()}. "
-                "Do not close descriptors that you did not open (os.closerange)."
-            )
+        if not self.is_ours():
+            raise self._closed()
+
+    def _closed(self) -> ArenaError:
+        return ClosedDescriptorError.of(self.fd, "the arena")
 
 
 def _touch(view: memoryview) -> None:

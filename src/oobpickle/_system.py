@@ -1,7 +1,7 @@
 """The few system calls that Python's standard library does not offer, typed.
 
-**What.** ``mmap`` at a fixed address, ``madvise`` on a range, ``fallocate(2)``, open file
-description locks (``fcntl(2)``, ``F_OFD_*``) and two pipe queries.
+**What.** ``mmap`` at a fixed address, ``mremap(2)``, ``madvise`` on a range, ``fallocate(2)``, open
+file description locks (``fcntl(2)``, ``F_OFD_*``) and two pipe queries.
 
 **How it works.** ctypes on the C library that the interpreter itself uses. Calls that may take
 long go through `ctypes.CDLL` (the GIL is released); the record locks go through `ctypes.PyDLL`
@@ -11,15 +11,19 @@ all other processes wait for the lock.
 **Lifetime.** No state; addresses and descriptors belong to the callers.
 
 **When it cannot.** `SUPPORTED` is false on anything but 64-bit Linux with ``/proc``; nothing else
-of this module may then be used. Sources: mmap(2), madvise(2), fallocate(2), fcntl(2), pipe(7).
+of this module may then be used. Sources: mmap(2), mremap(2), madvise(2), fallocate(2), fcntl(2),
+pipe(7).
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import functools
+import operator
 import os
 import sys
+from collections.abc import Callable
 from typing import Final
 
 SUPPORTED: Final = (
@@ -31,7 +35,10 @@ PROT_READ_WRITE: Final = 0x1 | 0x2
 MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02
 MAP_FIXED: Final = 0x10
+MAP_ANONYMOUS: Final = 0x20
 MAP_NORESERVE: Final = 0x4000
+_MREMAP_MAYMOVE: Final = 1
+_MREMAP_FIXED: Final = 2
 
 MADV_DONTNEED: Final = 4
 MADV_REMOVE: Final = 9
@@ -88,6 +95,20 @@ if SUPPORTED:
     #: ``fcntl(fd, command, flock)`` with the GIL held: for the one place that may not lose it.
     fcntl_keeping_gil = _held.fcntl
     fcntl_keeping_gil.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
+    _mremap = _held.mremap
+    _mremap.restype = ctypes.c_void_p
+    _mremap.argtypes = [
+        ctypes.c_void_p,
+        ctypes.c_size_t,
+        ctypes.c_size_t,
+        ctypes.c_int,
+        ctypes.c_void_p,
+    ]
+    _memcpy = _held.memcpy
+    _memcpy.restype = ctypes.c_void_p
+    _memcpy.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t]
+    # Before version 2.33 glibc has it in its headers only.
+    _fstat = getattr(ctypes.PyDLL(None), "fstat", None)
 
 _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 
@@ -95,6 +116,18 @@ _MAP_FAILED: Final = ctypes.c_void_p(-1).value
 def flock_argument(*, lock: bool, byte: int) -> object:
     """Return a reusable argument for `fcntl_keeping_gil` that locks or unlocks one byte."""
     return ctypes.byref(_Flock(_F_WRLCK if lock else _F_UNLCK, os.SEEK_SET, byte, 1, 0))
+
+
+def status_call(fd: int) -> tuple[Callable[[], int], memoryview] | None:
+    """Return a call of fstat(2) that keeps the GIL, and the 64-bit words that it fills.
+
+    Device and inode are the first two on every 64-bit system but one: compare them once.
+    """
+    if _fstat is None:
+        return None
+    words = (ctypes.c_uint64 * 32)()
+    call = functools.partial(_fstat, ctypes.c_int(fd), ctypes.c_void_p(ctypes.addressof(words)))
+    return call, memoryview(words).cast("B").cast("Q")
 
 
 def _error(call: str) -> OSError:
@@ -121,6 +154,66 @@ def unmap_memory(address: int, nbytes: int) -> None:
     _munmap(address, nbytes)
 
 
+def map_anonymous(nbytes: int) -> int:
+    """Map fresh private memory; return the address.
+
+    Raises
+    ------
+    OSError
+        With the errno of mmap(2).
+    """
+    return map_memory(-1, 0, nbytes, flags=MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE)
+
+
+def map_again(address: int, nbytes: int) -> int:
+    """Map a file a second time, from the page that is mapped shared at `address`; return where.
+
+    mremap(2) does that for an old size of 0. No descriptor is needed, and the new mapping may be
+    longer than the old one.
+
+    Raises
+    ------
+    OSError
+        With the errno of mremap(2).
+    """
+    mapped = _mremap(address, 0, nbytes, _MREMAP_MAYMOVE, None)
+    if mapped == _MAP_FAILED or mapped is None:
+        raise _error("mremap")
+    return int(mapped)
+
+
+def move_mapping(address: int, nbytes: int, to: int) -> None:
+    """Move a mapping over what is at `to`.
+
+    Raises
+    ------
+    OSError
+        With the errno of mremap(2).
+    """
+    if _mremap(address, nbytes, nbytes, _MREMAP_MAYMOVE | _MREMAP_FIXED, to) == _MAP_FAILED:
+        raise _error("mremap")
+
+
+def copy_and_move_mapping(address: int, nbytes: int, to: int) -> None:
+    """Copy what is at `to` to `address`, and move that mapping over it.
+
+    The GIL is kept from the first byte on: both are done by one call in C, so no thread that
+    writes there with the GIL comes in between.
+
+    Raises
+    ------
+    OSError
+        With the errno of mremap(2).
+    """
+    flags = _MREMAP_MAYMOVE | _MREMAP_FIXED
+    calls = (
+        functools.partial(_memcpy, address, to, nbytes),
+        functools.partial(_mremap, address, nbytes, nbytes, flags, to),
+    )
+    if list(map(operator.call, calls))[1] == _MAP_FAILED:
+        raise _error("mremap")
+
+
 def advise(address: int, nbytes: int, advice: int) -> bool:
     """Call madvise(2), again after each signal; ``False`` where the kernel refuses the advice."""
     while _madvise(address, nbytes, advice) != 0:
@@ -130,14 +223,14 @@ def advise(address: int, nbytes: int, advice: int) -> bool:
 
 
 def allocate(fd: int, offset: int, nbytes: int) -> None:
-    """Give the range its pages (fallocate(2)).
+    """Give the range its pages (fallocate(2)); no file gets longer by it.
 
     Raises
     ------
     OSError
         With ENOSPC on a full mount, EOPNOTSUPP where the file system cannot.
     """
-    while _fallocate(fd, 0, offset, nbytes) != 0:
+    while _fallocate(fd, _FALLOC_KEEP_SIZE, offset, nbytes) != 0:
         if ctypes.get_errno() != errno.EINTR:
             raise _error("fallocate")
 

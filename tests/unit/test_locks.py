@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from oobpickle import _system
+from oobpickle import _descriptors, _system
+from oobpickle._descriptors import ClosedDescriptorError
 from oobpickle._errors import ArenaError
 from oobpickle._locks import LockFile
 
@@ -217,7 +218,8 @@ def test_the_mapped_page_is_not_inherited(handle, make):
     lock.hold(3)
 
     def work():
-        os.close(lock.fd)  # by hand, as os.closerange does
+        for fd in lock.descriptors:  # by hand, as os.closerange does
+            os.close(fd)
 
     end = in_a_forked_child(work)
     lock.close()
@@ -229,10 +231,68 @@ def test_the_mapped_page_is_not_inherited(handle, make):
 # --- descriptors that were closed
 
 
+def test_a_lock_whose_descriptor_is_closed_under_it_ends_with_the_step(make):
+    lock, other = make(), make()
+    assert lock.try_lock()
+    lock.hold(3)
+    os.close(lock.fd)
+
+    assert not other.try_lock()  # not in the middle of the step
+    lock.see_to_loss()
+    assert other.try_lock()
+    assert other.is_alive(3)
+    lock.close()
+
+
+@pytest.mark.parametrize("call", ["try_lock", "hold", "is_alive"])
+def test_a_strangers_file_is_not_locked_nor_asked(make, tmp_path, monkeypatch, call):
+    """Also if it comes between the look at the descriptor and its use."""
+    lock, other = make(), make()
+    other.hold(3)
+    arguments = {"try_lock": ()}.get(call, (3,))
+    real = _system.fcntl_keeping_gil
+    with open(tmp_path / "theirs", "w+b") as file:
+
+        def late(fd, command, argument):
+            if fd in lock.descriptors:
+                os.dup2(file.fileno(), fd)
+            return real(fd, command, argument)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(_system, "fcntl_keeping_gil", late)
+            with pytest.raises(ClosedDescriptorError):
+                getattr(lock, call)(*arguments)
+        with pytest.raises(ClosedDescriptorError):
+            getattr(lock, call)(*arguments)
+        with open(tmp_path / "theirs", "r+b") as again:
+            for byte in (0, 4):
+                assert not _system.is_byte_locked(again.fileno(), byte)
+        numbers = lock.descriptors
+        lock.close()
+        for fd in numbers:
+            if os.path.realpath(f"/proc/self/fd/{fd}") == str(tmp_path / "theirs"):
+                os.close(fd)
+    assert other.try_lock()
+
+
+def test_a_strangers_file_is_not_opened_for_a_handle(handle, monkeypatch):
+    file = _descriptors.file_of(handle)
+    read_fd, write_fd = os.pipe()
+    monkeypatch.setattr(os, "open", None)
+    with pytest.raises(ClosedDescriptorError, match=f"descriptor {read_fd} "):
+        LockFile(read_fd, file)
+    monkeypatch.undo()
+    os.close(read_fd)
+    with pytest.raises(ClosedDescriptorError, match=f"descriptor {read_fd} "):
+        LockFile(read_fd, file)
+    os.close(write_fd)
+
+
 def test_a_participant_whose_descriptor_was_closed_is_still_alive(make):
     first, second = make(), make()
     first.hold(3)
-    os.close(first.fd)
+    for fd in first.descriptors:
+        os.close(fd)
 
     assert second.is_alive(3)
     first.close()
@@ -264,6 +324,7 @@ def test_a_strangers_file_under_our_number_excludes_nobody_and_stays_open(make, 
 def test_a_strangers_file_with_the_same_inode_number_is_a_strangers_file(
     make, tmp_path, monkeypatch
 ):
+    monkeypatch.setattr(_system, "status_call", lambda _: None)
     lock = make()
     number, own = lock.fd, os.fstat(lock.fd)
     real = os.fstat

@@ -1,6 +1,7 @@
 """Segments: nameless memory that turns private and back without moving."""
 
 import ctypes
+import errno
 import fcntl
 import gc
 import os
@@ -13,10 +14,11 @@ import weakref
 import numpy as np
 import pytest
 
-from oobpickle import _backing, _segment, _system
+from oobpickle import _backing, _remap, _segment, _system
 from oobpickle._backing import BACKING_VARIABLE, largest_file_nbytes
+from oobpickle._descriptors import ClosedDescriptorError
 from oobpickle._errors import ArenaError
-from oobpickle._segment import Segment, page_round
+from oobpickle._segment import NoMappingError, Segment, page_round
 from oobpickle._system import PAGE_NBYTES
 
 MIB = 1 << 20
@@ -558,39 +560,160 @@ def test_freeing_as_a_weakref_callback_runs_no_python(segment):
 # --- descriptors
 
 
-OPERATIONS = {
+REFUSED = {
     "reserve": lambda segment: segment.reserve(0, MIB),
-    "punch": lambda segment: segment.punch(0, MIB),
-    "read_into": lambda segment: segment.read_into(0, memoryview(bytearray(10))),
-    "privatize": lambda segment: segment.privatize(0, MIB),
-    "share": lambda segment: segment.share(0, MIB),
+    "write": lambda segment: segment.write(0, memoryview(b"ours")),
+    "resident_nbytes": Segment.resident_nbytes,
 }
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_strangers_file_under_our_number_is_not_touched(tmp_path, operation):
+def lost(tmp_path, how):
+    """Return a segment whose descriptor somebody has closed, and what must stay as it is."""
     segment = Segment.create(NBYTES, "tests")
+    segment.view()[:NBYTES:MIB] = bytes(range(NBYTES // MIB))
     path = tmp_path / "theirs"
-    path.write_bytes(b"theirs" * 1000)
-    number = segment.fd
-    with open(path, "r+b") as file:
-        os.dup2(file.fileno(), number)
-        with pytest.raises(ArenaError, match=f"descriptor {number} .*closerange"):
-            OPERATIONS[operation](segment)
-        segment.close()
+    path.write_bytes(b"theirs" * 1_000_000)
+    if how == "closed":
+        os.close(segment.fd)
+    else:
+        with open(path, "r+b") as file:
+            os.dup2(file.fileno(), segment.fd)
+    return segment, path
 
+
+@pytest.fixture(params=["closed", "another file"])
+def lost_segment(request, tmp_path):
+    segment, path = lost(tmp_path, request.param)
+    number = segment.fd
+    yield segment
+    segment.close()
+    if request.param == "another file":
         assert os.fstat(number).st_ino == path.stat().st_ino
         os.close(number)
-    assert path.read_bytes() == b"theirs" * 1000
+    assert path.read_bytes() == b"theirs" * 1_000_000
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_a_closed_number_is_an_arena_error(operation):
+@pytest.mark.parametrize("operation", REFUSED)
+def test_what_needs_the_descriptor_is_refused_without_it(lost_segment, operation):
+    with pytest.raises(ClosedDescriptorError, match=f"descriptor {lost_segment.fd} .*closerange"):
+        REFUSED[operation](lost_segment)
+
+
+@pytest.mark.parametrize("offset", [0, 2 * MIB])
+def test_without_the_descriptor_a_range_becomes_private_and_shared_again(lost_segment, offset):
+    segment, value = lost_segment, offset // MIB
+    array = segment.array(offset, 2 * MIB)
+    array[-1] = 77
+    segment.privatize(offset, 2 * MIB)
+
+    assert (array[0], array[MIB], array[-1]) == (value, value + 1, 77)
+    assert segment.is_private(offset)
+    assert not segment.is_private(offset + 2 * MIB)
+    array[0] = 99
+    copy = bytearray(MIB)
+    segment.read_into(offset, memoryview(copy))
+    assert not any(copy)  # the file's pages are gone
+    segment.share(offset, 2 * MIB)
+    assert not segment.is_private(offset)
+    assert not array.any()
+    array[0] = 98
+    segment.read_into(offset, memoryview(copy))
+    assert copy[0] == 98
+
+
+def test_without_the_descriptor_pages_go_back(lost_segment):
+    lost_segment.punch(MIB, MIB)
+
+    assert lost_segment.view()[MIB] == 0
+    assert lost_segment.view()[2 * MIB] == 2
+
+
+def test_what_is_read_without_the_descriptor_need_not_begin_at_a_page(lost_segment):
+    lost_segment.view()[2 * MIB + 5 : 2 * MIB + 8] = b"abc"
+    copy = bytearray(3)
+    lost_segment.read_into(2 * MIB + 5, memoryview(copy))
+
+    assert copy == b"abc"
+
+
+@pytest.mark.parametrize("how", ["closed", "another file"])
+@pytest.mark.parametrize("call", ["privatize", "share"])
+def test_a_descriptor_that_is_lost_while_a_range_is_mapped(tmp_path, monkeypatch, how, call):
+    """Another thread may close it between the look and the mapping."""
+    other, path = lost(tmp_path, how)
+    theirs = os.open(path, os.O_RDWR)
+    other.close()
     segment = Segment.create(NBYTES, "tests")
-    os.close(segment.fd)
-    with pytest.raises(ArenaError, match="was closed in process"):
-        OPERATIONS[operation](segment)
+    segment.view()[2 * MIB] = 5
+    if call == "share":
+        segment.privatize(2 * MIB, MIB, keep_file=True)
+    map_memory = _system.map_memory
+
+    def late(fd, *args, **kwargs):
+        if fd == segment.fd:
+            os.dup2(theirs, fd)
+        return map_memory(fd, *args, **kwargs)
+
+    monkeypatch.setattr(_system, "map_memory", late)
+    getattr(segment, call)(2 * MIB, MIB)
+
+    assert segment.view()[2 * MIB] == 5
+    assert not segment.view()[2 * MIB + 1 : 3 * MIB].tobytes().strip(b"\0")
+    assert segment.is_private(2 * MIB) is (call == "privatize")
+    number = segment.fd
     segment.close()
+    os.close(number)  # theirs, and left open
+    os.close(theirs)
+
+
+def test_without_the_descriptor_a_range_that_cannot_be_moved_stays_shared(
+    lost_segment, monkeypatch
+):
+    def refuse(*_):
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(_system, "copy_and_move_mapping", refuse)
+    with pytest.raises(NoMappingError) as caught:
+        lost_segment.privatize(2 * MIB, MIB)
+
+    assert caught.value.n_done == 0
+    assert not lost_segment.is_private(2 * MIB)
+    assert lost_segment.view()[2 * MIB] == 2
+
+
+def test_without_the_descriptor_what_was_done_of_a_range_is_said_and_gone_on_with(
+    lost_segment, monkeypatch
+):
+    monkeypatch.setattr(_segment, "STEP_NBYTES", MIB)
+    make_private, n_calls = _remap.make_private, []
+
+    def refuse_the_second(*args):
+        n_calls.append(args)
+        if len(n_calls) == 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        make_private(*args)
+
+    monkeypatch.setattr(_remap, "make_private", refuse_the_second)
+    with pytest.raises(NoMappingError) as caught:
+        lost_segment.privatize(2 * MIB, 2 * MIB)
+    assert caught.value.n_done == MIB
+    lost_segment.view()[2 * MIB] = 9
+    lost_segment.privatize(2 * MIB, 2 * MIB, resume=True)
+
+    assert (lost_segment.view()[2 * MIB], lost_segment.view()[3 * MIB]) == (9, 3)
+    assert lost_segment.is_private(3 * MIB)
+
+
+def test_a_range_becomes_private_and_the_files_pages_stay(segment):
+    segment.view()[MIB] = 5
+    segment.privatize(MIB, MIB, keep_file=True)
+    segment.view()[MIB] = 6
+    copy = bytearray(1)
+    segment.read_into(MIB, memoryview(copy))
+
+    assert copy == b"\5"
+    segment.share(MIB, MIB)
+    assert segment.view()[MIB] == 5
 
 
 def test_a_closed_segment_is_unmapped_and_gone(segment):
