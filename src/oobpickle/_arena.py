@@ -34,6 +34,7 @@ from oobpickle._layout import (
     BLOCKS_AT,
     H_CAPACITY,
     H_CLOSED,
+    H_RESIDENT,
     HEADER_WORDS,
     MAX_BLOCKS,
     N_COLUMNS,
@@ -95,6 +96,7 @@ class Arena:
         self._capacity = words[H_CAPACITY]
         self._pid = os.getpid()
         self._inside_step = False
+        self._has_lost_files = False
         self._askers: set[object] = set()  # tokens, as in `users`, for this arena
         self._n_rows = 0  # of the ledger that have pages
         self._kept = self.data.kept
@@ -186,6 +188,16 @@ class Arena:
         """What a child must inherit to attach: data, ledger, locks."""
         return self.data.fd, self._table.fd, self.membership.handle
 
+    def can_be_inherited(self) -> bool:
+        """Tell whether the `descriptors` are still those of the arena.
+
+        If somebody has closed one, this process sends nothing through the arena any more: what it
+        starts from now on cannot take part.
+        """
+        is_whole = self.data.is_ours() and self._table.is_ours() and self.membership.has_handle
+        self._has_lost_files = self._has_lost_files or not is_whole
+        return not self._has_lost_files
+
     @property
     def closed(self) -> bool:
         """Whether the owner has closed it: nothing new is sent through it."""
@@ -216,6 +228,12 @@ class Arena:
         """
         if self.closed:
             raise ArenaFullError("the arena is closed", "detached")
+        if self._has_lost_files:
+            raise ArenaFullError(
+                f"descriptors of the arena were closed in process {os.getpid()}. Do not close "
+                "descriptors that you did not open (os.closerange).",
+                "detached",
+            )
         if not self.data.mapped:
             raise ArenaFullError("no address space to map the arena; see ulimit -v", "detached")
         sizes = list(sizes)
@@ -376,11 +394,17 @@ class Arena:
             n_participants=self.membership.n_others() + self.membership.joined,
             n_blocks=census.n_blocks,
             nbytes=census.nbytes,
-            nbytes_resident=self.data.resident_nbytes(),
+            nbytes_resident=self._resident_nbytes(),
             nbytes_huge=self.data.huge_nbytes() if self.ledger.huge else 0,
             capacity=self._capacity,
             n_quarantined=census.n_quarantined,
         )
+
+    def _resident_nbytes(self) -> int:
+        try:
+            return self.data.resident_nbytes()
+        except ArenaError:  # somebody has closed the descriptor
+            return self.words[H_RESIDENT]
 
     def _look(self) -> tuple[list[int], Census]:
         return self.membership.counters(), self.ledger.census()
@@ -445,6 +469,9 @@ class Arena:
                 self.room.reclaim()
                 self.room.punch_idle(_EVERYTHING)
                 self.room.punch_uncounted()
+        except ArenaFullError as error:
+            if error.reason != "detached":
+                raise
         finally:
             self._askers.discard(token)
 
@@ -550,10 +577,23 @@ class Arena:
             self.membership.mutex.threads.leave_fork()
             self.holdings.leave_fork()
 
-    def after_fork_in_child(self) -> None:
-        """Become a participant of its own, who owns nothing yet; once."""
+    def after_fork_in_child(self, *, prepared: bool = True) -> None:
+        """Become a participant of its own, who owns nothing yet; once.
+
+        Parameters
+        ----------
+        prepared : bool
+            Whether `before_fork` was called for this very fork: not if it was made by C code that
+            tells Python of it afterwards only.
+        """
         if self._pid == os.getpid():
             return
+        n_shared = 0
+        if not prepared:
+            mutex = self.membership.mutex_or_none
+            if mutex is not None:  # else this was interrupted, and is not done for the first time
+                self._inside_step = mutex.threads.in_use_below
+            n_shared = self.holdings.privatize_in_child()
         self.membership.reset_in_child()
         self.holdings.reset_in_child()
         self.room.forget()
@@ -568,6 +608,8 @@ class Arena:
         self._pid = os.getpid()
         if not self.closed:
             self.membership.try_join()
+        if n_shared:
+            self.membership.count((_statistics.N_LEFT_SHARED, n_shared))
 
 
 def _cannot_pickle(_obj: object) -> list[int]:

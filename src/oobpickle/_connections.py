@@ -139,8 +139,10 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
     channel = 0 if fd is None else hook.channels.known(fd)
     tail = _COUNTED if hook.arena.membership.joined else _DETACHED
     if fd is None or not channel:
-        hook.count_fallback("channel", payload.nbytes)
-        older = fd is not None and hook.channels.is_older(fd)
+        # Who takes part cannot be asked without the lock.
+        lost = hook.arena.membership.has_lost_lock
+        hook.count_fallback("detached" if lost else "channel", payload.nbytes)
+        older = fd is not None and hook.channels.is_older(fd) and hook.arena.can_be_inherited()
         head = _offers.prefix(hook.arena.name) if older else b""
         return _in_band(payload, head, tail, frame if fd is not None else None)
     hook.channels.wait_for_budget(fd, channel, payload.nbytes)

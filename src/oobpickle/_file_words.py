@@ -7,12 +7,17 @@ and not to take part: a store is not atomic for those who have the file mapped.
 
 **Lifetime.** As long as the file is open.
 
-**When it cannot.** `OSError` for a file that is closed, or is another one by now."""
+**When it cannot.** If somebody has closed the descriptor, they are those of an arena that is
+closed: so this process sends and receives as without it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any, Final, Protocol
+
+from oobpickle._descriptors import ClosedDescriptorError
+from oobpickle._foreign import ignoring
+from oobpickle._layout import H_CLOSED
 
 WORD_NBYTES: Final = 8
 
@@ -46,13 +51,17 @@ class FileWords:
         if isinstance(where, range):
             return FileWords(self._file, where)
         word = memoryview(bytearray(WORD_NBYTES))
-        self._file.read_into(WORD_NBYTES * where, word)
+        try:
+            self._file.read_into(WORD_NBYTES * where, word)
+        except ClosedDescriptorError:
+            return int(where == H_CLOSED)
         return word.cast("Q")[0]
 
     def __setitem__(self, key: int, value: int) -> None:
         word = memoryview(bytearray(WORD_NBYTES))
         word.cast("Q")[0] = value
-        self._file.write(WORD_NBYTES * self._positions[key], word)
+        with ignoring(ClosedDescriptorError):
+            self._file.write(WORD_NBYTES * self._positions[key], word)
 
     def __iter__(self) -> Iterator[int]:
         return (self[position] for position in range(len(self)))

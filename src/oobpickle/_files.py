@@ -150,26 +150,46 @@ def open_by_name(name: bytes) -> tuple[int, int, int]:
         If that process is gone, is another user's, or has not got this arena.
     """
     pid, *numbers = _ADDRESS.unpack(name[_IDENTITY_NBYTES:])
-    fds: list[int] = []
+    paths, fds = [], []
     try:
         for number in numbers:
-            path = f"/proc/{pid}/fd/{number}"
-            status = os.stat(path)
-            if not stat.S_ISREG(status.st_mode):
-                raise ArenaError(f"process {pid} has something else open now")
-            if status.st_uid != os.geteuid() or status.st_mode & 0o077:
-                raise ArenaError(
-                    f"a file of process {pid} belongs to user {status.st_uid}, mode "
-                    f"{stat.S_IMODE(status.st_mode):04o}: not private to this user"
-                )
-            fds.append(os.open(path, os.O_RDWR | os.O_CLOEXEC))
-        if os.pread(fds[1], _IDENTITY_NBYTES, 8 * H_IDENTITY) != name[:_IDENTITY_NBYTES]:
+            # To look is all that can be done with such a descriptor, and it disturbs nobody: the
+            # sender's numbers may be other files by now.
+            paths.append(os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC))
+        data, ledger, locks = (os.fstat(path) for path in paths)
+        for status in (data, ledger, locks):
+            _check_private(pid, status)
+        if ledger.st_size != LEDGER_NBYTES:
+            raise ArenaError(f"process {pid} has something else open now")
+        fds.append(_open_again(paths[1]))
+        head = memoryview(bytearray(os.pread(fds[0], 8 * HEADER_WORDS, 0))).cast("Q")
+        if bytes(head[H_IDENTITY : H_IDENTITY + 2]) != name[:_IDENTITY_NBYTES] or (
+            (data.st_ino, locks.st_ino) != (head[H_DATA_INODE], head[H_LOCKS_INODE])
+        ):
             raise ArenaError(f"process {pid} has not got it any more")
-        return fds[0], fds[1], fds[2]
+        fds += [_open_again(paths[0]), _open_again(paths[2])]
+        return fds[1], fds[0], fds[2]
     except BaseException:
         for fd in fds:
             os.close(fd)
         raise
+    finally:
+        for fd in paths:
+            os.close(fd)
+
+
+def _check_private(pid: int, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode) or status.st_nlink != 0:
+        raise ArenaError(f"process {pid} has something else open now")
+    if status.st_uid != os.geteuid() or status.st_mode & 0o077:
+        raise ArenaError(
+            f"a file of process {pid} belongs to user {status.st_uid}, mode "
+            f"{stat.S_IMODE(status.st_mode):04o}: not private to this user"
+        )
+
+
+def _open_again(path_fd: int) -> int:
+    return os.open(f"/proc/self/fd/{path_fd}", os.O_RDWR | os.O_CLOEXEC)
 
 
 def _may_map() -> bool:

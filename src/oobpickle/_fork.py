@@ -11,8 +11,13 @@ child a participant of its own.
 it, not for ``subprocess`` or ``posix_spawn``, which need nothing: the new program inherits no
 mapping.
 
-**When it cannot.** A hook cannot prevent a fork. A fork from C code runs no hooks; the child then
-must not use what it inherited."""
+C code that forks by itself, as a pre-forking server does, may tell Python only afterwards, in the
+child (``PyOS_AfterFork_Child``). The child sees that no *before* hook ran for this fork, and makes
+its own copy of what the parent holds before anything else: see `Arena.after_fork_in_child`.
+
+**When it cannot.** A hook cannot prevent a fork. What the parent does with a received array between
+such a fork from C and the child's hook, the child may see. A fork from C code that runs no hooks at
+all is not noticed; the child then must not use what it inherited."""
 
 from __future__ import annotations
 
@@ -65,12 +70,15 @@ class _Fork:
         The first *after* hook was called.
     interrupt : BaseException or None
         What came in between.
+    turn : int
+        What `fork_wheel` showed: another number, and the fork is over.
     """
 
-    __slots__ = ("finished", "interrupt", "ready")
+    __slots__ = ("finished", "interrupt", "ready", "turn")
 
     def __init__(self) -> None:
         self.ready = self.finished = False
+        self.turn = fork_wheel[0]
         self.interrupt: BaseException | None = None
 
 
@@ -135,12 +143,21 @@ def _after_again() -> None:
 
 def _in_child() -> None:
     _faults.reach("fork.after_in_child")
-    _each(_begin)
+    _each(_begin if _was_prepared() else _begin_unprepared)
 
 
 def _in_child_again() -> None:
-    _each(_begin)
+    _each(_begin if _was_prepared() else _begin_unprepared)
     _forks.clear()  # the parent's, and so are the interrupts: a signal is delivered to one process
+
+
+def _was_prepared() -> bool:
+    """Tell whether a *before* hook was called for the fork that has made this process.
+
+    Not if C code has forked, and told Python of it in the child only.
+    """
+    forks = _forks.get(get_ident(), [])
+    return bool(forks) and forks[-1].turn == fork_wheel[0]
 
 
 def _what_was_missed() -> BaseException | None:
@@ -167,3 +184,7 @@ def _finish(arena: Arena) -> None:
 
 def _begin(arena: Arena) -> None:
     arena.after_fork_in_child()
+
+
+def _begin_unprepared(arena: Arena) -> None:
+    arena.after_fork_in_child(prepared=False)

@@ -324,7 +324,8 @@ class Holdings:
                 # To look is slow where there are many mappings, and so may be these errors.
                 if not isinstance(error, NoMappingError) and self._data.is_private(offset):
                     raise  # of a signal handler, and too late to undo it: call again
-                self.private.pop(index, None)
+                if not getattr(error, "n_done", 0):
+                    self.private.pop(index, None)  # else the next fork goes on with it
                 n_failed += index not in self._failed
                 self._failed.add(index)
                 continue
@@ -333,6 +334,33 @@ class Holdings:
             n_done += 1
             total += nbytes
         return n_done, total, n_failed
+
+    def privatize_in_child(self) -> int:
+        """Turn what the parent holds into ordinary memory of the child, after an unprepared fork.
+
+        The file's pages and the blocks stay the parent's. Call it before `reset_in_child`, and
+        again after an interrupt; it returns how many blocks had to stay shared.
+        """
+        for index, (generation, nbytes) in list(self.held.items()):
+            if index in self._complete or index in self._failed:
+                continue
+            resume = index in self.private
+            self.private[index] = nbytes
+            offset = self._ledger.rows.offset(index)
+            try:
+                self._data.privatize(offset, nbytes, resume=resume, keep_file=True)
+            except OSError as error:
+                pass_on_foreign(error)
+                if not isinstance(error, NoMappingError) and self._data.is_private(offset):
+                    raise
+                if not getattr(error, "n_done", 0):
+                    self.private.pop(index, None)
+                self._failed.add(index)
+                continue
+            self._complete.add(index)
+            if self._ledger.generation[index] != generation:
+                self._failed.add(index)  # the parent had let go of it already
+        return len(self._failed)
 
     def enter_fork(self) -> None:
         """Keep other threads from collecting until `leave_fork`: they would map ranges shared."""

@@ -10,7 +10,8 @@ slot), the next use tries again.
 **Lifetime.** Ends with the process; nobody need say goodbye.
 
 **When it cannot.** `run` raises `ArenaFullError` with the reason ``detached`` while this process
-cannot join, or if somebody has closed its descriptors, and ``busy`` while the lock cannot be had."""
+cannot join, or if somebody has closed its descriptors, and ``busy`` while the lock cannot be
+had."""
 
 from __future__ import annotations
 
@@ -147,6 +148,11 @@ class Membership:
         """The mutex around the ledger; only after `join` was tried with success once."""
         if self._mutex is None:
             raise ArenaFullError("this process does not take part in the arena", "detached")
+        return self._mutex
+
+    @property
+    def mutex_or_none(self) -> LedgerMutex | None:
+        """The same, or ``None`` before that."""
         return self._mutex
 
     # --- the others

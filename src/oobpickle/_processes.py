@@ -18,7 +18,9 @@ message that nobody can read any more.
 **Lifetime.** Each replacement asks at call time whether the hook is in, and else does what it
 replaced. The parent has the guard until the child is launched.
 
-**When it cannot.** A child that cannot attach starts all the same.
+**When it cannot.** A child that cannot attach starts all the same; also if somebody has closed the
+descriptors that it would inherit. Then it is a stranger: who can read from the channels that it is
+given is looked up again, as with a program that inherits them.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ from typing import IO, Any, Final
 
 from oobpickle._arena import users
 from oobpickle._connections import is_standard, pack, undo_list_of_message
+from oobpickle._descriptors import File, close_if, file_of
 from oobpickle._envelope import Envelope
 from oobpickle._errors import ResizedError
 from oobpickle._foreign import ignoring
@@ -62,6 +65,10 @@ with contextlib.suppress(ImportError):
 
 #: By ``Popen``: the message in a process object that is being launched, and its guard.
 _launching: Final[weakref.WeakKeyDictionary[Any, tuple[Envelope, Guard]]] = (
+    weakref.WeakKeyDictionary()
+)
+#: By ``Popen``: what ends the passing on of channels to a child that cannot attach.
+_passing: Final[weakref.WeakKeyDictionary[Any, contextlib.AbstractContextManager[None]]] = (
     weakref.WeakKeyDictionary()
 )
 
@@ -87,12 +94,18 @@ def hooked_dump(original: Any) -> Any:
         token = object()
         try:
             users.add(token)
-            file.write(_dropped(Inheritance(hook)))
+            can_attach = hook.arena.can_be_inherited()
+            if can_attach:
+                file.write(_dropped(Inheritance(hook)))
             if is_standard(original) and _is_standard_pickler(mp_reduction.ForkingPickler):
                 for part in _parts(hook, obj, popen):
                     file.write(part)
             else:
                 original(obj, file, protocol)
+            if not can_attach:
+                passing = hook.channels.passing_on(popen._fds)
+                passing.__enter__()
+                _passing[popen] = passing
         finally:
             users.discard(token)
 
@@ -151,13 +164,14 @@ class Guard:
         other_end = mp_connection.Connection(other_fd, readable=False)
         os.write(other_end.fileno(), b"\0")
         self.channel = channel_id(fd)
+        self._file = file_of(fd)
 
     def __reduce__(self) -> Any:
-        return _close, (mp_reduction.DupFd(self._end.fileno()),)
+        return _close, (mp_reduction.DupFd(self._end.fileno()), self._file)
 
 
-def _close(duplicate: Any) -> None:
-    os.close(duplicate.detach())
+def _close(duplicate: Any, file: File) -> None:
+    close_if(duplicate.detach(), file)  # the child's main module may have closed it, and opened one
 
 
 def hooked_launch(original: Any) -> Any:
@@ -168,6 +182,9 @@ def hooked_launch(original: Any) -> Any:
             envelope, _guard = _launching.pop(self, (None, None))
             if envelope is not None:
                 envelope.lease.settle()
+            passing = _passing.pop(self, None)
+            if passing is not None:
+                passing.__exit__(None, None, None)
 
     return _launch
 

@@ -25,6 +25,8 @@ LEVELS = {
         "_subclasses",
         "_segment",
         "_backing",
+        "_descriptors",
+        "_remap",
         "_file_words",
         "_headroom",
         "_locks",
