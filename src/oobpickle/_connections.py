@@ -337,7 +337,9 @@ def _count_uncounted(nbytes: int, message: io.BytesIO) -> None:
     try:
         users.add(token)
         if is_pickle and running() is hook:
-            hook.count_fallback("detached" if tail == _DETACHED else "channel", nbytes)
+            # What was started without our descriptors could not attach.
+            is_detached = tail == _DETACHED or not hook.arena.can_be_inherited()
+            hook.count_fallback("detached" if is_detached else "channel", nbytes)
     finally:
         users.discard(token)
 

@@ -13,3 +13,8 @@ def test_fork(case):
 @pytest.mark.parametrize("case", cases_of("fork_limits"))
 def test_fork_with_more_blocks_than_mappings(case):
     run_program("fork_limits", case)
+
+
+@pytest.mark.parametrize("case", cases_of("fork_from_c"))
+def test_fork_from_c(case):
+    run_program("fork_from_c", case)

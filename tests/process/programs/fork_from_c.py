@@ -1,0 +1,346 @@
+"""Forks by C code that tells Python of them in the child only, as pre-forking servers do."""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+
+import inside
+from inside import Token, is_in_arena, message, reap, verify
+
+import oobpickle
+from oobpickle import _system
+
+MIB = 1 << 20
+_libc = ctypes.PyDLL(None)  # with the GIL held, as a server has it
+_after_fork_in_child = ctypes.pythonapi.PyOS_AfterFork_Child
+_after_fork_in_child.restype = None
+
+
+def _fork(run, *args):
+    """Fork a child in C that runs ``run(*args)``."""
+    sys.stdout.flush()
+    pid = _libc.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        _after_fork_in_child()
+        run(*args)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
+def _received(seed, nbytes=1_000_000):
+    read, write = multiprocessing.Pipe(duplex=False)
+    write.send(message(seed, nbytes))
+    return verify(read.recv(), seed)
+
+
+def siblings_and_master_write():
+    """0 of 20 writes are seen by anybody else."""
+    arena = oobpickle.install(capacity=256 * MIB)
+    held = [_received(seed, size) for seed, size in enumerate((70_001, 1_000_000, 5_000_000))]
+    assert all(is_in_arena(arena, one[1]) for one in held)
+    begun, go, written, checked = ([Token() for _ in range(3)] for _ in range(4))
+
+    def child(n):
+        begun[n].give()
+        go[n].take()
+        for value in range(20):
+            for one in held:
+                one[1][value::20] = n + 1
+        written[n].give()
+        checked[n].take()
+        assert all((one[1] == n + 1).all() for one in held)
+
+    pids = [_fork(child, n) for n in range(3)]
+    for token in begun:
+        token.take()
+    for one in held:
+        one[1][:] = 200
+    for n in range(3):
+        go[n].give()
+        written[n].take()
+        assert all((one[1] == 200).all() for one in held)
+    for token in checked:
+        token.give()
+    for pid in pids:
+        reap(pid)
+    assert all((one[1] == 200).all() for one in held)
+    assert arena.statistics().n_left_shared == 0
+    inside.assert_ledger_consistent(arena)
+
+
+def master_releases_and_receives_more():
+    """The child keeps its value; the blocks are the master's, and come back when it drops them."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    held = [_received(seed) for seed in range(3)]
+    n_resident = arena.data.resident_nbytes()
+    begun, go = Token(), Token()
+
+    def child():
+        begun.give()
+        go.take()
+        for seed, one in enumerate(held):
+            verify(one, seed)
+        held.clear()
+        gc.collect()
+        for seed in range(20, 30):
+            assert is_in_arena(oobpickle.install(), _received(seed)[1])
+
+    pid = _fork(child)
+    begun.take()
+    assert arena.data.resident_nbytes() >= n_resident  # nobody has punched them
+    for seed, one in enumerate(held):
+        verify(one, seed)
+    held.clear()
+    others = [_received(seed) for seed in range(10, 16)]
+    go.give()
+    reap(pid)
+    for seed, one in enumerate(others):
+        verify(one, 10 + seed)
+    del others, one
+    gc.collect()
+    arena.membership.reap()
+    inside.assert_empty(arena)
+
+
+def children_send_and_receive():
+    arena = oobpickle.install(capacity=64 * MIB)
+    held = _received(1)
+    there, back = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
+
+    def child(n):
+        for _ in range(10):
+            received = verify(there[0].recv())
+            received[1][:] = n
+            verify(held, 1)
+            back[1].send(message(n))
+
+        def grandchild():
+            held[1][:] = 5
+            back[1].send(message(100 + n))
+
+        reap(inside.fork(grandchild))
+        reap(_fork(grandchild))
+        verify(held, 1)
+
+    for n in range(2):
+        pid = _fork(child, n)
+        for seed in range(10):
+            there[1].send(message(seed))
+            verify(back[0].recv(), n)
+        for _ in range(2):
+            verify(back[0].recv(), 100 + n)
+        reap(pid)
+    verify(held, 1)
+    assert arena.statistics().n_fallbacks == 0
+    inside.assert_ledger_consistent(arena)
+
+
+def each_is_killed():
+    """What a child had comes back; what the master had stays its children's."""
+    oobpickle.install(capacity=64 * MIB)
+    begun, dead, checked = Token(), Token(), Token()
+
+    def master():
+        arena = oobpickle.install()
+        held = _received(1)
+
+        def worker(n):
+            own = _received(10 + n)
+            begun.give()
+            if n == 0:
+                signal.pause()
+            dead.take()
+            verify(held, 1)
+            verify(own, 10 + n)
+            for seed in range(20, 26):
+                _received(seed)[1][:] = 0
+            verify(held, 1)
+            checked.give()
+
+        victim, _ = _fork(worker, 0), _fork(worker, 1)
+        begun.take()
+        begun.take()
+        os.kill(victim, signal.SIGKILL)
+        reap(victim, inside.KILLED)
+        inside.eventually(arena.membership.reap)
+        verify(held, 1)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    pid = inside.fork(master)
+    reap(pid, inside.KILLED)
+    arena = oobpickle.install()
+    inside.eventually(arena.membership.reap)
+    others = [_received(seed) for seed in range(30, 36)]
+    for one in others:
+        one[1][:] = 0
+    dead.give()
+    checked.take()
+    inside.eventually(lambda: arena.membership.reap() or arena.statistics().n_participants == 1)
+    inside.assert_ledger_consistent(arena)
+
+
+def in_the_middle_of_another_threads_step():
+    """The other thread has all locks, and does not exist in the child."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    held, inside_step, forked = _received(1), threading.Event(), threading.Event()
+    own, collecting = arena.membership._own, arena.holdings._collecting
+
+    def step():
+        inside_step.set()
+        forked.wait(20)
+
+    def work():
+        with own._lock:
+            collecting.run(1.0, lambda: arena.membership.run(step))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    inside_step.wait(20)
+    begun = Token()
+
+    def child():
+        begun.give()
+        held[1][:] = 2
+        assert is_in_arena(arena, _received(2)[1])
+        arena.statistics()
+
+    pid = _fork(child)
+    forked.set()
+    begun.take()
+    thread.join()
+    reap(pid)
+    verify(held, 1)
+    inside.assert_ledger_consistent(arena)
+
+
+def by_another_thread():
+    """While others send and receive."""
+    arena = oobpickle.install(capacity=128 * MIB)
+    held, stop, failed = _received(1), threading.Event(), []
+
+    def traffic(seed):
+        try:
+            while not stop.is_set():
+                _received(seed)[1][:] = 0
+        except BaseException as error:
+            failed.append(error)
+            raise
+
+    def child():
+        held[1][:] = 3
+        for seed in range(5):
+            _received(seed)
+        assert (held[1] == 3).all()
+
+    def work():
+        for _ in range(10):
+            reap(_fork(child))
+            verify(held, 1)
+
+    threads = [threading.Thread(target=traffic, args=(seed,)) for seed in (50, 51)]
+    forking = threading.Thread(target=work)
+    for thread in [*threads, forking]:
+        thread.start()
+    forking.join()
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert not failed
+    verify(held, 1)
+    arena.membership.reap()
+    inside.assert_ledger_consistent(arena)
+
+
+def what_cannot_be_private_is_counted():
+    arena = oobpickle.install(capacity=64 * MIB)
+    held = [_received(seed) for seed in range(2)]
+    map_memory = _system.map_memory
+
+    def child():
+        verify(held[0], 0)
+        statistics = arena.statistics()
+        assert statistics.n_left_shared == 2, statistics
+
+    def refuse(*args, **kwargs):
+        if kwargs["flags"] & _system.MAP_PRIVATE:
+            raise OSError(12, "Cannot allocate memory")
+        return map_memory(*args, **kwargs)
+
+    _system.map_memory = refuse
+    reap(_fork(child))
+    _system.map_memory = map_memory
+    reap(_fork(held[0][1].fill, 1))
+    verify(held[0], 0)
+    assert arena.statistics().n_left_shared == 2
+    inside.assert_ledger_consistent(arena)
+
+
+def with_descriptors_closed():
+    """A server that closes what it does not know, and then forks its workers."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    held = [_received(seed) for seed in range(2)]
+    for fd in (*arena.descriptors, *arena.membership.mutex.locks.descriptors):
+        os.close(fd)
+    opened = [os.memfd_create("theirs") for _ in range(8)]
+    begun, go = [Token(), Token()], [Token(), Token()]
+
+    def child(n):
+        for one in held:
+            one[1][:] = n
+        begun[n].give()
+        go[n].take()
+        assert all((one[1] == n).all() for one in held)
+        assert not any(os.fstat(fd).st_size for fd in opened)
+
+    pids = [_fork(child, n) for n in range(2)]
+    for token in begun:
+        token.take()
+    for seed, one in enumerate(held):
+        verify(one, seed)
+    for token in go:
+        token.give()
+    for pid in pids:
+        reap(pid)
+    assert arena.statistics().n_blocks["held"] == 2
+    os._exit(0)
+
+
+def between_forks_of_python():
+    """A fork by Python, before and after, is known from one by C, also if a hook was aborted."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    held = _received(1)
+    reap(inside.fork(lambda: verify(held, 1)))
+    reap(_fork(held[1].fill, 2))
+    verify(held, 1)
+    more = _received(2)
+    reap(_fork(more[1].fill, 3))
+    verify(more, 2)
+    from oobpickle import _fork as hooks
+
+    hooks._before()  # and its *after* hooks are aborted
+    hooks.fork_wheel.rotate()
+    arena.after_fork_in_parent()
+    last = _received(3)
+    assert is_in_arena(arena, last[1])
+    reap(_fork(last[1].fill, 4))
+    verify(last, 3)
+    hooks._forks.clear()
+    for one in (held, more, last):
+        reap(inside.fork(one[1].fill, 5))
+        verify(one)
+
+
+if __name__ == "__main__":
+    inside.main()
