@@ -131,11 +131,27 @@ def _assert_in_band(arena, n_least):
     assert fallbacks["detached"].n_messages >= n_least, fallbacks
 
 
+KINDS = ("closed", "files", "memfds", "pipes", "sockets", "null")
+
+
+def _each(case, arguments):
+    """Run a case for each of them, in a child that has no arena yet."""
+    for argument in arguments:
+        reap(fork(case, argument))
+
+
 # --- the parent
 
 
-def closed_in_the_parent(kind, method):
+def closed_in_the_parent(method):
     """What it holds stays, what it starts sends to it, and what it sends arrives."""
+    if method == "fork":
+        _each(lambda kind: _close_in_the_parent(kind, method), KINDS)
+    else:
+        _close_in_the_parent("files", method)
+
+
+def _close_in_the_parent(kind, method):
     with _enabled() as arena:
         read, write = multiprocessing.Pipe(duplex=False)
         kept = [_received_from("fork", read, write, seed) for seed in range(3)]
@@ -175,8 +191,12 @@ def _of_the_helpers():
     return [fd for fd in found if fd is not None]
 
 
-def daemonized(kind):
+def daemonized():
     """A double fork and a new session, as daemons do it; install() instead of a block."""
+    _each(_daemonize, ("closed", "files"))
+
+
+def _daemonize(kind):
     oobpickle.install(capacity=64 * MIB)
     read, write = multiprocessing.Pipe(duplex=False)
     write.send(message(1))
@@ -217,8 +237,12 @@ def _content(seed):
 # --- one of many
 
 
-def closed_in_a_worker(kind):
+def closed_in_a_worker():
     """The others go on; what it holds is its own, and what it had comes back when it ends."""
+    _each(_close_in_a_worker, ("closed", "memfds"))
+
+
+def _close_in_a_worker(kind):
     with _enabled() as arena:
         there, back = multiprocessing.Pipe(), multiprocessing.Pipe()
         closed, go, filled = Token(), Token(), Token()
@@ -274,16 +298,20 @@ def closed_in_a_worker(kind):
         inside.assert_ledger_consistent(arena)
 
 
-def some_are_closed(which):
+def some_are_closed():
     """Any of them alone: data, ledger, the locks file, those of the locks."""
+    _each(_close_one, range(5))
+
+
+def _close_one(which):
     with _enabled() as arena:
         read, write = multiprocessing.Pipe(duplex=False)
         write.send(message(0))
         kept = verify(read.recv(), 0)
         fds = [*arena.descriptors, *arena.membership.mutex.locks.descriptors]
-        theirs = _close_all("memfds", only=[fds[int(which)]])
-        for method in ("fork", "spawn"):
-            _received_from(method, read, write, 1)
+        theirs = _close_all("memfds", only=[fds[which]])
+        if which == 0:
+            _received_from("spawn", read, write, 1)
         more = _received_from("fork", read, write, 5)
 
         def child():
@@ -374,11 +402,12 @@ def a_message_in_a_range_that_is_private():
         there.close()
 
 
-def closed_while_another_thread_sends(kind):
+def closed_while_another_thread_sends():
     """Whatever step it is in the middle of, nobody is kept waiting, and no message is wrong."""
     with _enabled() as arena:
-        for _ in range(8):
-            _close_while_sending(kind)
+        for _ in range(4):
+            _close_while_sending("closed")
+            _close_while_sending("files")
         read, write = multiprocessing.Pipe(duplex=False)
         n_before = arena.statistics().n_messages_out_of_band
         for seed in range(5):
@@ -395,7 +424,7 @@ def _close_while_sending(kind):
 
     def worker():
         def send():
-            for seed in range(60):
+            for seed in range(30):
                 _send(write, seed)
                 if seed == 5:
                     started.give()
@@ -409,7 +438,7 @@ def _close_while_sending(kind):
         closed.take()  # it lives on
 
     pid = fork(worker)
-    for seed in range(60):
+    for seed in range(30):
         verify(read.recv(), seed)
     closed.give()
     reap(pid)
