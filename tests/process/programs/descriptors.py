@@ -111,6 +111,15 @@ def _send(end, seed):
     end.send(message(seed))
 
 
+def _send_alone(end, seed):
+    """Send, as a process that has nothing of its parent's files."""
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            assert "descriptors-" not in name, name
+    _send(end, seed)
+
+
 def _started(method, target, *args):
     process = multiprocessing.get_context(method).Process(target=target, args=args)
     process.start()
@@ -118,7 +127,8 @@ def _started(method, target, *args):
 
 
 def _received_from(method, read, write, seed):
-    process = _started(method, _send, write, seed)
+    target = _send if method == "fork" else _send_alone
+    process = _started(method, target, write, seed)
     received = verify(read.recv(), seed)
     process.join()
     assert process.exitcode == 0
@@ -148,7 +158,7 @@ def closed_in_the_parent(method):
     if method == "fork":
         _each(lambda kind: _close_in_the_parent(kind, method), KINDS)
     else:
-        _close_in_the_parent("files", method)
+        _close_in_the_parent({"spawn": "closed", "forkserver": "files"}[method], method)
 
 
 def _close_in_the_parent(kind, method):
