@@ -6,10 +6,10 @@
 **How it works.** On the class, since pools bind the methods early. ::
 
     dumps        serialize; below the threshold that is the message; else pack it into the arena and
-                 return an envelope; if that cannot be, an ordinary pickle of the same payload
-                 (`_straight`, where that is safe), and count why, with an offer to take part for a
-                 reader that is older than the arena
-    _send_bytes  when an envelope has left, its blocks are the receiver's
+                 return an envelope; if that cannot be, an ordinary pickle of the same payload,
+                 and count why, with an offer to take part for a reader that is older than the arena
+    _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
+                 in-band message is given back as it is written
     _recv        while a message has left its channel and is not claimed, nobody may reclaim its
                  blocks; a large in-band message is read straight, and counted if it comes from a
                  process that does not take part
@@ -44,7 +44,8 @@ from oobpickle._layout import H_CLOSED
 from oobpickle._payload import Payload
 from oobpickle._pipes import is_readable
 from oobpickle._serializer import serialize
-from oobpickle._straight import Received, Straight
+from oobpickle._snapshot import Snapshot
+from oobpickle._straight import Received
 
 _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
@@ -185,9 +186,8 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
 
 def _writes_at_once(frame: FrameType) -> bool:
     """Tell whether the caller of ``dumps`` gives the bytes to a connection, and to nobody else."""
-    return _is_feeder(frame) or isinstance(
-        frame.f_locals.get("self"), (mp_connection.Connection, mp_queues.SimpleQueue)
-    )
+    senders: Any = (mp_connection.Connection.send, mp_queues.SimpleQueue.put)
+    return _is_feeder(frame) or frame.f_code in [sender.__code__ for sender in senders]
 
 
 def _is_feeder(frame: FrameType) -> bool:
@@ -201,15 +201,14 @@ def _in_band(
 
     `frame` is that of the caller of ``dumps``, if it is known where the message goes.
     """
-    if payload.nbytes >= _straight.LEAST_NBYTES and frame is not None and _writes_at_once(frame):
-        # With other threads, such as the feeder of a queue, the object may change before all of it
-        # is written, and a slow reader makes that a long time.
-        is_alone = len(sys._current_frames()) == 1
-        if is_alone or payload.nbytes >= _straight.LEAST_COPIED_NBYTES:
-            return Straight.make(payload, MARK, copied=not is_alone, head=head, tail=tail)
-    if payload.sizes:
-        return payload.to_pickle(head=head, tail=tail)
-    return head + payload.stream + tail
+    is_large = payload.nbytes >= _straight.LEAST_NBYTES
+    is_for_one = is_large and frame is not None and _writes_at_once(frame)
+    if not is_for_one and not payload.sizes:
+        return head + payload.stream + tail
+    message = payload.to_pickle(head=head, tail=tail)
+    if is_for_one and type(message.obj) is Snapshot:
+        message.obj.is_for_one = True
+    return message
 
 
 def _drain(hook: Hook, nbytes: int = 0) -> None:
@@ -229,16 +228,15 @@ def hooked_send_bytes(original: Any) -> Any:
     def _send_bytes(self: Any, buf: Any) -> None:
         n = len(buf)
         if n % MODULUS != MARK or n > most:
+            if n >= _straight.LEAST_NBYTES:
+                snapshot = getattr(buf, "obj", None)
+                if type(snapshot) is Snapshot and snapshot.is_for_one and n == len(snapshot):
+                    snapshot.write_to(self._send)
+                    return
             original(self, buf)
             return
         envelope = getattr(buf, "obj", buf)
         token = object()
-        if type(envelope) is Straight:
-            try:
-                envelope.write(self._send)
-            finally:
-                envelope.forget()
-            return
         if type(envelope) is not Envelope:
             if bytes(buf[:PREFIX_NBYTES]) == PREFIX:
                 _readdress(buf, self._handle)

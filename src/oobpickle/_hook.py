@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
-from oobpickle import _envelope, _statistics, _straight
+from oobpickle import _envelope, _statistics
 from oobpickle._arena import Arena
 from oobpickle._channels import Channels
 from oobpickle._options import Options
@@ -119,9 +119,7 @@ def running() -> Hook | None:
     hook = current
     if hook is None or not hook.arena.closed:
         return hook
-    # Else somebody is putting it in or taking it out; or this is a signal handler between the
-    # making of a message that only we can write, and its writing.
-    if not _straight.unsent and guard.acquire(blocking=False):
+    if guard.acquire(blocking=False):  # else somebody is putting it in or taking it out
         try:
             stop(hook)
         finally:

@@ -23,14 +23,15 @@ from __future__ import annotations
 import struct
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
 from oobpickle._copying import copy_array, copy_bytes
 from oobpickle._errors import PayloadError
-from oobpickle._reducers import EXPORTED_CHARS, byte_bounds, in_memory_order
+from oobpickle._reducers import EXPORTED_CHARS, byte_bounds, in_memory_order, part_of, with_gaps
 from oobpickle._resizable import Resizable
+from oobpickle._snapshot import taken
 from oobpickle._stream import Stream
 
 if TYPE_CHECKING:
@@ -44,7 +45,6 @@ _HEADER: Final = struct.Struct("<8sIIIIQ")
 _CRC_AT: Final = 16
 _ALIGN: Final = 64
 _SMALL_NBYTES: Final = 32 << 10
-_PART_NBYTES: Final = 16 << 20  # of a strided array, at a time
 
 
 class Payload:
@@ -131,11 +131,6 @@ class Payload:
         """Copy the stream once into memory of `stream_nbytes` bytes."""
         self._in_pieces().write_into(view)
 
-    def pinned(self) -> Payload:
-        """Return the same, with nothing in it that can be resized before it is written."""
-        held = [s.raw() if isinstance(s, Resizable) else s for s in self._sources]
-        return type(self)(self._in_pieces().pinned(), held, self.sizes)
-
     def _in_pieces(self) -> Stream:
         return self.written if isinstance(self.written, Stream) else Stream([self.written])
 
@@ -205,43 +200,11 @@ class Payload:
         tail : bytes, optional
             What to put after its end; loading ignores it.
         """
-        whole = _empty(self.pickle_nbytes(head=head, tail=tail))
-        at = _put(whole, 0, head + PICKLE_START)
+        parts: list[Any] = [head + PICKLE_START]
         for nbytes, source in zip(self.sizes, self._sources, strict=True):
-            at = _put(whole, at, PICKLE_BUFFER.pack(BYTEARRAY8, nbytes))
-            _copy(whole[at : at + nbytes], source)
-            at += nbytes
-        at = _put(whole, at, self._pickle_middle())
-        self.write_stream_into(whole[at : at + self.stream_nbytes])
-        _put(whole, _put(whole, at + self.stream_nbytes, PICKLE_END), tail)
-        return whole
-
-    def pickle_nbytes(self, *, head: bytes = b"", tail: bytes = b"") -> int:
-        """Return the nbytes of what `to_pickle` returns."""
-        fixed = len(head) + len(PICKLE_START) + PICKLE_MIDDLE_NBYTES + len(PICKLE_END) + len(tail)
-        return fixed + self.nbytes + PICKLE_BUFFER.size * len(self.sizes)
-
-    def scratch(self) -> memoryview:
-        """Return memory that is enough for `pickle_parts`."""
-        flats = (s for s in self._sources if not isinstance(s, _FLAT))
-        strided = (s.nbytes for s in flats if not in_memory_order(s).flags.c_contiguous)
-        return _empty(min(_PART_NBYTES, max(strided, default=0)))
-
-    def pickle_parts(
-        self, scratch: memoryview, *, head: bytes = b"", tail: bytes = b""
-    ) -> Iterator[bytes | memoryview]:
-        """Yield the bytes that `to_pickle` returns, copied only where they are strided.
-
-        What is yielded is what the object holds *then*, and good until the next part.
-        """
-        yield head + PICKLE_START
-        for nbytes, source in zip(self.sizes, self._sources, strict=True):
-            yield PICKLE_BUFFER.pack(BYTEARRAY8, nbytes)
-            if nbytes:
-                yield from _parts_of(source, scratch)
-        yield self._pickle_middle()
-        yield from self._in_pieces().parts()
-        yield PICKLE_END + tail
+            parts += PICKLE_BUFFER.pack(BYTEARRAY8, nbytes), part_of(source) if nbytes else b""
+        parts += self._pickle_middle(), *self._in_pieces().pieces, PICKLE_END + tail
+        return taken(parts)
 
     def _pickle_middle(self) -> bytes:
         return _PICKLE_MIDDLE + struct.pack("<Q", self.stream_nbytes)
@@ -286,11 +249,6 @@ def _empty(nbytes: int) -> memoryview:
     room = np.empty(nbytes + _ALIGN, np.uint8)
     start = -room.ctypes.data % _ALIGN
     return memoryview(room[start : start + nbytes])
-
-
-def _put(whole: memoryview, at: int, part: bytes) -> int:
-    whole[at : at + len(part)] = part
-    return at + len(part)
 
 
 def _offsets(start: int, sizes: Sequence[int]) -> tuple[list[int], int]:
@@ -339,31 +297,10 @@ def _copy(view: memoryview, source: Any) -> None:
     import numpy as np
 
     flat = in_memory_order(source)
-    if flat.dtype.names is not None:
-        # Bytes between the fields too, or the receiver would see what was there before.
-        flat = flat.view(np.dtype((np.void, flat.itemsize)))
+    flat = with_gaps(flat)
     is_small = flat.nbytes <= _SMALL_NBYTES and flat.flags.c_contiguous
     if is_small and flat.dtype.char in EXPORTED_CHARS:
         view[:] = memoryview(flat).cast("B")
     else:
         # Takes strides in the same pass.
         copy_array(np.ndarray(flat.shape, flat.dtype, view), flat)
-
-
-def _parts_of(source: Any, scratch: memoryview) -> Iterator[memoryview]:
-    if isinstance(source, _FLAT):
-        yield _raw(source)
-        return
-    flat = in_memory_order(source)
-    if flat.flags.c_contiguous:
-        yield memoryview(flat.reshape(-1).view("u1"))
-    elif flat.nbytes <= _PART_NBYTES:
-        part = scratch[: flat.nbytes]
-        _copy(part, flat)
-        yield part
-    elif len(flat) == 1:
-        yield from _parts_of(flat[0], scratch)
-    else:
-        step = max(1, len(flat) * _PART_NBYTES // flat.nbytes)
-        for start in range(0, len(flat), step):
-            yield from _parts_of(flat[start : start + step], scratch)

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, Final
 from oobpickle import _arrow, _byte_types, _subclasses
 from oobpickle._rebuild import Rebuild
 from oobpickle._resizable import Resizable
+from oobpickle._snapshot import taken
 from oobpickle._stream import LEAST_UNCOPIED_NBYTES
 
 if TYPE_CHECKING:
@@ -306,17 +307,33 @@ def in_memory_order(array: Array) -> Array:
 
 def _settled(source: Any) -> Any:
     """Return a copy in the order in which its bytes are sent."""
-    if isinstance(source, (PickleBuffer, Resizable)):
-        return PickleBuffer(bytearray(source.raw()))
-    array: Array = source
-    if array.dtype.names is not None:
-        array = array.view(f"V{array.itemsize}")  # with the bytes between the fields
-    return array.copy("C" if kept_strides(array) is None else "K")
+    return PickleBuffer(taken([part_of(source)]))
+
+
+def part_of(source: Any) -> Any:
+    """Return a source as a part of a snapshot."""
+    if isinstance(source, Resizable):
+        return source
+    if isinstance(source, PickleBuffer):
+        return source.raw()
+    if isinstance(source, memoryview):
+        return source.cast("B")
+    flat = in_memory_order(source)
+    if flat.flags.c_contiguous:
+        return memoryview(flat.reshape(-1).view("u1"))
+    return with_gaps(flat)
+
+
+def with_gaps(array: Array) -> Array:
+    """Return the array with the bytes between its fields, or the receiver would see others."""
+    return array if array.dtype.names is None else array.view(f"V{array.itemsize}")
 
 
 def _owner_of(source: Any) -> object:
     """Return the object whose memory it is, as far as that can be seen."""
-    if isinstance(source, (PickleBuffer, Resizable)):
+    if isinstance(source, Resizable):
+        return source.owner
+    if isinstance(source, PickleBuffer):
         source = source.raw()
     while True:
         owner = source.obj if isinstance(source, memoryview) else getattr(source, "base", None)

@@ -53,8 +53,10 @@ class Resizable:
             If it has another size by now.
         """
         raw = PickleBuffer(self.owner).raw()
-        if raw.nbytes != self.nbytes:
-            raise resized(self.owner, self.nbytes, raw.nbytes)
+        found_nbytes = raw.nbytes
+        if found_nbytes != self.nbytes:
+            raw.release()  # the traceback keeps this frame while another attempt is made
+            raise resized(self.owner, self.nbytes, found_nbytes)
         return raw
 
     def copy_into(self, view: memoryview) -> None:

@@ -1,20 +1,13 @@
-"""Straight: large in-band messages without a copy, from the sender's arrays to the receiver's.
+"""Straight: large in-band messages from the pipe into the memory of the arrays that arrive.
 
-**What.** `Straight` is an in-band message that is still in the object's memory. `receive` reads one
-from a pipe into the memory where its arrays will be.
+**What.** `receive` reads a message from a pipe into the memory where its arrays will be.
 
-**How it works.** What goes through the pipe is the ordinary pickle that `Payload.to_pickle` would
-make, so that any Python can load it. Its parts are written one after the other from where they are.
-The receiver knows the pickle by how it begins, and reads each buffer into memory of its own; what
-it hands on is a small pickle that fetches them. So both together need twice the object, where plain
-pickling needs four times as much.
+**How it works.** What comes through the pipe is the ordinary pickle that `Payload.to_pickle` makes.
+It is known by how it begins. Each buffer is read into memory of its own, and what is handed on is a
+small pickle that fetches them. So the receiver needs the object once, where plain pickling needs it
+twice; the sender needs it twice, and gives the copy back as it writes (`_snapshot`).
 
-Where others may change the object meanwhile, what is written is a copy in pieces, and each piece is
-gone when it was written: the receiver's memory grows while the sender's shrinks.
-
-**Lifetime.** A `Straight` belongs to whoever is about to write it, and refers to the user's memory
-until then, unless it has a copy. What has arrived belongs to the message that was handed on, until
-that is loaded.
+**Lifetime.** What has arrived belongs to the message that was handed on, until that is loaded.
 
 **When it cannot.** A message that does not go on as it began is put together as it was sent. Who
 asks for the bytes of a message gets the bytes.
@@ -24,18 +17,13 @@ from __future__ import annotations
 
 import io
 import itertools
-import mmap
 import os
 import pickle
-import struct
 import sys
 import weakref
-from collections import deque
-from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from oobpickle._errors import StaleEnvelopeError
-from oobpickle._foreign import pass_on_foreign
 from oobpickle._payload import (
     BYTEARRAY8,
     PICKLE_BUFFER,
@@ -49,120 +37,7 @@ from oobpickle._payload import (
 
 #: Below this one write is as good.
 LEAST_NBYTES: Final = 1 << 20
-#: Below this a copy may as well be one.
-LEAST_COPIED_NBYTES: Final = 64 << 20
-_COPIED_NBYTES: Final = 16 << 20
-_ORDINARY: Final = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
-_GATHER_NBYTES: Final = 64 << 10
 _MOST_READ_NBYTES: Final = 1 << 30
-
-
-class Straight(bytes):
-    """An in-band message that is written from the object's own memory.
-
-    The bytes themselves mean nothing.
-
-    Attributes
-    ----------
-    nbytes : int
-        Of the message.
-    """
-
-    nbytes: int
-    _parts: Iterator[Any]
-    _token: object
-
-    @classmethod
-    def make(
-        cls, payload: Payload, stub_nbytes: int, *, copied: bool = False, **ends: bytes
-    ) -> Straight:
-        """Return a message of a payload, itself of `stub_nbytes` bytes.
-
-        Parameters
-        ----------
-        payload : Payload
-            What it holds.
-        stub_nbytes : int
-            How long the message pretends to be.
-        copied : bool
-            Whether it is what the object holds now, and not what it holds when it is written.
-        **ends : bytes
-            The ``head`` and ``tail`` of `Payload.to_pickle`.
-        """
-        message = cls(stub_nbytes)
-        message.nbytes = payload.pickle_nbytes(**ends)
-        # Memory is taken now: later half of the message is in the pipe.
-        payload = payload.pinned()
-        message._parts = payload.pickle_parts(payload.scratch(), **ends)
-        if copied:
-            message._parts = _emptied(_copied(message._parts))
-        message._token = _Token()
-        unsent.add(message._token)
-        return message
-
-    def write(self, send: Callable[[Any], None]) -> None:
-        """Write the message as `multiprocessing` frames it; `send` writes all it is given."""
-        small = self.nbytes <= 0x7FFFFFFF
-        gathered = bytearray(
-            struct.pack("!i", self.nbytes) if small else struct.pack("!iQ", -1, self.nbytes)
-        )
-        for part in self._parts:
-            if len(gathered) + len(part) > _GATHER_NBYTES and gathered:
-                send(memoryview(gathered))
-                gathered = bytearray()
-            if len(part) > _GATHER_NBYTES:
-                send(memoryview(part))  # what is left of it is sliced off again and again
-            else:
-                gathered += part
-        send(memoryview(gathered))
-
-    def forget(self) -> None:
-        """It was written, as far as it could be."""
-        unsent.discard(self._token)
-
-
-def _copied(parts: Iterator[Any]) -> deque[memoryview]:
-    """Return pieces of memory whose pages the system has back as soon as they are dropped."""
-    pieces: deque[memoryview] = deque()
-    n_free = 0
-    for part in parts:
-        source = memoryview(part).cast("B")
-        while source.nbytes:
-            if n_free == 0:
-                pieces.append(_fresh_piece())
-                n_free = _COPIED_NBYTES
-            n = min(n_free, source.nbytes)
-            at = _COPIED_NBYTES - n_free
-            pieces[-1][at : at + n] = source[:n]
-            source, n_free = source[n:], n_free - n
-    if pieces:
-        pieces[-1] = pieces[-1][: _COPIED_NBYTES - n_free]
-    return pieces
-
-
-def _fresh_piece() -> memoryview:
-    # Not by malloc, which keeps what is freed below something that is not.
-    try:
-        return memoryview(mmap.mmap(-1, _COPIED_NBYTES, flags=_ORDINARY))
-    except OSError as error:
-        pass_on_foreign(error)
-        raise MemoryError(f"no memory to copy {_COPIED_NBYTES} bytes of a message") from error
-
-
-def _emptied(pieces: deque[memoryview]) -> Iterator[memoryview]:
-    while pieces:
-        yield pieces.popleft()
-
-
-class _Token:
-    """Alive as long as its message."""
-
-
-#: Of messages that nobody but us can write.
-unsent: Final[weakref.WeakSet[Any]] = weakref.WeakSet()
-
-
-# --- receiving
 
 
 class _Arrived:
@@ -175,12 +50,12 @@ class _Arrived:
         self.number = next(_numbers)
         _arrived[self.number] = self
 
-    def to_bytes(self) -> bytes:
+    def to_pickle(self) -> memoryview:
         """Return the message as it was sent."""
         if self.stream is None:
             raise _loaded_already()
         payload = Payload(bytes(self.stream), self.buffers, [b.nbytes for b in self.buffers])
-        return b"".join(payload.pickle_parts(payload.scratch(), tail=self.tail))
+        return payload.to_pickle(tail=self.tail)
 
 
 _numbers: Final = itertools.count()
@@ -243,7 +118,7 @@ class Received(io.BytesIO):
 
     def _become_bytes(self) -> None:
         if self._arrived is not None:
-            whole = self._arrived.to_bytes()
+            whole = self._arrived.to_pickle()
             self._arrived = None
             self.seek(0)
             self.truncate()

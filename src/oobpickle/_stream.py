@@ -15,7 +15,7 @@ copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pickle import PickleBuffer
 from typing import Any, Final
 
@@ -59,12 +59,17 @@ class Stream:
     ----------
     pieces : iterable of bytes-like
         What is there already.
+
+    Attributes
+    ----------
+    pieces : list of bytes, memoryview or Resizable
+        What it is made of, in order.
     """
 
-    __slots__ = ("_pieces",)
+    __slots__ = ("pieces",)
 
     def __init__(self, pieces: Iterable[bytes | memoryview] = ()) -> None:
-        self._pieces: list[_Piece] = [*pieces]
+        self.pieces: list[_Piece] = [*pieces]
 
     @classmethod
     def of(cls, pieces: Pieces, settled: Mapping[int, bytes]) -> Stream:
@@ -76,42 +81,33 @@ class Stream:
             elif type(piece) is not bytes:
                 # Its header is the end of the piece before, and says its size: by now others may
                 # have changed that.
-                header = bytes(stream._pieces[-1])[-8:]  # type: ignore[arg-type]
+                header = bytes(stream.pieces[-1])[-8:]  # type: ignore[arg-type]
                 piece = Resizable(piece, int.from_bytes(header, "little"))
-            stream._pieces.append(piece)
+            stream.pieces.append(piece)
         return stream
 
     def write(self, piece: bytes | bytearray | PickleBuffer) -> None:
         """Take a copy of what the pickler has written."""
-        self._pieces.append(piece.raw().tobytes() if type(piece) is PickleBuffer else bytes(piece))
+        self.pieces.append(piece.raw().tobytes() if type(piece) is PickleBuffer else bytes(piece))
 
     @property
     def nbytes(self) -> int:
         """Of all pieces."""
-        return sum(map(_nbytes_of, self._pieces))
+        return sum(map(_nbytes_of, self.pieces))
 
     def __bytes__(self) -> bytes:
-        return b"".join(self.parts())
-
-    def parts(self) -> Iterator[bytes | memoryview]:
-        """Yield what it is made of, in order."""
-        for piece in self._pieces:
-            yield piece.raw() if isinstance(piece, Resizable) else piece
+        return b"".join(p.raw() if isinstance(p, Resizable) else p for p in self.pieces)
 
     def write_into(self, view: memoryview) -> None:
         """Copy all of it once into memory of `nbytes` bytes."""
         at = 0
-        for piece in self._pieces:
+        for piece in self.pieces:
             n = _nbytes_of(piece)
             if isinstance(piece, Resizable):
                 piece.copy_into(view[at : at + n])
             else:
                 copy_bytes(view[at : at + n], piece)
             at += n
-
-    def pinned(self) -> Stream:
-        """Return the same, with nothing in it that can be resized meanwhile."""
-        return Stream(list(self.parts()))
 
 
 def _nbytes_of(piece: _Piece) -> int:

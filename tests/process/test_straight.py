@@ -4,7 +4,7 @@ import pytest
 
 from process.harness import cases_of, run_program
 
-WITH_ARGUMENTS = {"takes_what_it_needs", "with_other_threads_the_copy_goes_as_it_is_sent"}
+WITH_ARGUMENTS = {"takes_what_it_needs", "the_copy_goes_as_it_is_sent"}
 
 
 @pytest.mark.parametrize("case", [c for c in cases_of("straight") if c not in WITH_ARGUMENTS])
@@ -12,9 +12,9 @@ def test_straight(case):
     run_program("straight", case)
 
 
-@pytest.mark.parametrize("way", ["queue", "pipe"])
-def test_peak_memory_of_a_process_with_threads(way):
-    run_program("straight", "with_other_threads_the_copy_goes_as_it_is_sent", way)
+@pytest.mark.parametrize("way", ["queue", "thread", "process"])
+def test_peak_memory_of_both_sides(way):
+    run_program("straight", "the_copy_goes_as_it_is_sent", way)
 
 
 @pytest.mark.parametrize("way", ["result", "executor", "pipe", "SimpleQueue"])

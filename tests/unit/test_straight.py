@@ -1,8 +1,7 @@
-"""Straight messages: what any Python would load, written and read without a copy of the whole."""
+"""Large in-band messages: read without a copy of the whole."""
 
 import gc
 import io
-import multiprocessing
 import os
 import pickle
 import struct
@@ -14,7 +13,7 @@ import pytest
 import oobpickle
 from oobpickle import _straight
 from oobpickle._payload import PICKLE_START
-from oobpickle._straight import Received, Straight, receive
+from oobpickle._straight import Received, receive
 
 MIB = 1 << 20
 TAIL = b"\0tail"
@@ -46,23 +45,9 @@ def obj(request):
     return OBJECTS[request.param]
 
 
-@pytest.fixture
-def small_parts(monkeypatch):
-    monkeypatch.setattr("oobpickle._payload._PART_NBYTES", 10_000)
-
-
 def equal(one, other):
     """Compare what a payload of each would hold."""
     return oobpickle.dumps(one).to_bytes() == oobpickle.dumps(other).to_bytes()
-
-
-def sent(message):
-    """Return what is written, without the length before it."""
-    parts = []
-    message.write(lambda part: parts.append(bytes(part)))
-    whole = b"".join(parts)
-    assert struct.unpack("!i", whole[:4]) == (len(whole) - 4,)
-    return whole[4:]
 
 
 def through_a_pipe(data, n_announced=None):
@@ -74,36 +59,6 @@ def through_a_pipe(data, n_announced=None):
             return receive(reader.fileno(), len(data) if n_announced is None else n_announced)
         finally:
             thread.join()
-
-
-@pytest.mark.parametrize("copied", [False, True])
-@pytest.mark.parametrize("head", [b"", b"\x80\x05N0"])
-def test_what_is_written_is_the_ordinary_pickle(obj, head, copied, small_parts, monkeypatch):
-    monkeypatch.setattr(_straight, "_COPIED_NBYTES", 100_000)
-    payload = oobpickle.dumps(obj)
-    message = Straight.make(payload, 37, copied=copied, head=head, tail=TAIL)
-
-    whole = sent(message)
-
-    assert bytes(payload.to_pickle(head=head, tail=TAIL)) == whole
-    assert len(message) == 37
-    assert equal(obj, pickle.loads(whole))
-
-
-@pytest.mark.parametrize(("copied", "expected"), [(True, 1), (False, 2)])
-def test_a_copy_is_what_the_object_was(copied, expected):
-    array = np.ones(MIB, np.uint8)
-    message = Straight.make(oobpickle.dumps(array), 37, copied=copied)
-    array[:] = 2
-
-    assert (pickle.loads(sent(message)) == expected).all()
-
-
-def test_no_memory_for_a_copy_is_a_memory_error(monkeypatch):
-    monkeypatch.setattr(_straight, "_COPIED_NBYTES", 1 << 62)
-
-    with pytest.raises(MemoryError, match="no memory to copy"):
-        Straight.make(oobpickle.dumps(OBJECTS["contiguous"]), 37, copied=True)
 
 
 def test_what_arrives_is_loaded_without_the_whole_in_between(obj):
@@ -183,27 +138,3 @@ def test_other_messages_arrive_as_they_are(data):
 def test_an_end_of_file_is_an_error_as_ever(n):
     with pytest.raises(EOFError if n == 0 else OSError):
         through_a_pipe(WHOLE[:n], len(WHOLE))
-
-
-def test_beyond_two_gib_the_length_is_written_as_multiprocessing_does(monkeypatch):
-    class Big(oobpickle.Payload):
-        def pickle_nbytes(self, **_):
-            return (1 << 31) + 5
-
-        def pickle_parts(self, *_, **__):
-            yield b"part"
-
-    parts = []
-    Straight.make(Big(b"", [], []), 37).write(parts.append)
-
-    assert b"".join(map(bytes, parts)) == struct.pack("!iQ", -1, (1 << 31) + 5) + b"part"
-
-
-def test_a_connection_without_the_library_reads_it(obj):
-    read, write = multiprocessing.Pipe(duplex=False)
-    with read, write:
-        message = Straight.make(oobpickle.dumps(obj), 37, tail=TAIL)
-        thread = threading.Thread(target=message.write, args=[write._send])
-        thread.start()
-        assert equal(obj, read.recv())
-        thread.join()
