@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import re
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,19 @@ import pytest
 import oobpickle
 
 SOURCE = Path(oobpickle.__file__).parent
+DESIGN = Path(__file__).parents[2] / "docs" / "explanation" / "design.md"
 
-#: The level of each module; a new one has to be given its place here.
+#: The level of each module; a new one gets its place here, and in the table of the design.
 LEVELS = {
-    0: {"_errors", "_foreign", "_faults", "_system", "_interrupts", "_huge_pages"},
+    0: {
+        "_errors",
+        "_foreign",
+        "_faults",
+        "_system",
+        "_interrupts",
+        "_huge_pages",
+        "_statistics",
+    },
     1: {
         "_copying",
         "_reducers",
@@ -21,6 +31,7 @@ LEVELS = {
         "_locating",
         "_rebuild",
         "_resizable",
+        "_snapshot",
         "_stream",
         "_subclasses",
         "_segment",
@@ -29,27 +40,24 @@ LEVELS = {
         "_remap",
         "_file_words",
         "_headroom",
-        "_locks",
         "_layout",
         "_pipes",
     },
     2: {
+        "_locks",
         "_payload",
-        "_calls",
-        "_comparison",
         "_into",
-        "_serializer",
-        "_straight",
         "_table",
         "_ledger",
         "_rows",
         "_mutex",
         "_participants",
-        "_membership",
-        "_statistics",
         "_options",
     },
     3: {
+        "_serializer",
+        "_straight",
+        "_membership",
         "_lease",
         "_holdings",
         "_room",
@@ -62,7 +70,7 @@ LEVELS = {
     },
     4: {"_envelope"},
     5: {"_channels", "_hook", "_offers", "_connections", "_processes", "_reduction"},
-    6: {"__init__", "testing"},
+    6: {"__init__", "testing", "_calls", "_comparison"},
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 #: The column that knows pickle; all else below the seam knows memory, but for what serves both.
@@ -72,6 +80,7 @@ PICKLE = {
     "_reducers",
     "_rebuild",
     "_resizable",
+    "_snapshot",
     "_stream",
     "_subclasses",
     "_byte_types",
@@ -141,6 +150,30 @@ MODULES = sorted(modules())
 def test_every_module_has_a_level():
 
     assert set(LEVEL_OF) == modules()
+
+
+def layers_in_the_design():
+    """Return level and column of each module that the table of the design names, or the text."""
+    text = DESIGN.read_text().partition("## Layers")[2].partition("\n## ")[0]
+    rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| \d", line)]
+    places = {
+        module: (int(level), column)
+        for level, *cells in rows
+        for column, cell in zip(("pickle", "both", "memory"), cells, strict=True)
+        for module in re.findall(r"`(_\w+)`", cell)
+    }
+    on_top = next(line for line in text.splitlines() if line.startswith("On top"))
+    return places | dict.fromkeys(re.findall(r"`(_?[a-z]+)`", on_top), (6, "on top"))
+
+
+def test_the_table_of_the_design_is_the_same():
+    places = layers_in_the_design()
+    levels = {module: level for module, level in LEVEL_OF.items() if module != "__init__"}
+    pickle = {module for module, (_, column) in places.items() if column == "pickle"}
+
+    assert levels == {module: level for module, (level, _) in places.items()}
+    assert PICKLE - LEVELS[6] == pickle
+    assert {places[module][1] for module in COMMON} == {"both"}
 
 
 def test_the_source_is_one_flat_folder():
