@@ -1,4 +1,8 @@
+import _thread
+import os
+import signal
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -113,3 +117,118 @@ def test_a_core_is_idle_while_fewer_run_than_there_are(monkeypatch, tmp_path, te
     monkeypatch.setattr(_copying.os, "sched_getaffinity", lambda _: {0, 1})
 
     assert expected == _copying._is_a_core_idle()
+
+
+# --- the helper's life
+
+
+def tasks():
+    return set(os.listdir("/proc/self/task"))
+
+
+@pytest.mark.parametrize("n_cores", [2], indirect=True)
+def test_the_helper_is_gone_when_the_copy_is_made(n_cores):
+    source = samples.filled("u1", (1 << 18,))
+    destination = np.zeros_like(source)
+    before = tasks()
+    for _ in range(100):
+        copy_array(destination, source)
+        assert tasks() == before
+
+
+@pytest.mark.parametrize("n_cores", [2], indirect=True)
+def test_a_helper_that_begins_late_is_waited_for_too(n_cores, monkeypatch):
+    source = samples.filled("u1", (1 << 18,))
+    destination = np.zeros_like(source)
+    go, help_ = threading.Event(), _copying._help
+    wait_for, before = _copying._wait_for, tasks()
+
+    def help_late(job):
+        assert go.wait(20)
+        help_(job)
+
+    def wait_after_the_last_piece(lock):
+        assert (source == destination).all()
+        go.set()
+        wait_for(lock)
+
+    monkeypatch.setattr(_copying, "_help", help_late)
+    monkeypatch.setattr(_copying, "_wait_for", wait_after_the_last_piece)
+    copy_array(destination, source)
+
+    assert tasks() == before
+
+
+@pytest.mark.parametrize("n_cores", [2], indirect=True)
+def test_an_interrupt_while_it_ends_is_raised_when_it_has_ended(n_cores, monkeypatch):
+    source = samples.filled("u1", (1 << 18,))
+    before, exists, n_calls = tasks(), os.path.exists, 0
+
+    def interrupted(path):
+        nonlocal n_calls
+        n_calls += 1
+        if n_calls == 1:
+            raise KeyboardInterrupt
+        return exists(path)
+
+    monkeypatch.setattr(_copying.os.path, "exists", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        copy_array(np.zeros_like(source), source)
+
+    assert n_calls > 1
+    assert tasks() == before
+
+
+def test_a_forked_child_does_not_wait_for_a_helper():
+    job = _copying._Job([])
+    _copying._jobs.add(weakref.ref(job, _copying._jobs.discard))
+    assert _copying.is_busy()
+    _copying.forget()
+
+    assert job.helping.acquire(blocking=False)
+    assert not job.has_helper
+    assert not _copying.is_busy()
+
+
+@pytest.fixture
+def helpers(monkeypatch):
+    """Counts them."""
+    started, start = [], _thread.start_new_thread
+
+    def start_new_thread(*args):
+        started.append(args)
+        return start(*args)
+
+    monkeypatch.setattr(_copying._thread, "start_new_thread", start_new_thread)
+    return started
+
+
+@pytest.mark.parametrize("n_cores", [2], indirect=True)
+@pytest.mark.parametrize(
+    ("handler", "expected"),
+    [(signal.SIG_IGN, 1), (signal.default_int_handler, 1), (lambda *_: None, 0)],
+    ids=["ignored", "Ctrl-C", "of the program"],
+)
+def test_where_a_handler_could_run_between_two_pieces_there_is_one(
+    n_cores, helpers, handler, expected
+):
+    source = samples.filled("u1", (1 << 18,))
+    before = signal.signal(signal.SIGUSR2, handler)
+    try:
+        copy_array(np.zeros_like(source), source)
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+    assert len(helpers) == expected
+
+
+@pytest.mark.parametrize("n_cores", [2], indirect=True)
+def test_handlers_do_not_run_in_other_threads(n_cores, helpers):
+    source = samples.filled("u1", (1 << 18,))
+    before = signal.signal(signal.SIGUSR2, lambda *_: None)
+    thread = threading.Thread(target=copy_array, args=(np.zeros_like(source), source))
+    thread.start()
+    thread.join()
+    signal.signal(signal.SIGUSR2, before)
+
+    assert len(helpers) == 1
