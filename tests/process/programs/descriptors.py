@@ -377,7 +377,8 @@ def a_fork_without_descriptors():
     reap(pid)
     theirs.assert_untouched()
     offsets = [inside.address(one[1]) - arena.data._address for one in held]
-    del held, one
+    held.clear()
+    one = None
     arena.holdings.collect()
     for offset in offsets:
         assert not arena.data.is_private(offset // 4096 * 4096)
