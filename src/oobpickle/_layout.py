@@ -103,7 +103,6 @@ N_COLUMNS: Final = 11
 BLOCKS_AT: Final = HEADER_WORDS + MAX_PARTICIPANTS * PARTICIPANT_WORDS
 LEDGER_NBYTES: Final = (BLOCKS_AT + N_COLUMNS * MAX_BLOCKS) * 8
 
-NONE: Final = 0
 FREE: Final = 1
 LEASED: Final = 2
 IN_FLIGHT: Final = 3
@@ -139,8 +138,8 @@ _CONSTANT_WORDS: Final = (
 
 def commit_word(index: int, state: int, owner: int, generation: int) -> int:
     """Compose the one word that says everything about a block."""
-    low = state | owner << OWNER_SHIFT
-    return generation * _BY_FIRST + (index << 32 | low) * _BY_SECOND + _PLUS & _HIGH_MASK | low
+    word: int = checked_word(index, state | owner << OWNER_SHIFT, generation)
+    return word
 
 
 def checked_word(index: Any, low: Any, generation: Any) -> Any:

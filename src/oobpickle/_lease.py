@@ -84,11 +84,6 @@ class Lease:
         offset = arena.ledger.rows.offset(index)
         return arena.data.view()[offset : offset + nbytes]
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes used of all blocks."""
-        return sum(self._plan.needs)
-
     def seal(self, channel: int) -> None:
         """Finish writing: from here on a receiver may claim the blocks.
 

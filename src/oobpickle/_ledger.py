@@ -4,7 +4,7 @@
 
 **How it works.** A block belongs to nobody (FREE) or to exactly one participant::
 
-    NONE --lease--> LEASED --seal--> IN FLIGHT --claim--> HELD --release--> FREE --lease--> LEASED
+    (new) --lease--> LEASED --seal--> IN FLIGHT --claim--> HELD --release--> FREE --lease--> LEASED
     ...
                       |                  |  of the dead: anybody may look if it can be read
                       +---- release -----+------------------------------------^
@@ -30,7 +30,7 @@ that is not what the placement says."""
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 from oobpickle import _faults
 from oobpickle._layout import (
@@ -62,9 +62,6 @@ from oobpickle._layout import (
 )
 from oobpickle._rows import Shortage
 from oobpickle._table import Table
-
-if TYPE_CHECKING:
-    pass
 
 _AFFINITY_DEPTH: Final = 8
 _CLASSES_UP: Final = 4
@@ -211,7 +208,7 @@ class Ledger(Table):
     def adopt(self, index: int, generation: int, slot: int) -> None:
         """Make a reader the owner of a message that has left its channel, without the lock.
 
-        Only inside `Membership.reading`: nobody frees it meanwhile.
+        Only inside `Intake.receive`: nobody frees it meanwhile.
         """
         if self.is_in_flight(index, generation):
             self.word[index] = commit_word(index, IN_FLIGHT, slot, generation)

@@ -16,8 +16,10 @@ from ledger_tools import assert_in_order
 from oobpickle import (
     ArenaError,
     ArenaFullError,
+    EnvelopeError,
     StaleEnvelopeError,
     _backing,
+    _copying,
     _fork,
     _headroom,
     _participants,
@@ -25,8 +27,17 @@ from oobpickle import (
 from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
 from oobpickle._huge_pages import BY_FAULT
-from oobpickle._layout import BLOCKS_AT, H_CAPACITY, H_HELD, N_COLUMNS
+from oobpickle._layout import (
+    BLOCKS_AT,
+    FREE,
+    H_CAPACITY,
+    H_HELD,
+    IN_FLIGHT,
+    N_COLUMNS,
+    commit_word,
+)
 from oobpickle._options import Options
+from oobpickle._pipes import channel_id
 from oobpickle._segment import Segment
 
 MIB = 1 << 20
@@ -334,6 +345,63 @@ def test_a_busy_ledger_keeps_the_index_until_its_copy_is_gone(arena):
     assert 1 == arena.statistics().n_blocks["free"]
 
 
+@pytest.mark.parametrize("change", ["another reader", "taken back", "damaged"])
+def test_what_changes_while_it_is_copied_without_the_lock_is_refused(arena, monkeypatch, change):
+    """Nobody may change a block in flight that somebody loads; who does has taken it away."""
+    ((index, generation),), needs = sent = send(arena, b"x" * MIB)
+    before = arena.ledger.word[index]
+    words = {
+        "another reader": commit_word(index, IN_FLIGHT, 77, generation),
+        "taken back": commit_word(index, FREE, 0, generation),
+        "damaged": before ^ 1 << 40,
+    }
+    copy_of = type(arena.intake)._copy_of
+
+    def copy_and_change(*args, **options):
+        copied = copy_of(*args, **options)
+        arena.ledger.word[index] = words[change]
+        return copied
+
+    monkeypatch.setattr(type(arena.intake), "_copy_of", copy_and_change)
+    with pytest.raises(EnvelopeError):
+        arena.membership.mutex.threads.run(1.0, arena.intake.claim, *sent)
+    monkeypatch.undo()
+
+    arena.ledger.word[index] = before
+    assert not arena.holdings._unlocked
+    (view,) = arena.intake.claim(*sent)
+    assert bytes(view) == b"x" * needs[0]
+
+
+def test_a_lease_whose_copy_goes_on_is_given_back_when_it_has_ended(arena, monkeypatch):
+    """A helper may go on for moments after an interrupt: nobody gets the memory meanwhile."""
+    busy = True
+    monkeypatch.setattr(_copying, "is_busy", lambda: busy)
+    lease = arena.acquire([MIB])
+    (block,) = lease.blocks
+    del lease
+    arena.drain()
+    assert arena.statistics().n_blocks["leased"] == 1
+    other = arena.acquire([MIB])
+    assert other.blocks[0][0] != block[0]
+
+    busy = False
+    other.release()
+    assert arena.statistics().n_blocks["leased"] == 0
+
+
+def test_what_died_behind_a_copy_that_goes_on_waits_but_is_not_lost(arena, monkeypatch):
+    busy = True
+    monkeypatch.setattr(_copying, "is_busy", lambda: busy)
+    (held,) = arena.intake.claim(*send(arena, b"x" * MIB))
+    lease = arena.acquire([MIB])
+    del lease, held
+    arena.drain()
+    busy = False
+
+    assert {"free": 2, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
+
+
 def test_a_sender_with_a_busy_ledger_is_told(arena, monkeypatch):
     with pytest.raises(ArenaFullError) as error:
         arena.membership.mutex.threads.run(1.0, arena.acquire, [100])
@@ -400,6 +468,21 @@ def test_closing_gives_free_pages_back_before_it_returns(make_arena):
     arena.close()
 
     assert 0 == arena.data.resident_nbytes()
+
+
+def test_closing_frees_what_nobody_can_read_while_that_can_be_seen(make_arena):
+    """Once it is closed nobody says what he reads, so an empty channel means nothing any more."""
+    arena = make_arena()
+    reader, writer = multiprocessing.Pipe(duplex=False)
+    with reader, writer:
+        lease = arena.acquire([MIB])
+        lease.seal(channel_id(writer.fileno()))
+        lease.settle()
+        assert arena.statistics().n_blocks["in_flight"] == 1
+        arena.close()
+
+        assert arena.statistics().n_blocks["in_flight"] == 0
+        assert arena.data.resident_nbytes() == 0
 
 
 def test_pages_of_arrays_that_outlive_the_arena_go_back_when_they_die(make_arena):

@@ -315,8 +315,10 @@ def test_within_the_budget_nobody_waits(arena, channels, ends):
     channels.note(reader.fileno(), writer.fileno())
     first = send(arena, channels, writer, 4 * MIB)
 
-    wait(channels, writer, 4 * MIB).join(20)
+    thread = wait(channels, writer, 4 * MIB)
+    thread.join(20)
 
+    assert not thread.is_alive()
     claim(arena, first)
 
 

@@ -65,7 +65,6 @@ def test_a_hole_page_follows_every_block():
 
 
 STATES = [
-    layout.NONE,
     layout.FREE,
     layout.LEASED,
     layout.IN_FLIGHT,
@@ -143,8 +142,7 @@ def test_no_rows_are_not_an_empty_word():
 
 def test_states_are_different_and_an_empty_word_is_none_of_them():
 
-    assert sorted(STATES) == list(range(len(STATES)))
-    assert layout.NONE == 0
+    assert sorted(STATES) == list(range(1, 1 + len(STATES)))
 
 
 def test_every_participant_has_an_owner_number():

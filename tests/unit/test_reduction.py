@@ -6,9 +6,11 @@ import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.reduction
 import pickle
+import subprocess
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import popen_forkserver, popen_spawn_posix
 
 import numpy as np
 import pytest
@@ -32,6 +34,9 @@ def replaced_objects():
         connection.Pipe,
         multiprocessing.reduction.dump,
         multiprocessing.reduction.DupFd,
+        popen_spawn_posix.Popen._launch,
+        popen_forkserver.Popen._launch,
+        subprocess.Popen._execute_child,
     )
 
 
@@ -43,9 +48,10 @@ def _uninstalled():
     assert before == replaced_objects()
 
 
-def test_enabled_replaces_seven_objects_and_restores_them():
+def test_enabled_replaces_ten_objects_and_restores_them():
     before = replaced_objects()
     with oobpickle.enabled():
+        assert len(_hook.current._replaced) == len(before) == 10
         assert not set(map(id, before)) & set(map(id, replaced_objects()))
 
     assert before == replaced_objects()
