@@ -156,14 +156,16 @@ def layers_in_the_design():
     """Return level and column of each module that the table of the design names, or the text."""
     text = DESIGN.read_text().partition("## Layers")[2].partition("\n## ")[0]
     rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| \d", line)]
-    places = {
-        module: (int(level), column)
+    places = [
+        (module, (int(level), column))
         for level, *cells in rows
         for column, cell in zip(("pickle", "both", "memory"), cells, strict=True)
         for module in re.findall(r"`(_\w+)`", cell)
-    }
+    ]
     on_top = next(line for line in text.splitlines() if line.startswith("On top"))
-    return places | dict.fromkeys(re.findall(r"`(_?[a-z]+)`", on_top), (6, "on top"))
+    places += [(module, (6, "on top")) for module in re.findall(r"`(_?[a-z]+)`", on_top)]
+    assert len(dict(places)) == len(places), "a module is named twice"
+    return dict(places)
 
 
 def test_the_table_of_the_design_is_the_same():

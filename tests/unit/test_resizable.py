@@ -89,3 +89,14 @@ def test_what_is_resized_arrives_whole_when_something_else_crosses_by_value():
     function, arrived, _ = oobpickle.loads(payload)
 
     assert (6, b"ab" * 50_004) == (function(2), arrived)
+
+
+def test_an_error_that_is_kept_keeps_nobody_from_resizing_again():
+    """While a message is taken apart for the second time, the traceback of the first is there."""
+    owner = bytearray(9)
+    with pytest.raises(ResizedError) as error:
+        Resizable(owner, 8).raw()
+    owner.append(1)
+
+    assert error.value.__traceback__ is not None
+    assert len(owner) == 10
