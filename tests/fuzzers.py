@@ -345,6 +345,8 @@ class LedgerFuzzer:
         other = rng.randrange(self.N_SLOTS)
         reader = self._ledgers[other]
         reader.adopt(index, generation, self._slots[other])
+        if rng.random() < 0.3:
+            reader.readdress(index, generation, self._slots[other], some_number(rng))
         if reader.claim([(index, generation)], [nbytes], self._slots[other]) is None:
             found = reader.rows.get(index)
             assert nbytes <= found.nbytes
@@ -368,10 +370,12 @@ class LedgerFuzzer:
         census = ledger.census()
         assert 0 <= census.n_quarantined <= ledger.rows.n_rows
         self.n_quarantined = max(self.n_quarantined, census.n_quarantined)
-        for index, word, channel in ledger.in_flight([slot]):
-            if channel & layout.FOLLOWS:
-                ledger.is_abandoned(index)
+        kept = Participants(ledger).kept()[0] | {some_number(rng)}
+        for _, word, _ in ledger.in_flight([slot], kept, keeps_all=rng.random() < 0.3):
             assert word & layout.STATE_MASK == layout.IN_FLIGHT
+        for _, word in ledger.abandoned():
+            assert word & layout.STATE_MASK == layout.IN_FLIGHT
+        ledger.sources()
         with contextlib.suppress(OobPickleError):
             ledger.rows.offset(rng.choice((index_ := rng.randrange(64), index_, 1 << 63)))
 

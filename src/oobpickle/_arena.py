@@ -21,7 +21,7 @@ from __future__ import annotations
 import operator
 import os
 import time
-from typing import TYPE_CHECKING, Final, SupportsIndex
+from typing import TYPE_CHECKING, Final, NamedTuple, SupportsIndex
 
 from oobpickle import _copying, _faults, _fork, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
@@ -58,9 +58,22 @@ _FIRST_PAUSE_S: Final = 0.2e-3
 _LAST_PAUSE_S: Final = 5e-3
 _STEP_BLOCKS: Final = 64  # blocks per step, so that nobody waits long for the lock
 _EVERYTHING: Final = 1 << 62
+_COUNT_EVERY_S: Final = 0.1
+_PAUSE_COUNTS: Final = 4  # what messages find full one after the other is not counted each time
 _ROWS_AHEAD: Final = 448  # with a step, one page of each column
 
 Block = tuple[int, int]  # index and generation
+
+
+class _Patience(NamedTuple):
+    """Until when a sender waits for room; 0: not at all, since that was in vain.
+
+    `nbytes` of its message, if it waits by default; else `None`: that says nothing about others.
+    """
+
+    deadline: float
+    nbytes: int | None = None
+
 
 #: Tokens of the threads that are inside an operation on some arena: none may be unmapped.
 users: Final[set[object]] = set()
@@ -99,6 +112,9 @@ class Arena:
         self._has_lost_files = False
         self._askers: set[object] = set()  # tokens, as in `users`, for this arena
         self._n_rows = 0  # of the ledger that have pages
+        self._vain_nbytes = _EVERYTHING  # so large a message has waited for room in vain
+        self._census: Census | None = None  # the last one that an error has told
+        self._count_again_at = 0.0
         self._kept = self.data.kept
         self._final: Statistics | None = None  # valid once it is retired
         self.intake = Intake(self)
@@ -219,7 +235,8 @@ class Arena:
             nbytes of each buffer, >= 0.
         wait_s : float, optional
             How long to wait for room that others hold, seconds. Default: the arena's option, else
-            as long as a pipe would take for as many bytes.
+            as long as a pipe would take for as many bytes; not at all while a message that was
+            not larger has waited in vain, and none as large has found room since.
 
         Raises
         ------
@@ -245,13 +262,13 @@ class Arena:
         _faults.reach("arena.acquiring")
         lease = Lease(self, layout)
         try:
-            deadline = self._deadline(layout, wait_s)
-            self._take(layout, taken, lease, deadline)
+            patience = self._patience(layout, wait_s)
+            self._take(layout, taken, lease, patience)
             fresh_nbytes = _fresh_nbytes(taken, layout)
             if fresh_nbytes and self.room.look_for_lost(fresh_nbytes):
                 self._return(taken)
                 lease.blocks.clear()
-                self._take(layout, taken, lease, deadline)
+                self._take(layout, taken, lease, patience)
             for (index, present), nbytes in zip(taken, layout.needs, strict=True):
                 if index not in self.holdings.private:
                     self.room.furnish(index, nbytes, present)
@@ -270,15 +287,19 @@ class Arena:
         self.give_back([(index, self.ledger.generation[index]) for index in indices])
         taken.clear()
 
-    def _deadline(self, layout: Plan, wait_s: float | None) -> float:
+    def _patience(self, layout: Plan, wait_s: float | None) -> _Patience:
         if wait_s is None:
             wait_s = self.options.wait_s
-        if wait_s is None:
-            wait_s = sum(layout.needs) / _PLAIN_NBYTES_PER_S
-        return time.monotonic() + wait_s
+        if wait_s is not None:
+            return _Patience(time.monotonic() + wait_s)
+        nbytes = sum(layout.needs)
+        # What others hold for long is waited for once, not by every message.
+        if nbytes >= self._vain_nbytes:
+            return _Patience(0.0, nbytes)
+        return _Patience(time.monotonic() + nbytes / _PLAIN_NBYTES_PER_S, nbytes)
 
     def _take(
-        self, layout: Plan, taken: list[tuple[int, int]], lease: Lease, deadline: float
+        self, layout: Plan, taken: list[tuple[int, int]], lease: Lease, patience: _Patience
     ) -> None:
         needs, pause_s = layout.needs, _FIRST_PAUSE_S
         while len(taken) < len(needs):
@@ -286,12 +307,17 @@ class Arena:
             self.holdings.collect()
             self._reserve_rows(len(step))
             shortage = self.membership.run(self._exchange, step, taken, lease)
-            if shortage is None or self.room.make(shortage, again=pause_s > _FIRST_PAUSE_S):
+            again = not patience.deadline or pause_s > _FIRST_PAUSE_S
+            if shortage is None or self.room.make(shortage, again=again):
                 continue
-            if time.monotonic() >= deadline:
-                raise self._full(shortage)
+            if time.monotonic() >= patience.deadline:
+                if patience.nbytes is not None:
+                    self._vain_nbytes = min(self._vain_nbytes, patience.nbytes)
+                raise self._full(shortage, again=not patience.deadline)
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+        if sum(needs) >= self._vain_nbytes:
+            self._vain_nbytes = _EVERYTHING  # there is room again
 
     def _reserve_rows(self, n_more: int) -> None:
         """Give the next rows of the ledger their pages: on a full mount a fault would be fatal."""
@@ -323,8 +349,12 @@ class Arena:
             lease.blocks.append((index, generation))
         return shortage
 
-    def _full(self, shortage: Shortage) -> ArenaFullError:
-        census = self.ledger.census()
+    def _full(self, shortage: Shortage, *, again: bool = False) -> ArenaFullError:
+        census, now = self._census, time.monotonic()
+        if not again or census is None or now >= self._count_again_at:
+            census = self._census = self.ledger.census()
+            took_s = time.monotonic() - now
+            self._count_again_at = now + max(_COUNT_EVERY_S, _PAUSE_COUNTS * took_s)
         uses = ", ".join(f"{format_nbytes(n)} {state}" for state, n in census.nbytes.items() if n)
         return ArenaFullError(
             f"arena full: need {format_nbytes(shortage.need_nbytes)}, "
@@ -594,7 +624,7 @@ class Arena:
             if mutex is not None:  # else this was interrupted, and is not done for the first time
                 self._inside_step = mutex.threads.in_use_below
             n_shared = self.holdings.privatize_in_child()
-        self.membership.reset_in_child()
+        self.membership.reset_in_child(has_unloaded=bool(self.holdings.adopted))
         self.holdings.reset_in_child()
         self.room.forget()
         _copying.forget()

@@ -1,7 +1,7 @@
-"""Channels: which of them may carry envelopes, and how much of one's own is still unread in them.
+"""Channels: which of them may carry envelopes.
 
 **What.** `Channels` knows the pipes and socket pairs that were made inside an enabled block, and
-the messages that this process has in flight in each.
+where older processes may be asked to take part.
 
 **How it works.** An envelope is of use only to a participant, and a load that fails can hang a
 pool for ever, so the sender decides. Whoever has an end of a channel made while the arena was
@@ -9,9 +9,7 @@ there was started while it was there, and inherited it. Of any other channel (an
 connection of a manager) the kernel says which processes can read there; if all of them take part,
 and so does every descendant of a participant that hides what it has open, so will all that they
 start, so that one look is enough, until somebody passes an end on: to a process that runs already,
-or to a program that it starts. A tiny envelope also takes away the
-back-pressure of a full pipe; so a sender over its budget waits as long as an earlier message of
-its own is unread, where a plain pipe would have made it wait for the same.
+or to a program that it starts.
 
 **Lifetime.** Follows the arena; a spawned child gets the list with its process object.
 
@@ -23,22 +21,19 @@ from __future__ import annotations
 import contextlib
 import time
 from array import array
-from collections import OrderedDict, deque
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from typing import Any, Final
 
 from oobpickle._arena import Arena
+from oobpickle._backlog import Backlog
 from oobpickle._foreign import ignoring, pass_on_foreign
-from oobpickle._pipes import channel_id, is_broken, is_related, n_unread, readers, reading_end
+from oobpickle._layout import UNPROVEN
+from oobpickle._pipes import channel_id, is_related, readers, reading_end
 
 _MOST_CHANNELS: Final = 1 << 14
 _MOST_PAUSES: Final = 10  # a look in vain is soon not repeated for ten times as long as it took
-_FEW_CHANNELS: Final = 64
-_LEAST_BUDGET_NBYTES: Final = 1 << 20  # what a pipe or socket can be made to hold by itself
-_FIRST_PAUSE_S: Final = 0.1e-3
-_LAST_PAUSE_S: Final = 5e-3
-
-Message = tuple[int, int, int]  # index and generation of one block, nbytes of the message
+_ASKED_EACH: Final = 16  # how often for each of the readers, since any of them takes the message
 
 
 class Channels:
@@ -50,15 +45,17 @@ class Channels:
         self._n_handed = numbers.pop(0) if numbers else arena.handed.n
         # From the end that writes to the end that reads.
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
-        self._epoch = arena.holdings.epoch
         self._found: OrderedDict[int, int] = OrderedDict()  # like `_made`: all readers take part
         self._handed: OrderedDict[int, None] = OrderedDict()  # ends of which that cannot be known
         # By token of the thread: since which fork, and the ends that a program is inheriting.
         self._passing: dict[object, tuple[object, set[int]]] = {}
         self._vain: dict[int, tuple[int, float]] = {}  # ends: looks in vain, when to look again
-        self._older: set[int] = set()  # ends: who can read there and does not take part, could
-        self._sent: dict[int, deque[Message]] = {}
-        self._prune_at = _FEW_CHANNELS
+        # Ends: how many can read there, and how many of them do not take part, but could.
+        self._older: dict[int, tuple[int, int]] = {}
+        # Ends: the same when they were last asked, how often since, and what was uncounted by then.
+        self._asked: dict[int, tuple[tuple[int, int] | None, int, int]] = {}
+        self._n_uncounted = 0
+        self.backlog = Backlog(arena)
 
     def to_bytes(self) -> bytes:
         """Return what a spawned child needs to know."""
@@ -165,19 +162,20 @@ class Channels:
         except OSError as error:  # no /proc, or no descriptor to look into it
             pass_on_foreign(error)
             able = set()
-        self._older.discard(own)
+        self._older.pop(own, None)
         if able and able <= living and not any(is_related(p, living) for p in hidden - living):
             self._vain.pop(own, None)
             self._found[own] = channel
             _bound(self._found)
             return channel
         if able and all(is_related(pid, living) for pid in able):
-            self._older.add(own)
+            self._older[own] = len(able), len(able - living)
         now = time.monotonic()
         self._vain[own] = n_vain + 1, now + min(n_vain, _MOST_PAUSES) * (now - start)
         if len(self._vain) > _MOST_CHANNELS:
             self._vain.clear()
             self._older.clear()
+            self._asked.clear()
         return 0
 
     def is_older(self, fd: int) -> bool:
@@ -187,44 +185,34 @@ class Channels:
         """
         return channel_id(fd) in self._older
 
-    def sent(self, channel: int, block: tuple[int, int], nbytes: int) -> None:
-        """Note a message of this process that is on its way."""
-        self._sent.setdefault(channel, deque()).append((*block, nbytes))
-        if len(self._sent) > self._prune_at:
-            for other in list(self._sent):
-                if self._unread_nbytes(other) == 0:
-                    self._sent.pop(other, None)
-            self._prune_at = max(_FEW_CHANNELS, 2 * len(self._sent))
+    def marked(self, channel: int) -> int:
+        """Return what the ledger is to hold for a known channel."""
+        # Who reads there may never have had a connection: that it is empty proves nothing.
+        return channel if channel in self._made or not channel else channel | UNPROVEN
 
-    def wait_for_budget(self, fd: int, channel: int, nbytes: int) -> None:
-        """Wait while too much of this process's own is unread in the channel.
+    # --- asking older processes to take part
 
-        Without a bound in time, since a plain pipe would have made the sender wait for the same.
+    def ask_again(self) -> None:
+        """A process that does not take part has sent a large message."""
+        self._n_uncounted += 1
+
+    def asks(self, fd: int) -> bool:
+        """Tell whether whoever reads what is written to `fd` is to be asked to take part.
+
+        Not for ever, if nobody there follows.
         """
-        if self._epoch != self._arena.holdings.epoch:  # inherited by fork: the parent's messages
-            self._epoch = self._arena.holdings.epoch
-            self._sent.clear()
-        budget = max(2 * nbytes, (self._arena.options.capacity or 0) // 8, _LEAST_BUDGET_NBYTES)
-        pause_s = _FIRST_PAUSE_S
-        while self._unread_nbytes(channel) + nbytes > budget and not self._arena.closed:
-            try:
-                if n_unread(fd, channel) == 0 or is_broken(fd, channel):
-                    return
-            except OSError as error:
-                pass_on_foreign(error)
-                return  # closed meanwhile: the send itself will say so
-            time.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LAST_PAUSE_S)
-
-    def _unread_nbytes(self, channel: int) -> int:
-        messages = self._sent.get(channel)
-        if messages is None:
-            return 0
-        # Other threads may send through the same channel and do this at the same time.
-        with contextlib.suppress(IndexError):
-            while not self._arena.ledger.is_in_flight(*messages[0][:2]):
-                messages.popleft()
-        return sum(nbytes for _, _, nbytes in tuple(messages))
+        if self.known(fd) or not self.is_older(fd):
+            return False
+        own = channel_id(fd)
+        readers = self._older[own]
+        known, n_asked, since = self._asked.get(own, (None, 0, 0))
+        if known != readers:
+            n_asked, since = 0, self._n_uncounted
+        n_able, _ = readers
+        if n_asked >= _ASKED_EACH * (n_able + 1) + (self._n_uncounted - since) // _ASKED_EACH:
+            return False
+        self._asked[own] = readers, n_asked + 1, since
+        return True
 
 
 def _bound(ends: OrderedDict[int, Any]) -> None:

@@ -7,7 +7,8 @@
 
     dumps        serialize; below the threshold that is the message; else pack it into the arena and
                  return an envelope; if that cannot be, an ordinary pickle of the same payload,
-                 and count why, with an offer to take part for a reader that is older than the arena
+                 and count why, with an offer to take part for a reader that is older than the arena;
+                 also before a small one, if a process that does not take part has sent a large message
     _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
                  in-band message is given back as it is written
     _recv        while a message has left its channel and is not claimed, nobody may reclaim its
@@ -38,7 +39,7 @@ from oobpickle import _envelope, _faults, _hook, _offers, _statistics, _straight
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, ResizedError
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook import Hook, running
 from oobpickle._layout import H_CLOSED
 from oobpickle._payload import Payload
@@ -49,6 +50,7 @@ from oobpickle._straight import Received
 
 _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _TICK_S: Final = 0.02
+_N_ASKING: Final = 64  # small messages that may ask after a large one that came uncounted
 _LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 _PROTO: Final = pickle.PROTO[0]
 _NONE: Final = object()
@@ -88,6 +90,8 @@ def hooked_pickler(original: Any) -> Any:
                 payload = serialize(obj, table, hook.threshold, by_value=True, undo=undo)
                 small = payload.written
                 if type(small) is bytes and len(small) < hook.threshold and not payload.sizes:
+                    if hook.n_asking:
+                        return _asking(hook, small, sys._getframe(1))
                     return small
                 return _send(hook, payload, sys._getframe(1))
             except ResizedError:
@@ -146,15 +150,32 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
         older = fd is not None and hook.channels.is_older(fd) and hook.arena.can_be_inherited()
         head = _offers.prefix(hook.arena.name) if older else b""
         return _in_band(payload, head, tail, frame if fd is not None else None)
-    hook.channels.wait_for_budget(fd, channel, payload.nbytes)
-    envelope = pack(hook, payload, channel)
+    hook.channels.backlog.wait(fd, channel, payload.nbytes)
+    envelope = pack(hook, payload, hook.channels.marked(channel))
     if envelope is None:
         return _in_band(payload, b"", tail, frame)
     if envelope.lease.blocks:
-        hook.channels.sent(channel, envelope.lease.blocks[0], payload.nbytes)
+        block, n_in_channel = envelope.lease.blocks[0], _LENGTH_NBYTES + len(envelope)
+        hook.channels.backlog.note(channel, block, payload.nbytes, n_in_channel)
     if _hook.current is not hook:
         envelope.lease.depart()  # uninstalled meanwhile: nobody will say when it has left
     return envelope
+
+
+def _asking(hook: Hook, message: bytes, frame: FrameType) -> bytes:
+    """Put an offer to take part before a small message, if one of its readers is to be asked."""
+    hook.n_asking = max(0, hook.n_asking - 1)
+    token = object()
+    try:
+        users.add(token)
+        if running() is hook:
+            fd, head = _descriptor_in(frame), _offers.prefix(hook.arena.name)
+            if fd is not None and len(head) + len(message) < hook.threshold:
+                with ignoring(OSError):  # closed: the write will say so
+                    return head + message if hook.channels.asks(fd) else message
+    finally:
+        users.discard(token)
+    return message
 
 
 def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
@@ -239,8 +260,9 @@ def hooked_send_bytes(original: Any) -> Any:
         token = object()
         if type(envelope) is not Envelope:
             if bytes(buf[:PREFIX_NBYTES]) == PREFIX:
-                _readdress(buf, self._handle)
-            original(self, buf)
+                _send_on(original, self, buf)
+            else:
+                original(self, buf)
             return
         try:
             users.add(token)
@@ -262,7 +284,7 @@ def hooked_send_bytes(original: Any) -> Any:
     return _send_bytes
 
 
-def _readdress(message: Any, fd: int) -> None:
+def _send_on(write: Any, connection: Any, message: Any) -> None:
     """The bytes of an envelope are sent on as they are: it waits in another channel from now on."""
     token = object()
     try:
@@ -272,7 +294,10 @@ def _readdress(message: Any, fd: int) -> None:
             head = bytes(message[: _envelope.HEAD_NBYTES])
             block = _envelope.head_of(head, hook.arena.identity)
             if block is not None:
-                hook.arena.intake.readdress(*block, hook.channels.known(fd))
+                channel = hook.channels.marked(hook.channels.known(connection._handle))
+                hook.arena.intake.send_on(*block, channel, write, connection, message)
+                return
+        write(connection, message)
     finally:
         users.discard(token)
 
@@ -338,6 +363,9 @@ def _count_uncounted(nbytes: int, message: io.BytesIO) -> None:
             # What was started without our descriptors could not attach.
             is_detached = tail == _DETACHED or not hook.arena.can_be_inherited()
             hook.count_fallback("detached" if is_detached else "channel", nbytes)
+            if not is_detached:
+                hook.channels.ask_again()
+                hook.n_asking = _N_ASKING
     finally:
         users.discard(token)
 

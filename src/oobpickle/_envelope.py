@@ -28,12 +28,13 @@ import os
 import pickle
 import struct
 import zlib
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from oobpickle import _faults
 from oobpickle._arena import Arena, users
-from oobpickle._errors import ArenaError, EnvelopeError
+from oobpickle._errors import ArenaError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._layout import OWN_BLOCK_NBYTES, plan
 from oobpickle._options import FORCED
@@ -54,6 +55,7 @@ MODULUS: Final = 64
 MARK: Final = 37
 
 _arenas: dict[bytes, Arena] = {}
+_ended: Final[deque[bytes]] = deque(maxlen=1 << 10)  # identities of those that nobody needed
 
 
 class Destinations(Protocol):
@@ -225,6 +227,12 @@ def _discard(data: bytes) -> None:
 def _arena_named(name: bytes) -> Arena:
     arena = _arenas.get(name[:16])
     if arena is None:
+        if name[:16] in _ended:
+            raise StaleEnvelopeError(
+                f"arena {name.hex()[:8]} has ended, and had no message left: this one was loaded "
+                "already, or its sender took it back. Load each message once; keep the object "
+                "instead."
+            )
         # The sender knows its readers; this is for those that it cannot know, such as a program
         # that inherited a connection through subprocess.
         try:
@@ -277,7 +285,8 @@ def introduce(arena: Arena) -> None:
 
 
 def forget(arena: Arena) -> None:
-    """No envelope of the arena can come any more."""
+    """No envelope of the arena can be loaded any more."""
+    _ended.append(arena.identity)
     _arenas.pop(arena.identity, None)
 
 

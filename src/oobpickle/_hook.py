@@ -72,6 +72,7 @@ class Hook:
         self.said = said
         self.channels = channels
         self.threshold = arena.options.threshold or 0
+        self.n_asking = 0  # how many small messages to come may ask an older process to take part
         # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.
         self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()
         self.installed = False  # install() was called

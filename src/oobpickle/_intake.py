@@ -1,7 +1,7 @@
 """The intake: how messages come into a process, out of their channels and out of the arena.
 
 **What.** `Intake.receive` takes a message out of its channel, `claim` takes over its blocks, and
-`readdress` notes that it was sent on unloaded.
+`send_on` notes that it is sent on unloaded, and `note_reader` that somebody reads by himself.
 
 **How it works.** Each future owner of a block (an array over it, the *anchor*) is made and watched
 first, and the block is written into its watch by the step that claims it: so no interrupt can lose
@@ -15,6 +15,7 @@ ledger's lock a message is copied out unclaimed: a load never waits, and never f
 
 from __future__ import annotations
 
+import errno
 from typing import TYPE_CHECKING, Any
 
 from oobpickle import _faults, _statistics
@@ -22,6 +23,7 @@ from oobpickle._errors import ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Keeper, Watch
 from oobpickle._layout import H_HELD
+from oobpickle._pipes import open_channels
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -229,7 +231,7 @@ class Intake:
     def _adopt(self, index: int, generation: int) -> None:
         if self._membership.joined and self._ledger.is_in_flight(index, generation):
             self._holdings.adopted[index] = generation
-            self._ledger.adopt(index, generation, self._membership.slot)
+            self._ledger.adopt(index, generation, self._membership.incarnation)
 
     def discard(self, index: int, generation: int) -> None:
         """Give back a message that was read and will never be loaded."""
@@ -238,13 +240,62 @@ class Intake:
             if self._ledger.is_in_flight(index, generation):
                 self._holdings.consume(index, generation, word, when_dead=None)
 
-    def readdress(self, index: int, generation: int, channel: int) -> None:
-        """A message that this process has read is sent on, unloaded, into another channel."""
-        if self._ledger.is_in_flight(index, generation):
-            self._ledger.channel[index] = channel
-            if self._membership.joined:
-                self._ledger.adopt(index, generation, self._membership.slot)
+    def send_on(
+        self, index: int, generation: int, channel: int, write: Callable[..., object], *args: Any
+    ) -> None:
+        """Let a message that this process has read be sent on, unloaded, into another channel.
+
+        Parameters
+        ----------
+        index, generation : int
+            Its first block.
+        channel : int
+            Where `write` puts it.
+        write : callable
+            What writes it there.
+        *args : object
+            Its arguments.
+        """
+        if not self._ledger.is_in_flight(index, generation):
+            write(*args)
+            return
+        try:
+            # It is in no channel yet, and must not be taken for lost.
+            self._holdings.leased[index] = generation
+            self._readdress(index, generation, channel)
+            _faults.reach("intake.readdressed")
+            write(*args)
             self._holdings.adopted.pop(index, None)
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                self._adopt(index, generation)  # nobody can read it there: it is ours as before
+            raise
+        finally:
+            self._holdings.forget_lease(index, generation)
+
+    def _readdress(self, index: int, generation: int, channel: int) -> None:
+        try:
+            # Under the lock: whoever was sent the same bytes may be claiming the block.
+            self._membership.run(
+                lambda: self._ledger.readdress(index, generation, self._membership.slot, channel)
+            )
+        except (ArenaFullError, OSError) as error:
+            pass_on_foreign(error)
+            self._ledger.channel[index] = 0  # no lock: from now on it may be anywhere
+
+    def note_reader(self, channel: int) -> None:
+        """Somebody in this process can read there himself, without a connection."""
+        unloaded = self._membership.unloaded
+        if unloaded.note(channel):
+            return
+        try:
+            needed = open_channels() | self._ledger.sources()
+        except OSError as error:
+            pass_on_foreign(error)
+        else:
+            unloaded.retain(needed)
+        if not unloaded.note(channel):
+            unloaded.keep_any()
 
     def _refusal(self, index: int, generation: int) -> EnvelopeError:
         ledger = self._ledger

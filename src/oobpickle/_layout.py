@@ -5,7 +5,8 @@
 **How it works.** The ledger is one array of aligned 64-bit words::
 
     header        0 ..... HEADER_WORDS     identity, options, counters, free-list heads, totals
-    participants  + slot * PARTICIPANT_WORDS        state, incarnation, pid, reading, counters
+    participants  + slot * PARTICIPANT_WORDS        state, incarnation, pid, reading, counters,
+                                                    and whose messages it may have as bytes
     blocks        one column after the other, MAX_BLOCKS words each: word, generation, offset, ...
 
 A block's *word* is its commit word; one store of it changes the block's state::
@@ -35,7 +36,7 @@ from oobpickle._huge_pages import HUGE_NBYTES
 from oobpickle._system import PAGE_NBYTES
 
 MAGIC: Final = int.from_bytes(b"OOBPICKL", "little")
-VERSION: Final = 2
+VERSION: Final = 3
 
 # --- header words
 H_MAGIC: Final = 0
@@ -79,8 +80,12 @@ P_INCARNATION: Final = 1
 P_PID: Final = 2
 P_READING: Final = 3
 P_PID_NAMESPACE: Final = 4
+P_KEEPS_SOME: Final = 5  # there is something in `P_KEPT`
+P_KEEPS_ALL: Final = 6  # there was more than fits
 P_COUNTERS: Final = 8
-N_COUNTERS: Final = PARTICIPANT_WORDS - P_COUNTERS
+P_KEPT: Final = 64  # 0, or what `C_CHANNEL` holds for messages that this process may still load
+N_KEPT: Final = PARTICIPANT_WORDS - P_KEPT
+N_COUNTERS: Final = P_KEPT - P_COUNTERS
 VACANT: Final = 0
 JOINED: Final = 1
 
@@ -117,6 +122,13 @@ WORD_MASK: Final = 0xFFFFFFFF_FFFFFFFF
 #: In the channel column of a block in flight: it goes where its message's first block goes, whose
 #: index is in the low bits and whose generation is in the next column.
 FOLLOWS: Final = 1 << 62
+#: In the channel column of the first block of a message that has left its channel; the rest is the
+#: incarnation of the participant that has read it, and the low bits of the block's generation.
+ADOPTED: Final = 1 << 61
+#: Beside a channel that was not made by `multiprocessing.Pipe`: its readers may be no connections.
+UNPROVEN: Final = 1 << 60
+_INCARNATION_SHIFT: Final = 28
+ADOPTION_MASK: Final = (1 << _INCARNATION_SHIFT) - 1
 
 #: Buffers from this size on get a block each; smaller ones share blocks of at most `PACK_NBYTES`.
 OWN_BLOCK_NBYTES: Final = 64 << 10
@@ -145,6 +157,12 @@ def commit_word(index: int, state: int, owner: int, generation: int) -> int:
 def checked_word(index: Any, low: Any, generation: Any) -> Any:
     """Return the commit word with the given low half: owner and state."""
     return generation * _BY_FIRST + (index << 32 | low) * _BY_SECOND + _PLUS & _HIGH_MASK | low
+
+
+def adopted_by(incarnation: int, generation: int = 0) -> int:
+    """Return what `C_CHANNEL` holds once a participant has read the message of that lease."""
+    reader = (incarnation & LOW_MASK) << _INCARNATION_SHIFT
+    return ADOPTED | reader | generation & ADOPTION_MASK
 
 
 def row_check(index: Any, offset: Any, size_class: Any) -> Any:

@@ -34,6 +34,7 @@ from typing import Final
 
 from oobpickle import _faults
 from oobpickle._layout import (
+    ADOPTED,
     BLOCKS_AT,
     C_NEXT,
     FOLLOWS,
@@ -54,6 +55,7 @@ from oobpickle._layout import (
     RESIDENT_MASK,
     STATE_MASK,
     WORD_MASK,
+    adopted_by,
     checked_word,
     class_of,
     commit_word,
@@ -88,7 +90,7 @@ class Ledger(Table):
         )
 
     def is_in_flight(self, index: int, generation: int) -> bool:
-        """Tell whether the message of the block's lease with that generation is unread.
+        """Tell whether nobody has loaded the message of the block's lease with that generation.
 
         Needs no lock.
         """
@@ -205,13 +207,26 @@ class Ledger(Table):
             self.next[index] = head_generation
             self.word[index] = commit_word(index, IN_FLIGHT, slot, generation)
 
-    def adopt(self, index: int, generation: int, slot: int) -> None:
-        """Make a reader the owner of a message that has left its channel, without the lock.
+    def adopt(self, index: int, generation: int, incarnation: int) -> None:
+        """Note who has read a message that has left its channel, without the lock.
 
-        Only inside `Intake.receive`: nobody frees it meanwhile.
+        Only while it says that it reads: nobody frees it meanwhile. The commit word stays as it is:
+        somebody else who was sent the same bytes may be claiming the block at this moment.
         """
         if self.is_in_flight(index, generation):
-            self.word[index] = commit_word(index, IN_FLIGHT, slot, generation)
+            self.channel[index] = adopted_by(incarnation, generation)
+
+    def readdress(self, index: int, generation: int, slot: int, channel: int) -> bool:
+        """Let a message be sent on by `slot`, in another channel; tell whether it is in flight."""
+        if not self.is_in_flight(index, generation):
+            return False
+        self.word[index] = commit_word(index, IN_FLIGHT, slot, generation)
+        self.channel[index] = channel
+        return True
+
+    def is_unread(self, index: int, generation: int) -> bool:
+        """Tell whether nobody is known to have read the message of the block's lease."""
+        return self.is_in_flight(index, generation) and not self.channel[index] & ADOPTED
 
     def claim(
         self, blocks: Sequence[tuple[int, int]], needs: Sequence[int], slot: int
@@ -319,6 +334,8 @@ class Ledger(Table):
         """Lease free blocks whose pages add up to `nbytes`, largest first, to punch them."""
         import numpy as np
 
+        if not any(self.words[H_WARM : H_WARM + N_CLASSES]):
+            return  # there are none, and many rows take long to look at
         look = self.look()
         resident = self._resident(look)
         idle = look.of_state(FREE)
@@ -338,11 +355,3 @@ class Ledger(Table):
             self.resident[index] = resident_word(index, 0)
             self.punches[index] = self.punches[index] + 1 & WORD_MASK
             _faults.reach("ledger.punched")
-
-    def is_abandoned(self, index: int) -> bool:
-        """Tell whether a following block's message is gone: its first block is in other hands."""
-        head = self.channel[index] & ~FOLLOWS
-        if head >= self.rows.n_rows:
-            return False  # damaged: whoever loads it frees it
-        gone = self.word[head] & STATE_MASK in (FREE, QUARANTINED)
-        return gone or self.generation[head] != self.next[index]

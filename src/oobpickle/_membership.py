@@ -23,11 +23,12 @@ from typing import Any, Final
 from oobpickle._descriptors import ClosedDescriptorError, close_if, file_of, is_file
 from oobpickle._errors import ArenaFullError
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._layout import H_STRANGERS
+from oobpickle._layout import H_STRANGERS, adopted_by
 from oobpickle._ledger import Ledger
 from oobpickle._locks import LockFile
 from oobpickle._mutex import LedgerBusyError, LedgerMutex
 from oobpickle._participants import OwnRow, Participants
+from oobpickle._unloaded import Unloaded
 
 BUSY_S: Final = 2.0  # how long a step waits for the lock before its caller does without
 HURRIED_S: Final = 0.02  # the same for a while after it was waited for in vain
@@ -57,6 +58,7 @@ class Membership:
         self._own: OwnRow | None = None
         self._patient_at = 0.0
         self._reads_for_ever = False
+        self.unloaded = Unloaded()
         self.retired = False
 
     # --- joining
@@ -80,7 +82,7 @@ class Membership:
             except BaseException:  # a Ctrl-C
                 locks.close()
                 raise
-        slot = self._mutex.run(BUSY_S, self._participants.join, self._mutex.locks)
+        slot = self._mutex.run(BUSY_S, self._participants.join, self._mutex.locks, self.unloaded)
         if slot is None:
             raise ArenaFullError("no slot is left for another participant", "detached")
         self._own = OwnRow(self._ledger.words, slot)
@@ -93,6 +95,8 @@ class Membership:
             self.join()
         except (OSError, ArenaFullError) as error:
             pass_on_foreign(error)
+            if self.unloaded:
+                self._ledger.words[H_STRANGERS] = 1  # it cannot say so in a row
             return False
         return True
 
@@ -117,6 +121,13 @@ class Membership:
         if self._own is None:
             raise ArenaFullError("this process does not take part in the arena", "detached")
         return self._own.slot
+
+    @property
+    def incarnation(self) -> int:
+        """What tells this participant from all others that there were."""
+        if self._own is None:
+            raise ArenaFullError("this process does not take part in the arena", "detached")
+        return self._own.incarnation
 
     def run(self, step: Callable[..., Any], *args: Any) -> Any:
         """Return ``step(*args)``, run under the ledger's mutex.
@@ -197,6 +208,10 @@ class Membership:
             n_reading for _, n_reading in self._participants.readers()
         )
 
+    def kept(self) -> tuple[set[int], bool]:
+        """Return of which messages somebody may have the bytes; see `Participants.kept`."""
+        return self._participants.kept()
+
     def counters(self) -> list[int]:
         """Step: sum the counters of all participants, living and dead."""
         return self._participants.counters()
@@ -235,8 +250,17 @@ class Membership:
         self._ledger.words[H_STRANGERS] = 1
         self.retired = True
 
-    def reset_in_child(self) -> None:
-        """Give up, in a forked child, what is the parent's; `join` comes next."""
+    def reset_in_child(self, *, has_unloaded: bool = False) -> None:
+        """Give up, in a forked child, what is the parent's; `join` comes next.
+
+        Parameters
+        ----------
+        has_unloaded : bool
+            The parent had messages that it had read and not loaded: the child has their bytes too.
+        """
+        parents = [adopted_by(self._own.incarnation)] if has_unloaded and self._own else []
+        inherited = self.unloaded
+        self.unloaded = Unloaded([*inherited.sources, *parents], is_any=inherited.is_any)
         if self._mutex is not None:
             self._mutex.locks.abandon()
         self._mutex = None

@@ -34,8 +34,12 @@ from oobpickle._layout import (
     JOINED,
     MAX_PARTICIPANTS,
     N_COUNTERS,
+    N_KEPT,
     P_COUNTERS,
     P_INCARNATION,
+    P_KEEPS_ALL,
+    P_KEEPS_SOME,
+    P_KEPT,
     P_PID,
     P_PID_NAMESPACE,
     P_READING,
@@ -43,9 +47,11 @@ from oobpickle._layout import (
     PARTICIPANT_WORDS,
     VACANT,
     WORD_MASK,
+    adopted_by,
 )
 from oobpickle._ledger import Ledger
 from oobpickle._locks import LockFile
+from oobpickle._unloaded import Unloaded
 
 _REAP_EVERY: Final = 16
 _BANK_INCLUDES: Final = N_COUNTERS  # a bank's word after its counters: the incarnation it includes
@@ -61,8 +67,16 @@ class Participants:
     def _row(self, slot: int) -> int:
         return HEADER_WORDS + slot * PARTICIPANT_WORDS
 
-    def join(self, locks: LockFile) -> int | None:
-        """Step: take a slot for this process and hold its byte for life."""
+    def join(self, locks: LockFile, unloaded: Unloaded | None = None) -> int | None:
+        """Step: take a slot for this process and hold its byte for life.
+
+        Parameters
+        ----------
+        locks : LockFile
+            Of this process.
+        unloaded : Unloaded, optional
+            What the row says from the beginning.
+        """
         words = self.words
         n_slots = self.n_slots
         slot = self._take_vacant(n_slots, locks)
@@ -83,6 +97,8 @@ class Participants:
         words[row + P_PID] = os.getpid()
         words[row + P_PID_NAMESPACE] = pid_namespace()
         words[H_N_SLOTS] = max(n_slots, slot + 1)
+        if unloaded is not None:
+            unloaded.show(words, row)
         words[row + P_STATE] = JOINED
         _faults.reach("participants.joined")
         return slot
@@ -180,6 +196,27 @@ class Participants:
                 return False
         return True
 
+    def kept(self) -> tuple[set[int], bool]:
+        """Return of which messages in flight somebody may have the bytes, and load them.
+
+        Returns
+        -------
+        kept : set of int
+            `adopted_by` for each participant, living or not yet reaped, and what they list.
+        keeps_all : bool
+            There is more than could be listed.
+        """
+        words, kept, keeps_all = self.words, set[int](), False
+        for slot in range(self.n_slots):
+            row = self._row(slot)
+            if words[row + P_STATE] == JOINED:
+                kept.add(adopted_by(words[row + P_INCARNATION]))
+                if words[row + P_KEEPS_SOME]:
+                    kept.update(words[row + P_KEPT : row + P_KEPT + N_KEPT])
+                    keeps_all = keeps_all or words[row + P_KEEPS_ALL] != 0
+        kept.discard(0)
+        return kept, keeps_all
+
     def readers(self) -> Iterable[tuple[int, int]]:
         """Yield ``(slot, number of messages it is in the middle of reading)``."""
         for slot in range(self.n_slots):
@@ -205,6 +242,7 @@ class OwnRow:
     def __init__(self, words: memoryview, slot: int) -> None:
         self._words = words
         self._row = HEADER_WORDS + slot * PARTICIPANT_WORDS
+        self.incarnation = words[self._row + P_INCARNATION]
         # Re-entrant: a signal handler may send a message while this thread counts one.
         self._lock = threading.RLock()
         self.readings: set[object] = set()

@@ -154,7 +154,11 @@ def is_readable(fd: int, timeout_s: float) -> bool:
 
 
 def unreadable(
-    channels: Collection[int], pids: Collection[int], *, even_if_empty: bool = True
+    channels: Collection[int],
+    pids: Collection[int],
+    *,
+    even_if_empty: bool = True,
+    unproven: Collection[int] = (),
 ) -> set[int]:
     """Return those of the channels from which nothing that was written can be read any more.
 
@@ -167,6 +171,8 @@ def unreadable(
         may have a channel open; only these may have one on its way in a socket.
     even_if_empty : bool
         Whether a channel in which nothing is left counts, though it is open.
+    unproven : collection of int
+        Channels of which that is never to count.
     """
     names = {_name(channel): channel for channel in channels if channel}
     found, left = set(), set(names.values())
@@ -175,7 +181,8 @@ def unreadable(
             channel = names.get(name, 0)
             if channel in left:
                 try:
-                    if even_if_empty and _is_spent(int(fd), channel):
+                    is_proof = channel not in unproven
+                    if even_if_empty and _is_spent(int(fd), channel, is_proof):
                         found.add(channel)
                 except OSError as error:
                     pass_on_foreign(error)
@@ -205,10 +212,25 @@ def unreadable(
     return found | left
 
 
-def _is_spent(fd: int, channel: int) -> bool:
-    if _ask(fd, _system.FIONREAD) == 0:
+def _is_spent(fd: int, channel: int, even_if_empty: bool) -> bool:
+    if even_if_empty and _ask(fd, _system.FIONREAD) == 0:
         return True
     return not channel & _SOCKET and is_broken(fd, channel)
+
+
+def open_channels() -> set[int]:
+    """Return the channels of which this process has an end.
+
+    Raises
+    ------
+    OSError
+        If there is no /proc, or no descriptor is left to look into it.
+    """
+    found = set()
+    for fd in os.listdir("/proc/self/fd"):
+        with ignoring(OSError):  # closed by another thread a moment ago
+            found.add(channel_id(int(fd)))
+    return found - {0}
 
 
 def _pids() -> Iterator[int]:

@@ -222,6 +222,9 @@ def hooked_execute_child(original: Any) -> Any:
             return original(self, *args, **kwargs)
         bound = signature.bind(self, *args, **kwargs)
         bound.arguments["pass_fds"] = tuple(bound.arguments["pass_fds"])  # perhaps an iterator
+        for fd in _named(bound.arguments):
+            with ignoring(OSError), contextlib.suppress(OverflowError):  # not open
+                hook.arena.membership.unloaded.passed_on(channel_id(fd))
         with hook.channels.passing_on(_inherited(bound.arguments)):
             return original(*bound.args, **bound.kwargs)
 
@@ -231,14 +234,19 @@ def hooked_execute_child(original: Any) -> Any:
 _STANDARD: Final = frozenset((-1, 0, 1, 2))
 
 
-def _inherited(given: Mapping[str, Any]) -> Iterator[int]:
-    """Yield what a program inherits, but for pipes that are made for it, and the standard three."""
+def _named(given: Mapping[str, Any]) -> Iterator[int]:
+    """Yield what the caller says that a program inherits."""
     for fd in given["pass_fds"]:
         with contextlib.suppress(TypeError, ValueError):  # the original complains
             yield int(fd)
     pairs = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
     made = {given[theirs] for theirs, ours in pairs if given[ours] >= 0}
     yield from {given[theirs] for theirs, _ in pairs} - made - _STANDARD
+
+
+def _inherited(given: Mapping[str, Any]) -> Iterator[int]:
+    """Yield what a program inherits, but for pipes that are made for it, and the standard three."""
+    yield from _named(given)
     if not given["close_fds"]:
         for name in os.listdir("/proc/self/fd"):
             fd = int(name)

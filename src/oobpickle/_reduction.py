@@ -2,7 +2,7 @@
 
 **What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
 
-**How it works.** Ten objects of the standard library are replaced, each by a function of its own
+**How it works.** Eleven objects of the standard library are replaced, each by a function of its own
 that does what it replaced unless the hook is in: see `_replacements`.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
@@ -33,6 +33,7 @@ from oobpickle._arena import Arena
 from oobpickle._channels import Channels
 from oobpickle._connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._errors import ArenaError, FallbackWarning
+from oobpickle._fileno import hooked_fileno
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Block, Hook, Replacement, running
 from oobpickle._options import Options
@@ -58,6 +59,7 @@ def _replacements() -> list[Replacement]:
         (mp_queues, "_ForkingPickler", hooked_pickler),
         (connection, "_send_bytes", hooked_send_bytes),
         (connection, "_recv", hooked_recv),
+        (mp_connection._ConnectionBase, "fileno", hooked_fileno),
         (mp_connection, "Pipe", hooked_pipe),
         (mp_reduction, "dump", hooked_dump),
         (mp_reduction, "DupFd", hooked_dup_fd),

@@ -25,7 +25,7 @@ from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._holdings import Holdings, Keeper
 from oobpickle._huge_pages import BY_FAULT, HUGE_NBYTES, NEVER
-from oobpickle._layout import FOLLOWS, H_CLOSED
+from oobpickle._layout import ADOPTED, FOLLOWS, H_CLOSED, UNPROVEN
 from oobpickle._ledger import Ledger
 from oobpickle._membership import Membership
 from oobpickle._pipes import unreadable
@@ -258,34 +258,43 @@ class Room:
     def reclaim(self) -> int:
         """Free blocks in flight that nobody can ever load; return how many.
 
-        That is when their sender is dead or done, nothing is unread in their channel, and no
-        participant is in the middle of reading from there. Who has read a message owns it.
+        Who has read a message through a connection owns it: it is lost if he is dead. Else it is
+        lost if its sender is dead or done, nothing is unread in its channel, no participant is in
+        the middle of reading, and none that lives may have read there without our seeing it.
         """
         sent = self._in_flight()
-        channels = {channel for _, _, channel in sent if not channel & FOLLOWS}
+        channels = {channel for _, _, channel in sent if not channel & (FOLLOWS | ADOPTED)}
         if channels and not self._membership.sees_all():
             channels.clear()  # others may have them open: memory is kept, and never freed wrongly
-        pids = self._membership.pids() if channels else []
-        # When it is closed, what was read is not noted any more: an empty channel means nothing.
-        closed = self._ledger.words[H_CLOSED] != 0
-        lost = unreadable(channels, pids, even_if_empty=not closed)
-        heads = [(index, word) for index, word, channel in sent if channel in lost]
-        if not heads and not any(channel & FOLLOWS for _, _, channel in sent):
+        lost = self._unreadable(channels) if channels else set()
+        heads = [
+            (index, word)
+            for index, word, channel in sent
+            if channel & (FOLLOWS | ADOPTED) == ADOPTED or channel & ~UNPROVEN in lost
+        ]
+        if not heads and not self._ledger.abandoned():
             return 0
         n_freed = int(self._membership.run(self._free_lost, heads))
         if n_freed:
             self._membership.count((N_RECLAIMED, n_freed))
         return n_freed
 
+    def _unreadable(self, channels: set[int]) -> set[int]:
+        # When it is closed, what was read is not noted any more: an empty channel means nothing.
+        closed = self._ledger.words[H_CLOSED] != 0
+        return unreadable(
+            {channel & ~UNPROVEN for channel in channels},
+            self._membership.pids(),
+            even_if_empty=not closed,
+            unproven={channel & ~UNPROVEN for channel in channels if channel & UNPROVEN},
+        )
+
     def _in_flight(self) -> list[tuple[int, int, int]]:
         """Return index, word and channel of blocks in flight whose owner is dead, or is done."""
-        holdings, others = self._holdings, self._membership.others()
-        return [
-            (index, word, channel)
-            for index, word, channel in self._ledger.in_flight(others)
-            if index not in holdings.leased
-            and holdings.adopted.get(index) != self._ledger.generation[index]
-        ]
+        kept, keeps_all = self._membership.kept()
+        others, leased = self._membership.others(), self._holdings.leased
+        found = self._ledger.in_flight(others, kept, keeps_all=keeps_all)
+        return [sent for sent in found if sent[0] not in leased]
 
     def _free_lost(self, heads: list[tuple[int, int]]) -> int:
         """Step: free first blocks that are still what was seen, and what follows those gone."""
@@ -295,6 +304,4 @@ class Room:
             return 0  # processes that saw that no longer say when they read
         own = {index for index, _, _ in self._in_flight()}
         n_freed = self._ledger.free_unread([head for head in heads if head[0] in own])
-        following = [(i, word) for i, word, channel in self._in_flight() if channel & FOLLOWS]
-        abandoned = [block for block in following if self._ledger.is_abandoned(block[0])]
-        return n_freed + self._ledger.free_unread(abandoned)
+        return n_freed + self._ledger.free_unread(self._ledger.abandoned())

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from oobpickle._huge_pages import HUGE_NBYTES, NEVER
 from oobpickle._layout import (
+    ADOPTED,
+    ADOPTION_MASK,
     BLOCKS_AT,
     C_CHANNEL,
     C_CHECK,
@@ -31,6 +33,7 @@ from oobpickle._layout import (
     C_RESIDENT,
     C_USED,
     C_WORD,
+    FOLLOWS,
     FREE,
     H_CAPACITY,
     H_EMPTY,
@@ -49,6 +52,7 @@ from oobpickle._layout import (
     QUARANTINED,
     RESIDENT_MASK,
     STATE_MASK,
+    UNPROVEN,
     checked_word,
     resident_nbytes,
     resident_word,
@@ -257,16 +261,83 @@ class Table:
         word = self.array(self.word)
         return [int(i) for i in np.flatnonzero((word & low) == slot << OWNER_SHIFT | state)]
 
-    def in_flight(self, others: Collection[int]) -> list[tuple[int, int, int]]:
-        """Return ``(index, word, channel)`` of blocks in flight whose owner is not among `others`.
+    def in_flight(
+        self, others: Collection[int], kept: Collection[int] = (), *, keeps_all: bool = False
+    ) -> list[tuple[int, int, int]]:
+        """Return ``(index, word, channel)`` of blocks in flight that may be nobody's.
 
-        Those are the blocks of the dead, and of the caller who leaves its own slot out.
+        Those are the blocks of the dead, and of the caller who leaves its own slot out; and those
+        of messages whose reader is not among `kept`, whoever sent them.
+
+        Parameters
+        ----------
+        others : collection of int
+            Slots of participants who may still be writing what they sent.
+        kept : collection of int
+            Channels, and `adopted_by` of incarnations, whose messages somebody may still load.
+        keeps_all : bool
+            Somebody may load the messages of any channel.
         """
         import numpy as np
 
-        # One look at all rows: others change them meanwhile.
-        word = self.array(self.word).copy()
+        index, word = self._sent()
+        channel, generation = (self.array(c)[index] for c in (self.channel, self.generation))
+        mask = np.uint64(ADOPTION_MASK)
+        is_read = channel & np.uint64(ADOPTED | FOLLOWS) == ADOPTED
+        # An adoption that came too late, for an earlier lease of the block, says nothing.
+        is_of_lease = (channel ^ generation) & mask == 0
         owner = word >> np.uint64(OWNER_SHIFT) & np.uint64(OWNER_MASK)
-        chosen = (word & np.uint64(STATE_MASK)) == IN_FLIGHT
-        chosen &= ~np.isin(owner, np.array(list(others), np.uint64))
-        return [(i, int(word[i]), self.channel[i]) for i in np.flatnonzero(chosen).tolist()]
+        nobodys = ~_are_among(owner, others)
+        if keeps_all:
+            nobodys &= channel & np.uint64(FOLLOWS) != 0
+        source = np.where(is_read, channel & ~mask, channel & ~np.uint64(UNPROVEN))
+        chosen = np.where(is_read, is_of_lease, nobodys)
+        chosen &= ~_are_among(source, kept)
+        columns = (column[chosen].tolist() for column in (index, word, channel))
+        return list(zip(*columns, strict=True))
+
+    def _sent(self) -> tuple[NDArray[np.intp], NDArray[np.uint64]]:
+        """Return index and word of the blocks in flight, from one look: others change them."""
+        import numpy as np
+
+        word = self.array(self.word).copy()
+        index = np.flatnonzero((word & np.uint64(STATE_MASK)) == IN_FLIGHT)
+        return index, word[index]
+
+    def sources(self) -> set[int]:
+        """Return where messages in flight are: channels, and `adopted_by` of who has read them."""
+        channels = {self.channel[index] for index in self._sent()[0].tolist()}
+        is_read = {channel for channel in channels if channel & (FOLLOWS | ADOPTED) == ADOPTED}
+        return {channel & ~ADOPTION_MASK for channel in is_read} | {
+            channel & ~UNPROVEN for channel in channels - is_read
+        }
+
+    def abandoned(self) -> list[tuple[int, int]]:
+        """Return ``(index, word)`` of blocks in flight that follow a first block which is gone.
+
+        Nobody can load the rest of such a message, whoever sent it.
+        """
+        import numpy as np
+
+        index, word = self._sent()
+        channel = self.array(self.channel)[index]
+        head = channel & ~np.uint64(FOLLOWS)
+        # A link that leads beyond the rows is damaged: whoever loads the message frees it.
+        follows = (channel & np.uint64(FOLLOWS) != 0) & (head < self.rows.n_rows)
+        index, word, head = index[follows], word[follows], head[follows].astype(np.intp)
+        state = self.array(self.word)[head] & np.uint64(STATE_MASK)
+        gone = (state == FREE) | (state == QUARANTINED)
+        gone |= self.array(self.generation)[head] != self.array(self.next)[index]
+        return list(zip(index[gone].tolist(), word[gone].tolist(), strict=True))
+
+
+def _are_among(numbers: NDArray[np.uint64], values: Collection[int]) -> NDArray[np.bool_]:
+    """Return ``numpy.isin(numbers, values)``, which imports more of NumPy as it goes."""
+    import numpy as np
+
+    if not values:
+        return np.zeros(len(numbers), np.bool_)
+    known = np.sort(np.array(list(values), np.uint64))
+    at = np.searchsorted(known, numbers)
+    found: NDArray[np.bool_] = known[np.minimum(at, len(known) - 1)] == numbers
+    return found

@@ -100,6 +100,7 @@ REACHED_BY = {
     "lease_new_rows": {"ledger.row.written", "ledger.row.counted"},
     "prepare": {"arena.prepared"},
     "copy_out": {"intake.copied"},
+    "send_on": {"intake.readdressed"},
     "load": {"victim.loading"},
     "finalize": {"victim.finalizing"},
     "trim": {"room.reserved", "ledger.punched"},
@@ -139,6 +140,7 @@ class Victim:
             self.load,
             self.prepare,
             self.copy_out,
+            self.send_on,
             self.fork_and_go_on,
             self.drop,
             self.lease_new_rows,
@@ -195,6 +197,11 @@ class Victim:
         for part in self.own_read.recv():
             verify(part)
         self.arena.options = options
+
+    def send_on(self):
+        self.own_write.send(message(11, 200_000))
+        self.own_write.send_bytes(self.own_read.recv_bytes())
+        verify(self.own_read.recv(), 11)
 
     def lease_new_rows(self):
         words, leases = self.arena.ledger.words, []

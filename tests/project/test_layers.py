@@ -52,6 +52,7 @@ LEVELS = {
         "_rows",
         "_mutex",
         "_participants",
+        "_unloaded",
         "_options",
     },
     3: {
@@ -69,7 +70,16 @@ LEVELS = {
         "_handed",
     },
     4: {"_envelope"},
-    5: {"_channels", "_hook", "_offers", "_connections", "_processes", "_reduction"},
+    5: {
+        "_backlog",
+        "_channels",
+        "_fileno",
+        "_hook",
+        "_offers",
+        "_connections",
+        "_processes",
+        "_reduction",
+    },
     6: {"__init__", "testing", "_calls", "_comparison"},
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}

@@ -8,8 +8,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from exploring import examples
 from ledger_tools import FakeLocks, assert_in_order, make_ledger, make_mutex, owner_of, state_of
 from oobpickle import _faults, _ledger, _mutex, _participants
-from oobpickle._layout import FREE, HELD, IN_FLIGHT, LEASED
-from oobpickle._participants import Participants
+from oobpickle._layout import ADOPTED, FREE, HELD, IN_FLIGHT, LEASED, adopted_by
+from oobpickle._participants import OwnRow, Participants
+from oobpickle._unloaded import Unloaded
 
 SIZES = st.lists(
     st.sampled_from([1, 4096, 4097, 70_000, 300_000, 1 << 20, 5 << 20]), min_size=1, max_size=4
@@ -24,8 +25,10 @@ class Crash(BaseException):
 class Process:
     """What one simulated process believes to have."""
 
-    def __init__(self, slot):
+    def __init__(self, slot, incarnation):
         self.slot = slot
+        self.incarnation = incarnation
+        self.keeps = set()  # of messages that were read by these, or sent there, it has the bytes
         self.leases = []
         self.held = []
 
@@ -45,6 +48,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.in_flight = []  # messages: lists of (index, generation, nbytes)
         self.lost = []  # blocks in flight of which no message is left
         self.bomb = None
+        self.source_of = {}  # first blocks in flight: their channel, or who has read them
 
     # --- helpers
 
@@ -90,8 +94,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def join(self):
         return self.start()
 
-    def start(self):
-        process = Process(self.step(self.participants.join, self.locks))
+    def start(self, keeps=()):
+        unloaded = Unloaded(keeps)
+        slot = self.step(self.participants.join, self.locks, unloaded)
+        process = Process(slot, OwnRow(self.ledger.words, slot).incarnation)
+        process.unloaded = unloaded
+        process.keeps = set(keeps)
         self.living.append(process)
         return process
 
@@ -113,25 +121,48 @@ class LedgerMachine(RuleBasedStateMachine):
                 pairs = [block[:2] for block in blocks]
                 self.step(self.ledger.release, pairs, process.slot)
 
-    @rule(process=processes, keep=st.booleans(), reach=st.integers(0, 6))
-    def send_or_give_back(self, process, keep, reach):
+    @rule(
+        process=processes,
+        keep=st.booleans(),
+        channel=st.sampled_from([7, 8]),
+        reach=st.integers(0, 6),
+    )
+    def send_or_give_back(self, process, keep, channel, reach):
         if not self.alive(process) or not process.leases:
             return
         message = process.leases.pop()
         if keep:
-            self.ledger.seal([block[:2] for block in message], process.slot, 7)
+            self.ledger.seal([block[:2] for block in message], process.slot, channel)
             self.in_flight.append(message)
+            self.source_of[message[0][:2]] = channel
         else:
             with self.dying_at(process, reach):
                 self.step(self.ledger.release, [b[:2] for b in message], process.slot)
 
     @rule(process=processes)
     def read(self, process):
-        """The message has left its channel: its reader answers for it."""
+        """The message has left its channel: its reader answers for it, until it sends it on."""
         if self.alive(process) and self.in_flight:
             index, generation, _ = self.in_flight[-1][0]
-            self.ledger.adopt(index, generation, process.slot)
+            owner = owner_of(self.ledger, index)
+            self.ledger.adopt(index, generation, process.incarnation)
+            self.source_of[index, generation] = adopted_by(process.incarnation)
+            assert owner == owner_of(self.ledger, index)
+
+    @rule(process=processes, channel=st.sampled_from([7, 8]))
+    def send_on(self, process, channel):
+        if self.alive(process) and self.in_flight:
+            index, generation, _ = self.in_flight[-1][0]
+            assert self.step(self.ledger.readdress, index, generation, process.slot, channel)
+            self.source_of[index, generation] = channel
             assert process.slot == owner_of(self.ledger, index)
+
+    @rule(process=processes, channel=st.sampled_from([7, 8]))
+    def read_unseen(self, process, channel):
+        """It asks for the descriptor: what was sent there is kept as long as it lives."""
+        if self.alive(process):
+            assert process.unloaded.note(channel)
+            process.keeps.add(channel)
 
     @rule(process=processes, reach=st.integers(0, 6), twice=st.booleans())
     def receive(self, process, reach, twice):
@@ -167,12 +198,14 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @rule(target=processes, process=processes, reach=st.integers(0, 6))
     def fork(self, process, reach):
-        """The parent's held blocks lose their file pages; the child is a new, empty participant."""
+        """The parent's held blocks lose their file pages; the child is a new participant that has
+        nothing, but the bytes of what the parent has read."""
+        keeps = {adopted_by(process.incarnation), *process.keeps}
         if self.alive(process):
             with self.dying_at(process, reach):
                 indices = [index for index, _, _ in process.held]
                 self.step(self.ledger.mark_punched, indices)
-        return self.start()
+        return self.start(keeps)
 
     @rule(process=processes)
     def crash(self, process):
@@ -199,6 +232,25 @@ class LedgerMachine(RuleBasedStateMachine):
             self.step(self.ledger.mark_punched, taken)
             blocks = [(index, self.ledger.generation[index]) for index in taken]
             self.step(self.ledger.release, blocks, process.slot)
+
+    @rule(process=processes)
+    def what_somebody_may_have_is_not_lost(self, process):
+        """Those without a reader are lost if their sender is dead, or is the one that asks."""
+        if not self.alive(process):
+            return
+        self.step(self.participants.reap, self.locks, process.slot)
+        kept, keeps_all = self.participants.kept()
+        others = [other.slot for other in self.living if other is not process]
+        found = {index for index, _, _ in self.ledger.in_flight(others, kept)}
+        assert not keeps_all
+        sources = {adopted_by(other.incarnation) for other in self.living}
+        sources.update(*(other.keeps for other in self.living))
+        for message in self.in_flight:
+            index, generation, _ = message[0]
+            source = self.source_of[index, generation]
+            is_read = source & ADOPTED
+            may_be_lost = is_read or owner_of(self.ledger, index) not in others
+            assert (index in found) == (may_be_lost and source not in sources)
 
     @precondition(lambda self: self.lost)
     @rule(process=processes)

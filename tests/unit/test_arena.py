@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import struct
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from oobpickle import (
     ArenaFullError,
     EnvelopeError,
     StaleEnvelopeError,
+    _arena,
     _backing,
     _copying,
     _fork,
@@ -251,6 +253,48 @@ def test_pages_that_the_system_refuses_are_a_reason_too(arena, monkeypatch):
         arena.acquire([MIB], wait_s=0)
 
     assert "space" == error.value.reason
+
+
+@pytest.mark.parametrize("wait_s", [None, 1e-3])
+def test_what_waits_in_vain_by_default_does_so_once(make_arena, monkeypatch, wait_s):
+    """Until there is room again; who says how long to wait is taken at his word."""
+    arena, pauses = make_arena(capacity=8 * MIB, wait_s=wait_s), []
+    clock = SimpleNamespace(monotonic=lambda: 1 + sum(pauses), sleep=pauses.append)
+    monkeypatch.setattr(_arena, "time", clock)
+    held = [arena.acquire([MIB]) for _ in range(8)]
+
+    def n_pauses(nbytes):
+        before = len(pauses)
+        with pytest.raises(ArenaFullError):
+            arena.acquire([nbytes])
+        return len(pauses) - before
+
+    assert n_pauses(MIB)
+    assert [n_pauses(MIB) > 0, n_pauses(2 * MIB) > 0] == [wait_s is not None] * 2
+    assert n_pauses(MIB // 2)
+    held.pop().release()
+    held.append(arena.acquire([MIB]))
+    assert n_pauses(MIB)
+    assert n_pauses(MIB) == 0 or wait_s is not None
+    for lease in held:
+        lease.release()
+
+
+def test_messages_that_find_it_full_do_not_count_its_blocks_each(make_arena, monkeypatch):
+    arena, n_counted = make_arena(capacity=8 * MIB), []
+    held = [arena.acquire([MIB]) for _ in range(8)]
+    census, rebuild = arena.ledger.census, arena.ledger.rebuild
+    monkeypatch.setattr(arena.ledger, "census", lambda: n_counted.append(1) or census())
+    monkeypatch.setattr(arena.ledger, "rebuild", lambda: n_counted.append(1) or rebuild())
+    monkeypatch.setattr(_arena, "_COUNT_EVERY_S", 1000)
+
+    for _ in range(50):
+        with pytest.raises(ArenaFullError, match=r"8\.0 MiB leased"):
+            arena.acquire([MIB])
+
+    assert len(n_counted) <= 2
+    for lease in held:
+        lease.release()
 
 
 def test_copy_out_gives_the_block_back_at_once(make_arena):
@@ -594,7 +638,7 @@ def test_a_ledger_of_another_version_is_refused(arena):
     copies = [os.dup(fd) for fd in (data, table, locks)]
     arena.ledger.words[1] += 1
     try:
-        with pytest.raises(ArenaError, match=r"version 3, expected .* and 2"):
+        with pytest.raises(ArenaError, match=r"version 4, expected .* and 3"):
             Arena.attach(*copies)
     finally:
         arena.ledger.words[1] -= 1

@@ -1,9 +1,8 @@
-"""Channels: who is known, and how much of one's own is unread."""
+"""Channels: who is known."""
 
 import multiprocessing
 import os
 import resource
-import threading
 
 import pytest
 
@@ -21,6 +20,7 @@ from oobpickle._layout import (
     P_PID_NAMESPACE,
     P_STATE,
     PARTICIPANT_WORDS,
+    UNPROVEN,
     VACANT,
 )
 from oobpickle._locks import LockFile
@@ -287,93 +287,6 @@ def test_the_oldest_channels_are_forgotten(channels, ends, monkeypatch):
         assert 0 != channels.known(writer.fileno())
 
 
-def send(arena, channels, writer, nbytes):
-    channel = channels.known(writer.fileno())
-    lease = arena.acquire([nbytes])
-    lease.seal(channel)
-    lease.settle()
-    channels.sent(channel, lease.blocks[0], nbytes)
-    os.write(writer.fileno(), b"envelope")
-    return lease
-
-
-def wait(channels, writer, nbytes):
-    fd = writer.fileno()
-    thread = threading.Thread(
-        target=channels.wait_for_budget, args=(fd, channels.known(fd), nbytes)
-    )
-    thread.start()
-    return thread
-
-
-def claim(arena, lease):
-    arena.intake.claim(lease.blocks, lease._plan.needs)
-
-
-def test_within_the_budget_nobody_waits(arena, channels, ends):
-    reader, writer = ends
-    channels.note(reader.fileno(), writer.fileno())
-    first = send(arena, channels, writer, 4 * MIB)
-
-    thread = wait(channels, writer, 4 * MIB)
-    thread.join(20)
-
-    assert not thread.is_alive()
-    claim(arena, first)
-
-
-def test_over_the_budget_a_sender_waits_until_its_own_is_loaded(arena, channels, ends):
-    reader, writer = ends
-    channels.note(reader.fileno(), writer.fileno())
-    first, second = (send(arena, channels, writer, 5 * MIB) for _ in range(2))
-
-    thread = wait(channels, writer, 5 * MIB)
-    thread.join(0.1)
-    assert thread.is_alive()
-    claim(arena, first)
-    thread.join(20)
-
-    assert not thread.is_alive()
-    claim(arena, second)
-
-
-def test_channels_whose_messages_were_loaded_are_not_remembered(arena, channels):
-    for number in range(1000):
-        lease = arena.acquire([100])
-        channels.sent(number, lease.blocks[0], 100)
-        lease.release()
-
-    assert len(channels._sent) < 200
-
-
-def test_a_sender_does_not_wait_for_what_was_read(arena, channels, ends):
-    reader, writer = ends
-    channels.note(reader.fileno(), writer.fileno())
-    leases = [send(arena, channels, writer, 5 * MIB) for _ in range(2)]
-
-    thread = wait(channels, writer, 5 * MIB)
-    os.read(reader.fileno(), 100)
-    thread.join(20)
-
-    assert not thread.is_alive()
-    for lease in leases:
-        claim(arena, lease)
-
-
-def test_a_sender_does_not_wait_for_readers_that_are_gone(arena, channels, ends):
-    reader, writer = ends
-    channels.note(reader.fileno(), writer.fileno())
-    leases = [send(arena, channels, writer, 5 * MIB) for _ in range(2)]
-
-    thread = wait(channels, writer, 5 * MIB)
-    reader.close()
-    thread.join(20)
-
-    assert not thread.is_alive()
-    for lease in leases:
-        claim(arena, lease)
-
-
 def test_what_is_passed_on_when_the_arena_has_gone_is_nobodys_business(arena, ends):
     """Another thread starts a program: it is in no operation that keeps the arena."""
     channels = Channels(arena)
@@ -384,3 +297,28 @@ def test_what_is_passed_on_when_the_arena_has_gone_is_nobodys_business(arena, en
     with channels.passing_on([ends[0].fileno()]):
         channels.forget(ends[1].fileno())
     assert arena.handed.since(arena.handed.n) == []
+
+
+def test_older_processes_are_asked_as_long_as_they_follow(channels, ends, foreign):
+    reader, writer = ends
+    fd = writer.fileno()
+
+    n_asked = sum(channels.asks(fd) for _ in range(200))
+    assert 10 < n_asked < 100, n_asked
+    for _ in range(1000):  # large messages of one who does not
+        channels.ask_again()
+    assert 0 < sum(channels.asks(fd) for _ in range(200)) < 100
+    channels._older[channel_id(fd)] = (9, 1)  # somebody has joined, or come
+    assert channels.asks(fd)
+    channels.note(reader.fileno(), fd)
+    assert not channels.asks(fd)
+
+
+def test_only_a_channel_of_pipe_is_proved_empty(channels, ends):
+    reader, writer = ends
+    channel = channels.known(writer.fileno())
+
+    assert channel | UNPROVEN == channels.marked(channel)
+    channels.note(reader.fileno(), writer.fileno())
+    assert channel == channels.marked(channel)
+    assert 0 == channels.marked(0)

@@ -180,7 +180,8 @@ def test_the_columns_end_where_the_table_ends():
         layout.HEADER_WORDS + layout.MAX_PARTICIPANTS * layout.PARTICIPANT_WORDS
     )
     assert 8 * end == layout.LEDGER_NBYTES
-    assert layout.P_COUNTERS + layout.N_COUNTERS == layout.PARTICIPANT_WORDS
+    assert layout.P_COUNTERS + layout.N_COUNTERS == layout.P_KEPT
+    assert layout.P_KEPT + layout.N_KEPT == layout.PARTICIPANT_WORDS
 
 
 # --- plans

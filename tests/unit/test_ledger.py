@@ -251,32 +251,99 @@ def test_a_punched_block_says_so_to_those_who_had_it_mapped(ledger):
 def test_a_message_in_flight_is_freed_only_while_it_is_what_was_seen(ledger):
     ((index, generation),) = send(ledger, 100)
     seen = ledger.word[index]
-    ledger.adopt(index, generation, 2)
+    ledger.readdress(index, generation, 2, 7)
 
     assert 0 == ledger.free_unread([(index, seen)])
     assert 1 == ledger.free_unread([(index, ledger.word[index])])
 
 
-def test_only_a_message_in_flight_of_that_generation_is_adopted(ledger):
+def test_only_a_message_in_flight_of_that_generation_is_adopted_or_sent_on(ledger):
     ((index, generation),) = send(ledger, 100, slot=1)
 
     ledger.adopt(index, generation + 1, 2)
     ledger.adopt(layout.MAX_BLOCKS + 5, 1, 2)
-    assert 1 == owner_of(ledger, index)
+    assert not ledger.readdress(index, generation + 1, 2, 8)
+    assert ledger.is_unread(index, generation)
     ledger.adopt(index, generation, 2)
+    assert not ledger.is_unread(index, generation)
+    assert 1 == owner_of(ledger, index)
+    assert ledger.readdress(index, generation, 2, 8)
+    assert ledger.is_unread(index, generation)
     assert 2 == owner_of(ledger, index)
+
+
+def test_an_adoption_leaves_a_message_alone_that_another_claims_meanwhile(ledger, monkeypatch):
+    """The same bytes were sent to both: if they had the block both, each would see the other's
+    writes."""
+    ((index, generation),) = send(ledger, 100, slot=1)
+    is_in_flight = ledger.is_in_flight
+
+    def overtaken(*block):
+        answer = is_in_flight(*block)
+        monkeypatch.undo()
+        ledger.claim([block], [100], 3)
+        return answer
+
+    monkeypatch.setattr(ledger, "is_in_flight", overtaken)
+    ledger.adopt(index, generation, 2)
+
+    assert (layout.HELD, 3) == (state_of(ledger, index), owner_of(ledger, index))
+    assert 0 == ledger.claim([(index, generation)], [100], 2)
+
+
+def lost(ledger, others=(), kept=(), **options):
+    return [index for index, _, _ in ledger.in_flight(others, kept, **options)]
+
+
+def test_who_has_read_a_message_answers_for_it_and_not_its_sender(ledger):
+    ((index, generation),) = send(ledger, 100, slot=1)
+    ledger.adopt(index, generation, 9)
+    reader = layout.adopted_by(9)
+
+    assert [] == lost(ledger, [1], [reader])
+    assert [] == lost(ledger, [], [reader])
+    assert [] == lost(ledger, [], [reader], keeps_all=True)
+    assert [index] == lost(ledger, [1], [layout.adopted_by(8)])
+    assert [index] == lost(ledger, [1], [], keeps_all=True)
+    assert {reader} == ledger.sources()
+
+
+def test_an_adoption_of_an_earlier_lease_says_nothing(ledger):
+    ((index, generation),) = send(ledger, 100, slot=1)
+    ledger.adopt(index, generation, 9)
+    late = ledger.channel[index]
+    ledger.claim([(index, generation)], [100], 2)
+    ledger.release([(index, generation)], 2)
+    assert send(ledger, 100, slot=1) == [(index, generation + 1)]
+
+    ledger.channel[index] = late
+
+    assert [] == lost(ledger)
+
+
+@pytest.mark.parametrize("mark", [0, layout.UNPROVEN])
+def test_what_was_sent_where_somebody_may_have_read_is_kept(ledger, mark):
+    ((index, _),) = send(ledger, 100, slot=1)
+    channel = ledger.channel[index] = ledger.channel[index] | mark
+
+    assert [index] == lost(ledger, [2], [channel + 1])
+    assert [] == lost(ledger, [2], [channel & ~mark])
+    assert [] == lost(ledger, [2], [], keeps_all=True)
+    assert {channel & ~mark} == ledger.sources()
 
 
 def test_following_blocks_are_abandoned_when_the_first_is_gone(ledger):
     (head, follower) = send(ledger, MIB, 2 * MIB)
 
-    assert not ledger.is_abandoned(follower[0])
+    rest = [(follower[0], ledger.word[follower[0]])]
+
+    assert [] == ledger.abandoned()
     ledger.claim([head], [MIB], 2)
-    assert not ledger.is_abandoned(follower[0])
+    assert [] == ledger.abandoned()
     ledger.release([head], 2)
-    assert ledger.is_abandoned(follower[0])
+    assert rest == ledger.abandoned()
     lease(ledger, MIB)
-    assert ledger.is_abandoned(follower[0])
+    assert rest == ledger.abandoned()
 
 
 def test_rebuilding_restores_lists_and_sums(ledger):
@@ -517,5 +584,5 @@ def test_the_first_block_of_a_message_cannot_lie_outside_the_table(ledger):
     head, follower = send(ledger, MIB, 2 * MIB)
     ledger.channel[follower[0]] = layout.FOLLOWS | layout.FOLLOWS - 1
 
-    assert not ledger.is_abandoned(follower[0])
+    assert [] == ledger.abandoned()
     assert ledger.is_sound(head[0])

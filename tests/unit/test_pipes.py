@@ -395,3 +395,13 @@ def test_asking_opens_nothing(ends):
     is_unreadable(channel_id(ends[0]), [os.getpid(), os.getppid()])
 
     assert len(before) == len(os.listdir("/proc/self/fd"))
+
+
+def test_that_an_unproven_channel_is_empty_says_nothing(ends):
+    channel = channel_id(ends[0])
+    assert is_unreadable(channel, [])
+
+    assert not is_unreadable(channel, [], unproven=[channel])
+    close(ends, 0)
+    close(ends, 0)
+    assert is_unreadable(channel, [], unproven=[channel])

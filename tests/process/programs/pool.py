@@ -1,5 +1,6 @@
 """multiprocessing inside ``enabled()``: the same values, by value, and out of band."""
 
+import contextlib
 import functools
 import gc
 import multiprocessing
@@ -12,6 +13,7 @@ import resource
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from itertools import pairwise
@@ -644,6 +646,137 @@ def older_pools_and_executors(method):
                 inside.eventually(
                     lambda: [_all_out_of_band(arena, run) for run in runs] == [True] * 2
                 )
+        pool.close()
+        pool.join()
+
+
+def _make(seed):
+    return Model(seed)
+
+
+def _make_slowly(seed):
+    time.sleep(0.002)  # so that no worker takes all tasks
+    return Model(seed)
+
+
+def _answer(connection):
+    while (seed := connection.recv()) is not None:
+        connection.send(Model(seed))
+
+
+def _answer_through(tasks, results):
+    while (seed := tasks.get()) is not None:
+        results.put(Model(seed))
+
+
+@contextlib.contextmanager
+def _quiet():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", oobpickle.FallbackWarning)
+        with oobpickle.enabled() as arena:
+            yield arena
+
+
+def _until_all_out_of_band(arena, *ways):
+    """Work until a round of results travels out of band in each of the ways, all of them right.
+
+    Under fork the workers of the one have inherited the pipes of the other.
+    """
+
+    def n_in_band(work):
+        before = arena.statistics().n_messages_out_of_band
+        n_results = 0
+        for seed, model in enumerate(work()):
+            assert model.check().seed == seed
+            n_results += 1
+        return n_results - (arena.statistics().n_messages_out_of_band - before)
+
+    inside.eventually(lambda: [n_in_band(work) for work in ways] == [0] * len(ways))
+
+
+def older_workers_that_only_return(method):
+    """Their tasks are small: the next one after a large result asks them to take part."""
+    context = multiprocessing.get_context(method)
+    with context.Pool(2) as pool, ProcessPoolExecutor(2, context) as executor:
+        pool.map(_make_slowly, range(4))
+        list(executor.map(_make_slowly, range(4)))
+        ways = (
+            lambda: pool.map(_make_slowly, range(4), chunksize=1),
+            lambda: list(pool.imap(_make_slowly, range(4))),
+            lambda: [pool.apply(_make_slowly, (seed,)) for seed in range(4)],
+            lambda: list(executor.map(_make_slowly, range(4))),
+        )
+        with _quiet() as arena:
+            _until_all_out_of_band(arena, *ways)
+        pool.close()
+        pool.join()
+
+
+def older_processes_that_only_return(method):
+    """By a pipe, by queues, and a pool of which a worker is replaced meanwhile."""
+    context = multiprocessing.get_context(method)
+    here, there = context.Pipe()
+    tasks, results = context.Queue(), context.Queue()
+    processes = [
+        context.Process(target=_answer, args=(there,)),
+        context.Process(target=_answer_through, args=(tasks, results)),
+    ]
+    for process in processes:
+        process.start()
+    there.close()
+
+    def over_a_pipe():
+        for seed in range(2):
+            here.send(seed)
+            yield here.recv()
+
+    def through_queues():
+        for seed in range(2):
+            tasks.put(seed)
+            yield results.get()
+
+    with context.Pool(1, maxtasksperchild=3) as pool, _quiet() as arena:
+        replaced = [worker.pid for worker in pool._pool]
+        _until_all_out_of_band(
+            arena,
+            over_a_pipe,
+            through_queues,
+            lambda: [pool.apply(_make, (seed,)) for seed in range(8)],
+        )
+        assert replaced != [worker.pid for worker in pool._pool]
+    here.send(None)
+    tasks.put(None)
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+
+
+def older_workers_that_cannot_follow(method):
+    """They stay silent, go on in-band, and are not asked for ever."""
+    context = multiprocessing.get_context(method)
+    with context.Pool(1) as pool, _quiet() as arena:
+        pool.apply(_lower_limit, ("library",))
+        for seed in range(100):
+            assert pool.apply(np.full, (30_000, seed))[-1] == seed
+        hook = oobpickle._hook.current
+        assert arena.statistics().fallbacks["channel"].n_messages == 100
+        asked = [n_asked for _, n_asked, _ in hook.channels._asked.values()]
+        assert max(asked) < 60, asked
+        assert hook.n_asking > 0
+        pool.close()
+        pool.join()
+
+
+def older_workers_with_small_messages_only(method):
+    """They are never asked: nothing is imported there."""
+    context = multiprocessing.get_context(method)
+    with context.Pool(1) as pool:
+        before = pool.apply(_replaced)
+        with oobpickle.enabled() as arena:
+            for _ in range(20):
+                assert pool.apply(_echo, (1,)) == 1
+            assert pool.apply(_replaced) == before == []
+            assert arena.statistics().n_participants == 1
         pool.close()
         pool.join()
 
