@@ -50,6 +50,8 @@ class Channels:
         # By token of the thread: since which fork, and the ends that a program is inheriting.
         self._passing: dict[object, tuple[object, set[int]]] = {}
         self._vain: dict[int, tuple[int, float]] = {}  # ends: looks in vain, when to look again
+        #: Ends of which the other one is in a child that cannot import the main module; 0: all are.
+        self.spawned: set[int] = set()
         # Ends: how many can read there, and how many of them do not take part, but could.
         self._older: dict[int, tuple[int, int]] = {}
         # Ends: the same when they were last asked, how often since, and what was uncounted by then.
@@ -71,7 +73,17 @@ class Channels:
         for end in (one, other):  # of one that is gone, by the same number
             self._found.pop(end, None)
             self._handed.pop(end, None)
+            self.spawned.discard(end)
         _bound(self._made)
+
+    def note_spawned(self, fd: int) -> None:
+        """A child gets an end that cannot import the main module of this process."""
+        if len(self.spawned) < _MOST_CHANNELS:
+            self.spawned.update({*self._ends(fd)} - {0})
+
+    def is_spawned(self, fd: int) -> bool:
+        """Tell whether what is written there may be read by such a child."""
+        return 0 in self.spawned or channel_id(fd) in self.spawned
 
     def forget(self, fd: int) -> None:
         """An end is handed to a process that may not take part: messages stay in-band."""

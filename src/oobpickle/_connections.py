@@ -1,7 +1,7 @@
 """Connections: what a message goes through on its way into a channel and out of it.
 
-**What.** Replacements for the name ``_ForkingPickler`` in ``multiprocessing.connection`` and
-``.queues``, and for ``Connection._send_bytes`` and ``._recv``.
+**What.** Replacements for the name ``_ForkingPickler`` (its ``dumps`` and ``loads``) in
+``multiprocessing.connection`` and ``.queues``, and for ``Connection._send_bytes`` and ``._recv``.
 
 **How it works.** On the class, since pools bind the methods early. ::
 
@@ -9,6 +9,7 @@
                  return an envelope; if that cannot be, an ordinary pickle of the same payload,
                  and count why, with an offer to take part for a reader that is older than the arena;
                  also before a small one, if a process that does not take part has sent a large message
+    loads        load; if that fails in a pool, hand on the error in the place of the message
     _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
                  in-band message is given back as it is written
     _recv        while a message has left its channel and is not claimed, nobody may reclaim its
@@ -35,7 +36,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any, Final
 
-from oobpickle import _envelope, _faults, _hook, _offers, _statistics, _straight
+from oobpickle import _envelope, _faults, _hook, _loading, _offers, _statistics, _straight
 from oobpickle._arena import users
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError, ResizedError
@@ -67,6 +68,7 @@ def hooked_pickler(original: Any) -> Any:
     while original.__module__ == __name__:  # ours, put back by somebody who had found it there
         original = original.__base__
     namespace = original.__dict__
+    load = original.loads
     own = namespace.get("dumps")
     standard = own if is_standard(own) else _NONE
 
@@ -86,8 +88,11 @@ def hooked_pickler(original: Any) -> Any:
                 _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
             undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
             table = original._extra_reducers
+            is_lost = bool(hook.spawned) and _is_main_lost(hook, sys._getframe(1))
             try:
-                payload = serialize(obj, table, hook.threshold, by_value=True, undo=undo)
+                payload = serialize(
+                    obj, table, hook.threshold, by_value=True, is_main_lost=is_lost, undo=undo
+                )
                 small = payload.written
                 if type(small) is bytes and len(small) < hook.threshold and not payload.sizes:
                     if hook.n_asking:
@@ -96,14 +101,36 @@ def hooked_pickler(original: Any) -> Any:
                 return _send(hook, payload, sys._getframe(1))
             except ResizedError:
                 payload = serialize(
-                    obj, table, hook.threshold, by_value=True, copying=True, undo=undo
+                    *(obj, table, hook.threshold),
+                    by_value=True,
+                    is_main_lost=is_lost,
+                    copying=True,
+                    undo=undo,
                 )
             if payload.sizes or payload.stream_nbytes >= hook.threshold:
                 return _send(hook, payload, sys._getframe(1))
             return payload.stream
 
+        @staticmethod
+        def loads(data: Any, /, **options: Any) -> Any:
+            try:
+                return load(data, **options)
+            except Exception as error:
+                # The error refers to this frame: it may not refer to the error or the message.
+                substitute = _loading.Substitute.of(data, sys._getframe(1))
+                data = None
+                if substitute is None:
+                    raise
+                return substitute.with_error(error)
+
     _codes.add(vars(HookedPickler)["dumps"].__func__.__code__)
     return HookedPickler
+
+
+def _is_main_lost(hook: Hook, frame: FrameType) -> bool:
+    """Tell whether the main module cannot be imported where the message goes."""
+    fd = _descriptor_in(frame)
+    return fd is not None and hook.channels.is_spawned(fd)
 
 
 def undo_list_of_message(frame: FrameType | None) -> list[Callable[[], Any]] | None:

@@ -12,8 +12,8 @@ The zeros make the whole of it `MARK` bytes long modulo `MODULUS`, as few other 
 the receiver of a message need not look closely at each.
 
 A large stream, or a long table, lies in the arena too: then the envelope names the first block
-only, and that block holds the rest (flag 1). Sender and receiver compute the layout of the
-buffers within the blocks from the sizes.
+only, and that block holds the rest (flag 1); the first bytes of the stream follow. Sender and
+receiver compute the layout of the buffers within the blocks from the sizes.
 
 **Lifetime.** The blocks belong to the `Envelope` until it is sent; they are released if it is
 collected before. The receiver's arrays are the blocks; if loading the stream raises, they are
@@ -53,6 +53,8 @@ PREFIX_NBYTES: Final = len(PREFIX)
 _BODY_AT: Final = PREFIX_NBYTES + 8
 MODULUS: Final = 64
 MARK: Final = 37
+#: Of a stream in the arena the envelope has so much, for those who cannot load it.
+START_NBYTES: Final = 40
 
 _arenas: dict[bytes, Arena] = {}
 _ended: Final[deque[bytes]] = deque(maxlen=1 << 10)  # identities of those that nobody needed
@@ -110,7 +112,8 @@ def pack(
         index[: len(table)] = table
         payload.write_stream_into(index[len(table) : len(table) + n_stream])
         payload.write_into(destinations)
-        body = _table(lease.blocks[:1], [index_nbytes])
+        start = bytes(index[len(table) : len(table) + min(START_NBYTES, n_stream)])
+        body = _table(lease.blocks[:1], [index_nbytes]) + start.ljust(START_NBYTES, b"\0")
     else:
         lease = acquire(sizes)
         payload.write_into(lease.destinations)
@@ -160,6 +163,22 @@ def _padding(n_body: int) -> int:
     return (MARK - (_BODY_AT + _HEADER.size + n_body + len(_SUFFIX))) % MODULUS
 
 
+def _start_at(flags: int, n_blocks: int, n_buffers: int) -> int:
+    return 24 if flags else 16 * n_blocks + 8 * n_buffers
+
+
+def start_of_stream(message: memoryview) -> bytes | None:
+    """Return the first bytes of the stream of an envelope, ``None`` of anything else.
+
+    They can be had when the message cannot be loaded.
+    """
+    if bytes(message[:PREFIX_NBYTES]) != PREFIX or len(message) < MIN_NBYTES:
+        return None
+    _, _, _, n_blocks, n_buffers, flags, n_stream = _HEADER.unpack_from(message, _BODY_AT)
+    at = _BODY_AT + _HEADER.size + _start_at(flags, n_blocks, n_buffers)
+    return bytes(message[at : at + min(START_NBYTES, n_stream)])
+
+
 class _Parsed(NamedTuple):
     name: bytes
     n_blocks: int
@@ -181,7 +200,7 @@ def _parse(data: bytes) -> _Parsed:
     found = zlib.crc32(memoryview(data)[_CRC_FROM:])
     if found != crc:
         raise EnvelopeError(f"envelope altered: checksum {found:#010x}, expected {crc:#010x}")
-    wanted = 24 if flags else 16 * n_blocks + 8 * n_buffers + n_stream
+    wanted = _start_at(flags, n_blocks, n_buffers) + (START_NBYTES if flags else n_stream)
     wanted += _padding(wanted)
     if body.nbytes != wanted:
         raise EnvelopeError(f"envelope of {body.nbytes} bytes after its head, expected {wanted}")
@@ -201,7 +220,7 @@ def unpack_envelope(data: bytes) -> Any:
         If the message was loaded already, or taken back.
     """
     token = object()
-    parsed = None
+    parsed = buffers = stream = None
     try:
         users.add(token)
         parsed = _parse(data)
@@ -216,6 +235,7 @@ def unpack_envelope(data: bytes) -> Any:
         raise
     finally:
         users.discard(token)
+        parsed = buffers = stream = None  # an error refers to this frame
 
 
 def _discard(data: bytes) -> None:

@@ -71,6 +71,7 @@ class Hook:
         self.arena = arena
         self.said = said
         self.channels = channels
+        self.spawned = channels.spawned  # mostly empty; every message asks
         self.threshold = arena.options.threshold or 0
         self.n_asking = 0  # how many small messages to come may ask an older process to take part
         # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.

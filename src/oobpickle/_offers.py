@@ -36,4 +36,16 @@ def prefix(name: bytes) -> bytes:
         `Arena.name` of the sender.
     """
     code = _CODE.format(name=name).encode()
-    return b"\x80\x05cbuiltins\nexec\nX" + struct.pack("<I", len(code)) + code + b"}\x86R0"
+    return _START + struct.pack("<I", len(code)) + code + _END
+
+
+_START: Final = b"\x80\x05cbuiltins\nexec\nX"
+_END: Final = b"}\x86R0"
+
+
+def without_prefix(message: memoryview) -> memoryview:
+    """Return the pickle behind an offer, or the message, if it is none."""
+    if bytes(message[: len(_START)]) != _START:
+        return message
+    (nbytes,) = struct.unpack_from("<I", message, len(_START))
+    return message[len(_START) + 4 + nbytes + len(_END) :]

@@ -45,6 +45,7 @@ _HEADER: Final = struct.Struct("<8sIIIIQ")
 _CRC_AT: Final = 16
 _ALIGN: Final = 64
 _SMALL_NBYTES: Final = 32 << 10
+_START_NBYTES: Final = 40
 
 
 class Payload:
@@ -219,6 +220,18 @@ BYTEARRAY8: Final = 0x96
 _PICKLE_MIDDLE: Final = b"tsNtb\x8e"
 PICKLE_MIDDLE_NBYTES: Final = len(_PICKLE_MIDDLE) + 8
 PICKLE_END: Final = b"\x85R."
+
+
+def start_of_stream(message: memoryview) -> bytes | None:
+    """Return the first bytes of the stream in what `Payload.to_pickle` returned, else ``None``."""
+    at = len(PICKLE_START)
+    if bytes(message[:at]) != PICKLE_START:
+        return None
+    while message[at : at + 1] == bytes((BYTEARRAY8,)):
+        at += PICKLE_BUFFER.size + PICKLE_BUFFER.unpack_from(message, at)[1]
+    n_stream = stream_nbytes_in(bytes(message[at : at + PICKLE_MIDDLE_NBYTES]))
+    at += PICKLE_MIDDLE_NBYTES
+    return bytes(message[at : at + min(n_stream, _START_NBYTES)]) if n_stream >= 0 else None
 
 
 def stream_nbytes_in(middle: bytes) -> int:

@@ -48,6 +48,7 @@ from oobpickle._envelope import Envelope
 from oobpickle._errors import ResizedError
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Hook, running
+from oobpickle._main_module import is_lost
 from oobpickle._payload import Payload
 from oobpickle._pipes import channel_id
 from oobpickle._serializer import serialize
@@ -117,11 +118,12 @@ def _parts(hook: Hook, process: object, popen: Any) -> list[bytes | memoryview]:
     n_fds = len(popen._fds)
     table = mp_reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     undo = [lambda: popen._fds.__delitem__(slice(n_fds, None))]
+    how: dict[str, Any] = {"by_value": True, "is_main_lost": is_lost(), "undo": undo}
     try:
-        payload = serialize(process, table, hook.threshold, by_value=True, undo=undo)
+        payload = serialize(process, table, hook.threshold, **how)
         return list(_parts_of(hook, payload, popen))
     except ResizedError:
-        payload = serialize(process, table, hook.threshold, by_value=True, copying=True, undo=undo)
+        payload = serialize(process, table, hook.threshold, copying=True, **how)
         return list(_parts_of(hook, payload, popen))
 
 
@@ -193,7 +195,12 @@ def hooked_dup_fd(original: Any) -> Any:
     def DupFd(fd: int) -> Any:
         hook = running()
         duplicate = original(fd)
-        if hook is not None and mp_context.get_spawning_popen() is None:
+        if hook is None:
+            return duplicate
+        if mp_context.get_spawning_popen() is not None:
+            if is_lost():
+                hook.channels.note_spawned(fd)
+        else:
             hook.channels.forget(fd)  # to a process that runs already, and may be older
             undo = undo_list_of_message(sys._getframe(1))
             if undo is not None:

@@ -20,6 +20,7 @@ import multiprocessing.connection as mp_connection
 import multiprocessing.process as mp_process
 import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
+import multiprocessing.spawn as mp_spawn
 import os
 import subprocess
 import warnings
@@ -36,6 +37,7 @@ from oobpickle._errors import ArenaError, FallbackWarning
 from oobpickle._fileno import hooked_fileno
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Block, Hook, Replacement, running
+from oobpickle._main_module import hooked_preparation, is_lost
 from oobpickle._options import Options
 from oobpickle._processes import (
     SPAWNING,
@@ -64,6 +66,7 @@ def _replacements() -> list[Replacement]:
         (mp_reduction, "dump", hooked_dump),
         (mp_reduction, "DupFd", hooked_dup_fd),
         *((popen, "_launch", hooked_launch) for popen in SPAWNING),
+        (mp_spawn, "get_preparation_data", hooked_preparation),
         (subprocess.Popen, "_execute_child", hooked_execute_child),
     ]
 
@@ -73,11 +76,13 @@ def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
     descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
-        _take_part(Arena.attach(*descriptors), channels)
+        _take_part(Arena.attach(*descriptors), channels, is_spawned=True)
 
 
-def _take_part(arena: Arena, channels: bytes = b"") -> None:
+def _take_part(arena: Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
     known = Channels(arena, channels)
+    if is_spawned and is_lost():
+        known.spawned.add(0)  # the parent has a main module that is not ours
     hook = Hook(arena, known, arena.options, is_owner=False, inherit=_inherit)
     hook.installed = True
     _reset_guard_in_children()

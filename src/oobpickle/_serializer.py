@@ -4,9 +4,9 @@
 
 **How it works.** ``pickle.Pickler`` in C with protocol 5, a merged dispatch table and the sink's
 callback (PEP 574). The order in which reducers are found is the standard library's: exact builtin
-types, then the dispatch table, then ``__reduce_ex__``. The hook also has what that pickler refuses
-(lambdas, classes that no module has) taken apart by cloudpickle, which is asked second: it costs
-several times more.
+types, then the dispatch table, then ``__reduce_ex__``. The hook also has functions and classes that
+this pickler refuses, since no module has them, taken apart by `_by_value`, which is asked second:
+it costs several times more.
 
 **Lifetime.** No state. A payload refers to the object's memory until it is written.
 
@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 from oobpickle._errors import PayloadError, ResizedError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._into import load_into
+from oobpickle._large_globals import LEAST_NBYTES, warn_of_large
 from oobpickle._locating import add_place
 from oobpickle._payload import Payload, check_sizes, fresh_destinations
 from oobpickle._reducers import Reducer, Sink
@@ -74,14 +75,16 @@ def serialize(
     threshold: int,
     *,
     by_value: bool = False,
+    is_main_lost: bool = False,
     copying: bool = False,
     undo: list[Callable[[], Any]] | None = None,
 ) -> Payload:
     """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes.
 
-    With `by_value`, what the plain pickler refuses goes to cloudpickle: functions and classes that
-    cannot be found by their names, modules. With `copying`, this is another attempt, for which the
-    content is taken at once. What is in `undo` by then is called before reducers run a second time.
+    With `by_value`, functions and classes that cannot be found by their names go by value; with
+    `is_main_lost` those of the main module too, since the receiver cannot import it. With
+    `copying`, this is another attempt, for which the content is taken at once. What is in `undo` by
+    then is called before reducers run a second time.
 
     Raises
     ------
@@ -92,6 +95,8 @@ def serialize(
         _call_all(undo)
     sink = Sink(threshold, copying)
     try:
+        if is_main_lost:
+            return _ByValue(is_main_lost).serialize(obj, reducers, sink, undo)
         # `_dump` and `_settled`, for what a small message is: each Python call shows there.
         file: Any = Stream() if copying else Pieces()
         pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
@@ -104,16 +109,16 @@ def serialize(
         pass_on_foreign(error)
         if isinstance(error, ResizedError):
             raise  # the caller makes another attempt
-        if by_value and isinstance(error, _REFUSALS):
+        if by_value and not is_main_lost and isinstance(error, _REFUSALS):
             _call_all(undo)
-            sink = Sink(threshold, copying)
+            attempt = _ByValue(is_main_lost)
             try:
-                stream = _dump_by_value(obj, reducers, sink)
-                return _independent(_dump_by_value, stream, obj, reducers, sink, undo)
+                return attempt.serialize(obj, reducers, Sink(threshold, copying), undo)
             except Exception as second:
                 pass_on_foreign(second)
                 if isinstance(second, ResizedError):
                     raise
+                attempt.explain(error, second)
         _call_all(undo)
         add_place(error, obj, Sink(0).dispatch_table(copyreg.dispatch_table, reducers))
         _call_all(undo)
@@ -154,7 +159,7 @@ def has_common_memory(obj: object) -> bool:
         _dump(obj, {}, sink)
     except _REFUSALS:
         sink = Sink(0)
-        _dump_by_value(obj, {}, sink)
+        _ByValue(False).dump(obj, {}, sink)
     return sink.has_overlap()
 
 
@@ -179,16 +184,47 @@ def _settled(file: Any, sink: Sink) -> bytes | Stream:
     return bytes(stream) if stream.nbytes < sink.threshold else stream
 
 
-def _dump_by_value(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
-    import cloudpickle  # type: ignore[import-untyped]
+class _ByValue:
+    """An attempt to take apart by value what cannot be found by its name."""
 
-    file: Any = Stream() if sink.copying else Pieces()
-    pickler = cloudpickle.Pickler(file, 5, buffer_callback=sink.take)
-    table = sink.dispatch_table(pickler.dispatch_table, {**copyreg.dispatch_table, **reducers})
-    # The class has an attribute of that name, which hides the pickler's own.
-    pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
-    pickler.dump(obj)
-    return _settled(file, sink)
+    def __init__(self, is_main_lost: bool) -> None:
+        self._is_main_lost = is_main_lost
+        self._taken: list[Any] = []
+        self._reasons: list[str] = []
+
+    def serialize(
+        self,
+        obj: object,
+        reducers: dict[type, Reducer],
+        sink: Sink,
+        undo: list[Callable[[], Any]] | None,
+    ) -> Payload:
+        stream = self.dump(obj, reducers, sink)
+        payload = _independent(self.dump, stream, obj, reducers, sink, undo)
+        if self._taken and payload.nbytes >= LEAST_NBYTES:
+            warn_of_large(self._taken)
+        return payload
+
+    def dump(self, obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
+        from oobpickle._by_value import Pickler
+
+        file: Any = Stream() if sink.copying else Pieces()
+        table = sink.dispatch_table(copyreg.dispatch_table, reducers)
+        pickler = Pickler(file, table, is_main_lost=self._is_main_lost, buffer_callback=sink.take)
+        self._taken, self._reasons = pickler.taken, pickler.reasons
+        pickler.dump(obj)
+        if not pickler.taken and not self._is_main_lost:
+            raise pickle.PicklingError(
+                "nothing in it can go by value"
+            )  # so what refused it was right
+        return _settled(file, sink)
+
+    def explain(self, error: Exception, second: Exception) -> None:
+        """Note on the plain pickler's error why it does not go by value."""
+        for reason in self._reasons:
+            error.add_note(f"oobpickle: {reason}")
+        if self._taken and not self._reasons:
+            error.add_note(f"oobpickle: by value: {type(second).__name__}: {second}")
 
 
 @overload

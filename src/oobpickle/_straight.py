@@ -69,7 +69,10 @@ def take(number: int) -> Any:
         raise _loaded_already()
     stream, buffers = arrived.stream, arrived.buffers
     arrived.stream, arrived.buffers = None, []
-    return pickle.loads(stream, buffers=buffers)
+    try:
+        return pickle.loads(stream, buffers=buffers)
+    finally:
+        del stream, buffers  # an error refers to this frame
 
 
 def _loaded_already() -> StaleEnvelopeError:
@@ -89,7 +92,8 @@ class Received(io.BytesIO):
     """A message that has arrived: to whoever loads it a small pickle, to others its bytes."""
 
     def __init__(self, arrived: _Arrived) -> None:
-        self._stub = pickle.dumps(_Fetching(arrived.number), 4)
+        stream: Any = arrived.stream
+        self._stub = _STUB.pack(_TAKE, arrived.number, b"\x85R.") + stream[:_START_NBYTES]
         super().__init__(self._stub)
         self._arrived: _Arrived | None = arrived
 
@@ -125,12 +129,14 @@ class Received(io.BytesIO):
             self.write(whole)
 
 
-class _Fetching:
-    def __init__(self, number: int) -> None:
-        self._number = number
+_TAKE: Final = b"\x80\x04coobpickle._straight\ntake\n\x8a\x08"  # and a number of eight bytes
+_STUB: Final = struct.Struct(f"<{len(_TAKE)}sq3s")
+_START_NBYTES: Final = 40  # of the stream, after the end of the stub
 
-    def __reduce__(self) -> Any:
-        return take, (self._number,)
+
+def start_of_stream(message: memoryview) -> bytes | None:
+    """Return the first bytes of the stream of what `receive` returned, else ``None``."""
+    return bytes(message[_STUB.size :]) if bytes(message[: len(_TAKE)]) == _TAKE else None
 
 
 class _Reader:

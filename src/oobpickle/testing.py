@@ -122,10 +122,7 @@ def _reference(obj: object) -> bytes:
     try:
         return pickle.dumps(obj, 5)
     except (pickle.PicklingError, AttributeError, TypeError):
-        import cloudpickle  # type: ignore[import-untyped]
-
-        data: bytes = cloudpickle.dumps(obj, 5)
-        return data
+        return serialize(obj, {}, _IN_BAND, by_value=True).stream
 
 
 def _differing_calls(obj: object, expected: Calls, calls: Calls) -> list[str]:
