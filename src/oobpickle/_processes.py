@@ -44,6 +44,7 @@ from typing import IO, Any, Final
 from oobpickle._arena import users
 from oobpickle._connections import is_standard, pack, undo_list_of_message
 from oobpickle._descriptors import File, close_if, file_of
+from oobpickle._delegate import delegate
 from oobpickle._envelope import Envelope
 from oobpickle._errors import ResizedError
 from oobpickle._foreign import ignoring
@@ -221,21 +222,20 @@ def _take_back(duplicate: Any) -> None:
 
 
 def hooked_execute_child(original: Any) -> Any:
-    signature = inspect.signature(original)
+    return delegate(_execute_child, original)
 
-    def _execute_child(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hook = running()
-        if hook is None:
-            return original(self, *args, **kwargs)
-        bound = signature.bind(self, *args, **kwargs)
-        bound.arguments["pass_fds"] = tuple(bound.arguments["pass_fds"])  # perhaps an iterator
-        for fd in _named(bound.arguments):
-            with ignoring(OSError), contextlib.suppress(OverflowError):  # not open
-                hook.arena.membership.unloaded.passed_on(channel_id(fd))
-        with hook.channels.passing_on(_inherited(bound.arguments)):
-            return original(*bound.args, **bound.kwargs)
 
-    return _execute_child
+def _execute_child(original: Any, /, *args: Any, **kwargs: Any) -> Any:
+    hook = running()
+    if hook is None:
+        return original(*args, **kwargs)
+    bound = inspect.signature(original).bind(*args, **kwargs)
+    bound.arguments["pass_fds"] = tuple(bound.arguments["pass_fds"])  # perhaps an iterator
+    for fd in _named(bound.arguments):
+        with ignoring(OSError), contextlib.suppress(OverflowError):  # not open
+            hook.arena.membership.unloaded.passed_on(channel_id(fd))
+    with hook.channels.passing_on(_inherited(bound.arguments)):
+        return original(*bound.args, **bound.kwargs)
 
 
 _STANDARD: Final = frozenset((-1, 0, 1, 2))

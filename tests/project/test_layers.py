@@ -22,6 +22,7 @@ LEVELS = {
         "_interrupts",
         "_huge_pages",
         "_statistics",
+        "_delegate",
     },
     1: {
         "_copying",
@@ -90,7 +91,7 @@ LEVELS = {
 }
 LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
 #: The column that knows pickle; all else below the seam knows memory, but for what serves both.
-COMMON = {"_errors", "_foreign", "_copying"}
+COMMON = {"_errors", "_foreign", "_copying", "_delegate"}
 PICKLE = {
     "_arrow",
     "_reducers",

@@ -2,9 +2,11 @@
 
 import gc
 import multiprocessing
+import multiprocessing.connection
 import os
 import sys
 import threading
+import types
 import warnings
 from multiprocessing import resource_tracker
 
@@ -159,6 +161,40 @@ def error_in_the_child(method):
         _started(context, _FailsToLoad(), exit_code=1)
         assert arena.statistics().n_messages_loaded == 1
         inside.assert_empty(arena)
+
+
+def _keep_subprocess_to_the_end():
+    """Do what gevent does: a class of `subprocess` and ``os.close`` of a module of its own."""
+    module = types.ModuleType("closing")
+    module.close, module.itself = os.close, module
+    exec(  # a module that the interpreter takes apart before those that were imported earlier
+        "import subprocess\n"
+        "def check(fd): return fd\n"
+        "def close_checked(fd): close(check(fd))\n"
+        "def keep(): subprocess.Popen\n",
+        module.__dict__,
+    )
+    sys.modules["closing"] = module
+    os.register_at_fork(before=module.keep)
+    multiprocessing.connection.Connection._close.__defaults__ = (module.close_checked,)
+
+
+def _put(queue):
+    _keep_subprocess_to_the_end()
+    queue.put(content(1, MIB))
+
+
+def silent_at_its_exit(method):
+    """What keeps `subprocess` to the end of the interpreter does not keep our connections."""
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled() as arena:
+        queue = context.SimpleQueue()
+        process = context.Process(target=_put, args=(queue,))
+        process.start()
+        assert (queue.get() == content(1, MIB)).all()
+        process.join(60)
+        assert process.exitcode == 0
+        assert arena.statistics().n_messages_out_of_band == 1
 
 
 if __name__ == "__main__":
