@@ -60,6 +60,13 @@ def owner_of(ledger, index):
     return ledger.word[index] >> layout.OWNER_SHIFT & layout.OWNER_MASK
 
 
+def is_settled(ledger, index):
+    """Tell whether a block's pages stay if all that is held is dropped, and count as free."""
+    if state_of(ledger, index) == layout.FREE:
+        return ledger.channel[index] != layout.PREPARED
+    return state_of(ledger, index) == layout.HELD and ledger.next[index] != layout.GOING
+
+
 def assert_in_order(ledger):
     """Free lists, sums and ranges are what the columns say."""
     words = ledger.words
@@ -85,6 +92,8 @@ def assert_in_order(ledger):
     assert held == words[layout.H_HELD]
     assert sum(map(ledger.resident_nbytes, range(n_blocks))) == words[layout.H_RESIDENT]
     assert words[layout.H_RESIDENT] <= words[layout.H_CAPACITY]
+    settled = [i for i in range(n_blocks) if is_settled(ledger, i)]
+    assert sum(map(ledger.resident_nbytes, settled)) == words[layout.H_SETTLED]
     end = 0
     for index in range(n_blocks):
         assert ledger.offset[index] >= end, f"block {index} overlaps the one before it"

@@ -45,6 +45,7 @@ from oobpickle._lease import Lease
 from oobpickle._ledger import Ledger
 from oobpickle._membership import HURRIED_S, Membership
 from oobpickle._options import Options
+from oobpickle._retention import Retention
 from oobpickle._room import Room
 from oobpickle._rows import Shortage
 from oobpickle._statistics import Statistics, format_nbytes
@@ -101,6 +102,7 @@ class Arena:
         self.holdings = Holdings(self.ledger, self.data)
         self.membership = Membership(self.ledger, files.locks.fd, self._repair)
         self.room = Room(self.ledger, self.data, self.holdings, self.membership)
+        self.retention = Retention(self.ledger, self.holdings, self.membership, self.room)
         self.handed = HandedEnds(words, self.membership)
         self._table = files.table
         self.words = words
@@ -138,6 +140,7 @@ class Arena:
             arena = cls(files)
             files.locks.kept = True  # the membership's from now on
             arena._reserve_rows(0)
+            arena.room.keeps_everything = True
             arena.membership.join()
         except BaseException as error:
             if arena is not None:
@@ -272,6 +275,7 @@ class Arena:
             for (index, present), nbytes in zip(taken, layout.needs, strict=True):
                 if index not in self.holdings.private:
                     self.room.furnish(index, nbytes, present)
+            self.room.leave_others(least)
             lease.lay_out(sizes)
         except BaseException as error:
             self._return(taken, punch=isinstance(error, ArenaFullError))
@@ -383,7 +387,9 @@ class Arena:
         while holdings.has_returns:
             try:
                 freed = self.membership.run(self._release)
-                if freed and self.closed:
+                if not self.closed:
+                    self.retention.released()
+                elif freed:
                     self.room.punch_idle(_EVERYTHING)
             except (ArenaFullError, OSError) as error:
                 pass_on_foreign(error)
@@ -480,6 +486,9 @@ class Arena:
                 leases.append(self.acquire(sizes, wait_s=0))
                 _faults.reach("arena.prepared")
         finally:
+            blocks = [block for lease in leases for block in lease.blocks]
+            with ignoring(ArenaFullError, OSError):  # then they are kept like any others
+                self.membership.run(self.ledger.mark_prepared, blocks, self.membership.slot)
             try:
                 for lease in leases:
                     lease.release()

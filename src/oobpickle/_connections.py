@@ -7,8 +7,8 @@
 
     dumps        serialize; below the threshold that is the message; else pack it into the arena and
                  return an envelope; if that cannot be, an ordinary pickle of the same payload,
-                 and count why, with an offer to take part for a reader that is older than the arena;
-                 also before a small one, if a process that does not take part has sent a large message
+                 and count why, with an offer to take part for a reader that is older than the
+                 arena; also before a small one, after a large one from such a process
     loads        load; if that fails in a pool, hand on the error in the place of the message
     _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
                  in-band message is given back as it is written

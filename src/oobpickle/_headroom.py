@@ -42,8 +42,12 @@ _V2 = _Files("memory.max", "memory.current", ("inactive_file", "active_file"))
 
 def available_nbytes() -> int:
     """Return the bytes that can be taken now without meeting a limit."""
-    pages = "SC_AVPHYS_PAGES"  # what can be known without a descriptor
-    return max(0, min([_meminfo("MemAvailable", pages), *_cgroup_rooms()]))
+    return max(0, min([available_on_machine_nbytes(), *_cgroup_rooms()]))
+
+
+def available_on_machine_nbytes() -> int:
+    """Return the bytes that the machine has available, whatever the cgroups allow."""
+    return _meminfo("MemAvailable", "SC_AVPHYS_PAGES")
 
 
 def limit_nbytes() -> int:
@@ -59,6 +63,7 @@ def _meminfo(key: str, otherwise: str) -> int:
                     return int(line.split()[1]) * 1024
     except OSError as error:
         pass_on_foreign(error)
+    # What can be known without a descriptor.
     return os.sysconf(otherwise) * os.sysconf("SC_PAGE_SIZE")
 
 

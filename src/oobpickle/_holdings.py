@@ -21,10 +21,8 @@ forked child; it is counted."""
 
 from __future__ import annotations
 
-import weakref
 from collections import deque
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 from oobpickle import _copying, _faults
 from oobpickle._foreign import ignoring, pass_on_foreign
@@ -32,51 +30,7 @@ from oobpickle._lease import Lease
 from oobpickle._ledger import Ledger
 from oobpickle._mutex import LedgerBusyError, ThreadLock
 from oobpickle._segment import NoMappingError, Segment, page_round
-
-Blocks = list[tuple[int, int]]
-
-
-class _Reference(weakref.ref[Any]):
-    """A weak reference that a foreign function can be called with."""
-
-    __slots__ = ()
-
-    _as_parameter_ = 0
-
-
-class Watch(weakref.ref[Any]):
-    """A weak reference that remembers which blocks go back when its object dies.
-
-    Attributes
-    ----------
-    blocks : list of (int, int)
-        Index and generation of each.
-    anchored : bool
-        The object is the memory of the (one) block.
-    settles : bool
-        The blocks do not go back: from then on they belong to a message in flight.
-    unclaimed_word : int or None
-        The block was never claimed; its commit word.
-    epoch : int
-        Of the process that watches.
-    frees : tuple of weakref.ref
-        What gives the pages back, see `free_pages_at_death`.
-    """
-
-    __slots__ = ("anchored", "blocks", "epoch", "frees", "settles", "unclaimed_word")
-
-    anchored: bool
-    blocks: Blocks
-    epoch: int
-    frees: tuple[weakref.ref[Any], ...]
-    settles: bool
-    unclaimed_word: int | None
-
-
-class Keeper:
-    """Watched on behalf of a block that is only copied, so that it cannot be lost."""
-
-    __slots__ = ("__weakref__",)
+from oobpickle._watch import Blocks, Reference, Watch
 
 
 class Holdings:
@@ -96,6 +50,12 @@ class Holdings:
         Counts the forks between the first participant and this process.
     dropped : deque
         What has died and was not collected yet.
+    n_watches : int
+        How many there were.
+    usual_age : int
+        How many watches were made in the lifetime of an anchor, at most, of late.
+    unclaimed_readers : set
+        Tokens of threads that copy a message which they do not own.
     """
 
     def __init__(self, ledger: Ledger, data: Segment) -> None:
@@ -111,6 +71,9 @@ class Holdings:
         self._returning: set[int] = set()
         self._watches: dict[int, Watch] = {}
         self.dropped: deque[Watch] = deque()
+        self.n_watches = 0
+        self.usual_age = 0
+        self.unclaimed_readers: set[object] = set()
         self._pending: deque[tuple[int, int]] = deque()
         self._unlocked: deque[tuple[int, int]] = deque()
         self._punched: deque[int] = deque()
@@ -139,7 +102,8 @@ class Holdings:
             The block is in flight, with this commit word, and was never claimed.
         """
         watch = Watch(obj, self.dropped.append)
-        watch.anchored = watch.settles = False
+        watch.anchored = watch.settles = watch.going = False
+        self.n_watches = watch.number = self.n_watches + 1
         watch.unclaimed_word = unclaimed_word
         watch.blocks = blocks
         watch.epoch = self.epoch
@@ -152,15 +116,42 @@ class Holdings:
         watch.blocks = []
         self._watches.pop(id(watch), None)
 
+    def anchors(self) -> Iterator[Watch]:
+        """Yield the watches of the anchors that are alive, the oldest first."""
+        for watch in list(self._watches.values()):
+            if watch.anchored and watch.blocks and watch() is not None:
+                yield watch
+
     def free_pages_at_death(self) -> None:
         """Give pages back at the death of every anchor, since nobody may come by to do it."""
-        for watch in list(self._watches.values()):
-            anchor = watch()
-            if anchor is not None and watch.anchored and not watch.frees:
-                ((index, _),) = watch.blocks
-                offset, resident = self._ledger.pages_of(index)
-                calls = self._data.freeing_calls(offset, max(anchor.nbytes, resident))
-                watch.frees = tuple(_Reference(anchor, call) for call in calls)
+        for watch in self.anchors():
+            if not watch.frees:
+                self.free_at_death(watch)
+
+    def free_at_death(self, watch: Watch) -> bool:
+        """Give pages back at the death of this anchor; tell whether it lives.
+
+        The calls come before the one that says that it has died: of several weak references the one
+        that was made last is called first. So the block is still this process's.
+        """
+        anchor = watch()
+        if anchor is None:
+            return False
+        ((index, _),) = watch.blocks
+        offset, resident = self._ledger.pages_of(index)
+        watch.going = True
+        calls = (  # in the opposite order
+            self._data.closing_call(offset, self._ledger.rows.known[index].end - offset),
+            *self._data.freeing_calls(offset, max(anchor.nbytes, resident)),
+        )
+        watch.frees = tuple(Reference(anchor, call) for call in calls)
+        return True
+
+    def keep_at_death(self, watch: Watch) -> None:
+        """Keep the pages of this anchor, as if `free_at_death` had not been."""
+        watch.frees = ()
+        if watch() is not None:  # else they may have gone
+            watch.going = False
 
     def settle_all_at_death(self) -> None:
         """Leave every sealed lease to its envelope, since nobody will say when that has left."""
@@ -191,6 +182,20 @@ class Holdings:
     def known(self) -> set[int]:
         """Return the indices of all blocks that this process knows to be its own."""
         return {*self.leased, *self.held, *self._returning}
+
+    def uses(self, index: int) -> bool:
+        """Tell whether this process has a block, or the range is private to it."""
+        return index in self.leased or index in self.held or index in self.private
+
+    def leave(self, index: int, nbytes: int) -> None:
+        """Take a block that this process does not use out of its page tables."""
+        with ignoring(LedgerBusyError):
+            # No other thread can be forking meanwhile, and a range is made private by a fork only.
+            self._collecting.run(0, self._leave, index, nbytes)
+
+    def _leave(self, index: int, nbytes: int) -> None:
+        if not self.uses(index):
+            self._data.leave(self._ledger.rows.offset(index), nbytes)
 
     def note_punched(self, index: int) -> None:
         """Queue a leased block for the account: its pages have gone back to the system."""
@@ -239,6 +244,9 @@ class Holdings:
                 return  # perhaps an interrupted copy into this lease; it goes on for moments only
             for index, generation in watch.blocks if watch.anchored else ():
                 if is_own:
+                    age = self.n_watches - watch.number
+                    self.usual_age = max(age, 7 * self.usual_age // 8)
+                    self._account_gone(watch, index, generation)
                     # Before it is mapped shared: a fork in another thread must not undo that.
                     self._returning.add(index)
                     self.forget(index, generation)
@@ -254,6 +262,16 @@ class Holdings:
                 self.give_back(watch.blocks)
             self._watches.pop(id(watch), None)
             dropped.popleft()
+
+    def _account_gone(self, watch: Watch, index: int, generation: int) -> None:
+        # Not if an interrupted call has come further: then the block may be somebody else's by now.
+        # And if a fork has made it private, that has accounted for it.
+        is_held = self.held.get(index, (None, 0))[0] == generation
+        if watch.going and is_held and index not in self.private:
+            self._data.forget(self._ledger.rows.offset(index))
+            with ignoring(OSError):  # madvise(2) does nothing to locked memory
+                self._data.punch(*self._ledger.pages_of(index))
+            self._punched.append(index)
 
     def share_unanchored(self, index: int) -> None:
         """Map a range shared again that a fork made private before it got an anchor."""
@@ -326,6 +344,7 @@ class Holdings:
                     raise  # of a signal handler, and too late to undo it: call again
                 if not getattr(error, "n_done", 0):
                     self.private.pop(index, None)  # else the next fork goes on with it
+                self._keep_shared(index)
                 n_failed += index not in self._failed
                 self._failed.add(index)
                 continue
@@ -362,6 +381,12 @@ class Holdings:
                 self._failed.add(index)  # the parent had let go of it already
         return len(self._failed)
 
+    def _keep_shared(self, index: int) -> None:
+        # Its death in the child, in a hook that comes before ours, would free what the parent has.
+        for watch in self.anchors():
+            if watch.blocks[0][0] == index:
+                self.keep_at_death(watch)
+
     def enter_fork(self) -> None:
         """Keep other threads from collecting until `leave_fork`: they would map ranges shared."""
         self._collecting.enter_fork()
@@ -374,6 +399,11 @@ class Holdings:
     def reset_in_child(self) -> None:
         """Start anew in a forked child: what was inherited is the parent's."""
         self.epoch += 1
+        for watch in self._watches.values():
+            # A range that had to stay shared is the parent's, whatever becomes of this copy.
+            watch.frees = ()
+            if watch.going and watch() is None:
+                self._data.forget(self._ledger.rows.offset(watch.blocks[0][0]))
         # Kept, not cleared: to drop what they refer to would copy the pages that it lies in.
         self._inherited = self.leased, self.held, self.adopted, self._returning
         self.leased, self.held, self.adopted, self._returning = {}, {}, {}, set()

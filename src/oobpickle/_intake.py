@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 from oobpickle import _faults, _statistics
 from oobpickle._errors import ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import ignoring, pass_on_foreign
-from oobpickle._holdings import Keeper, Watch
 from oobpickle._layout import H_HELD
 from oobpickle._pipes import open_channels
+from oobpickle._watch import Keeper, Watch
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -104,8 +104,11 @@ class Intake:
             else:
                 self._arena.room.enter(block[0], nbytes)
                 views.append(memoryview(anchor))  # type: ignore[arg-type]
+        self._arena.room.leave_others(sum(needs))
         if self._arena.closed:
             holdings.free_pages_at_death()
+        elif not copying:
+            self._arena.retention.received(watches)
         return views
 
     def _claim(
@@ -171,7 +174,17 @@ class Intake:
     def _copy_unclaimed(
         self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool
     ) -> list[memoryview]:
-        # Without the lock: nobody may change a block in flight, so look, copy, and look again.
+        token = object()
+        try:
+            self._holdings.unclaimed_readers.add(token)
+            return self._copy_without_lock(blocks, needs, is_index=is_index)
+        finally:
+            self._holdings.unclaimed_readers.discard(token)
+
+    def _copy_without_lock(
+        self, blocks: Sequence[Block], needs: Sequence[int], *, is_index: bool
+    ) -> list[memoryview]:
+        # Nobody may change a block in flight, so look, copy, and look again.
         words = [self._ledger.word[index] for index, _ in blocks]
         copies: list[memoryview] = []
         for (index, generation), nbytes, word in zip(blocks, needs, words, strict=True):

@@ -62,6 +62,7 @@ H_HELD: Final = 20
 H_N_SLOTS: Final = 21
 H_BANK: Final = 22  # which of the two totals is valid
 H_INCARNATION: Final = 23
+H_SETTLED: Final = 24  # bytes with pages that free blocks have, or will have: see `Table.settled`
 H_HANDED_ENDS: Final = 32  # the last of them
 N_HANDED_ENDS: Final = 32
 H_WARM: Final = 64  # heads of the free lists: blocks with pages
@@ -129,6 +130,10 @@ ADOPTED: Final = 1 << 61
 UNPROVEN: Final = 1 << 60
 _INCARNATION_SHIFT: Final = 28
 ADOPTION_MASK: Final = (1 << _INCARNATION_SHIFT) - 1
+#: In the channel column of a free block: its pages were asked for, and are kept for a message.
+PREPARED: Final = 1 << 59
+#: In the next column of a block that is held: its pages go back to the system when it is released.
+GOING: Final = 1
 
 #: Buffers from this size on get a block each; smaller ones share blocks of at most `PACK_NBYTES`.
 OWN_BLOCK_NBYTES: Final = 64 << 10

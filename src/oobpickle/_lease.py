@@ -24,8 +24,8 @@ from oobpickle import _faults
 
 if TYPE_CHECKING:
     from oobpickle._arena import Arena
-    from oobpickle._holdings import Watch
     from oobpickle._layout import Plan
+    from oobpickle._watch import Watch
 
 
 class Lease:
@@ -82,7 +82,7 @@ class Lease:
             self._aside.append((index, aside))
             return memoryview(aside)
         offset = arena.ledger.rows.offset(index)
-        return arena.data.view()[offset : offset + nbytes]
+        return arena.data.bytes(offset, nbytes)
 
     def seal(self, channel: int) -> None:
         """Finish writing: from here on a receiver may claim the blocks.

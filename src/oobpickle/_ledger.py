@@ -39,9 +39,11 @@ from oobpickle._layout import (
     C_NEXT,
     FOLLOWS,
     FREE,
+    GOING,
     H_EMPTY,
     H_HELD,
     H_RESIDENT,
+    H_SETTLED,
     H_WARM,
     HELD,
     IN_FLIGHT,
@@ -51,6 +53,7 @@ from oobpickle._layout import (
     N_CLASSES,
     OWNER_MASK,
     OWNER_SHIFT,
+    PREPARED,
     QUARANTINED,
     RESIDENT_MASK,
     STATE_MASK,
@@ -139,6 +142,8 @@ class Ledger(Table):
                 index = made
             else:
                 words[link] = self.next[index]
+                if present and self.channel[index] != PREPARED:
+                    words[H_SETTLED] = max(0, words[H_SETTLED] - present)
                 _faults.reach("ledger.lease.unlinked")
             if grow > 0:
                 self.resident[index] = resident_word(index, present + grow)
@@ -245,8 +250,10 @@ class Ledger(Table):
                 return position
         for (index, generation), nbytes in zip(blocks, needs, strict=True):
             self.word[index] = commit_word(index, HELD, slot, generation)
+            self.next[index] = 0
             _faults.reach("ledger.claim.committed")
             self.words[H_HELD] = self.words[H_HELD] + nbytes & WORD_MASK
+            self._settle(self.resident_nbytes(index))
         return None
 
     def is_of(self, index: int, generation: int, nbytes: int) -> bool:
@@ -281,7 +288,14 @@ class Ledger(Table):
             if state == HELD:
                 self.words[H_HELD] = max(0, self.words[H_HELD] - self.used[index])
             _faults.reach("ledger.release.begun")
+            counted = state == HELD and self.next[index] != GOING
+            if not counted and self.channel[index] != PREPARED:
+                self._settle(self.resident_nbytes(index))
             self._free(index, generation)
+
+    def _settle(self, nbytes: int) -> None:
+        """Account for pages that free blocks have more from now on, or will have; or fewer."""
+        self.words[H_SETTLED] = max(0, self.words[H_SETTLED] + nbytes) & WORD_MASK
 
     def _free(self, index: int, generation: int) -> None:
         self.word[index] = commit_word(index, FREE, 0, generation)
@@ -298,6 +312,7 @@ class Ledger(Table):
         for index, seen in words:
             generation = self.generation[index]
             if self.word[index] == seen and self.is_in_flight(index, generation):
+                self._settle(self.resident_nbytes(index))
                 self._free(index, generation)
                 n_freed += 1
         return n_freed
@@ -330,8 +345,13 @@ class Ledger(Table):
 
     # --- pages
 
-    def take_idle(self, nbytes: int, slot: int, taken: list[int]) -> None:
-        """Lease free blocks whose pages add up to `nbytes`, largest first, to punch them."""
+    def take_idle(
+        self, nbytes: int, slot: int, taken: list[int], *, above: int | None = None
+    ) -> None:
+        """Lease free blocks whose pages add up to `nbytes`, largest first, to punch them.
+
+        With `above` only what all of them would have more than that, and none that is prepared.
+        """
         import numpy as np
 
         if not any(self.words[H_WARM : H_WARM + N_CLASSES]):
@@ -340,6 +360,11 @@ class Ledger(Table):
         resident = self._resident(look)
         idle = look.of_state(FREE)
         idle = idle[resident[idle] > 0]
+        if above is not None:
+            nbytes = min(nbytes, self.words[H_SETTLED] - above)
+            idle = idle[self.array(self.channel)[idle] != PREPARED]
+            if nbytes <= 0 or not len(idle):
+                return
         idle = idle[np.argsort(resident[idle])[::-1]]
         enough = int(np.searchsorted(np.cumsum(resident[idle]), nbytes)) + 1
         for index in idle[:enough].tolist():
@@ -352,6 +377,26 @@ class Ledger(Table):
         for index in indices:
             nbytes = self.resident_nbytes(index)
             self.words[H_RESIDENT] = max(0, self.words[H_RESIDENT] - nbytes)
+            if self.word[index] & STATE_MASK == HELD and self.next[index] != GOING:
+                self._settle(-nbytes)
             self.resident[index] = resident_word(index, 0)
             self.punches[index] = self.punches[index] + 1 & WORD_MASK
             _faults.reach("ledger.punched")
+
+    def mark_prepared(self, blocks: Iterable[tuple[int, int]], slot: int) -> None:
+        """Step: keep the pages of leased blocks, once they are free, until a message takes them."""
+        for index, generation in blocks:
+            if self.word[index] == commit_word(index, LEASED, slot, generation):
+                self.channel[index] = PREPARED
+
+    def mark_going(
+        self, going: Iterable[tuple[int, int]], staying: Iterable[tuple[int, int]], slot: int
+    ) -> None:
+        """Step: note of held blocks whether their pages go back to the system at their release."""
+        for blocks, mark in ((going, GOING), (staying, 0)):
+            for index, generation in blocks:
+                is_ours = self.word[index] == commit_word(index, HELD, slot, generation)
+                if is_ours and self.next[index] != mark:
+                    nbytes = self.resident_nbytes(index)
+                    self.next[index] = mark
+                    self._settle(-nbytes if mark else nbytes)

@@ -43,8 +43,8 @@ from typing import IO, Any, Final
 
 from oobpickle._arena import users
 from oobpickle._connections import is_standard, pack, undo_list_of_message
-from oobpickle._descriptors import File, close_if, file_of
 from oobpickle._delegate import delegate
+from oobpickle._descriptors import File, close_if, file_of
 from oobpickle._envelope import Envelope
 from oobpickle._errors import ResizedError
 from oobpickle._foreign import ignoring

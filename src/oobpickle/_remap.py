@@ -43,6 +43,8 @@ def file_again(before: int, lead: int, nbytes: int) -> Iterator[int]:
     """
     first = _system.map_again(before, lead + nbytes)
     try:
+        # The page may be one that nobody may touch.
+        _system.protect(first, lead + nbytes, _system.PROT_READ_WRITE)
         yield first + lead
     finally:
         _system.unmap_memory(first, lead + nbytes)
@@ -52,6 +54,7 @@ def share(before: int, lead: int, nbytes: int, address: int) -> None:
     """Map a range of a file, described as for `file_again`, over the memory at `address`."""
     rest, first = lead + nbytes, _system.map_again(before, lead + nbytes)
     try:
+        _system.protect(first, lead + nbytes, _system.PROT_READ_WRITE)
         _system.move_mapping(first + lead, nbytes, address)
         rest = lead  # what was behind it may be somebody else's by now
     finally:

@@ -8,8 +8,12 @@ nobody needs: blocks of the dead, messages that nobody can read, idle blocks of 
 each after a look at the headroom of the machine and of every cgroup: past a limit the kernel
 kills, it does not refuse. Work on pages is done on leased blocks, without the ledger's lock.
 
+What is in its page tables counts as the resident size of a process, and there are pools that
+replace a worker that has grown. So a worker keeps there what it has, and in all 96 MiB or twice the
+message at hand: of what it has not, what it used last.
+
 **Lifetime.** ``touched`` remembers what is in this process's page tables; a forked child begins
-anew.
+anew. The process that made the arena, which nobody replaces, keeps everything.
 
 **When it cannot.** `ArenaFullError` with the reason ``memory`` (headroom) or ``space`` (refused
 by the system)."""
@@ -23,8 +27,8 @@ from typing import Final
 from oobpickle import _faults, _headroom
 from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
-from oobpickle._holdings import Holdings, Keeper
-from oobpickle._huge_pages import BY_FAULT, HUGE_NBYTES, NEVER
+from oobpickle._holdings import Holdings
+from oobpickle._huge_pages import BY_FAULT, HUGE_NBYTES
 from oobpickle._layout import ADOPTED, FOLLOWS, H_CLOSED, UNPROVEN
 from oobpickle._ledger import Ledger
 from oobpickle._membership import Membership
@@ -32,9 +36,13 @@ from oobpickle._pipes import unreadable
 from oobpickle._rows import Shortage
 from oobpickle._segment import STEP_NBYTES, Segment
 from oobpickle._statistics import N_RECLAIMED, format_nbytes
+from oobpickle._watch import Keeper
 
 _MARGIN_NBYTES: Final = 256 << 20
 _FAULTS_SUFFICE_NBYTES: Final = 16 << 10
+_TOUCHED_NBYTES: Final = 96 << 20
+_MANY_BLOCKS: Final = 256
+_SELDOM: Final = 16
 _LOOK_EVERY_S: Final = 0.1
 _PAUSE_LOOKS: Final = 4  # a look in vain is not repeated for so many times what it took
 _FRESH_NBYTES_PER_S: Final = 1e9  # how fast the system makes fresh pages, at best
@@ -50,7 +58,10 @@ class Room:
         self._data = data
         self._holdings = holdings
         self._membership = membership
-        self._touched: dict[int, tuple[int, int]] = {}
+        self._touched: dict[int, tuple[int, int]] = {}  # the last one used at the end
+        self._touched_nbytes = 0
+        self._n_excesses = 0
+        self.keeps_everything = False
         self._inherited: dict[int, tuple[int, int]] = {}
         self._allowance = 0
         self._look_again_at = 0.0
@@ -95,7 +106,7 @@ class Room:
                 ) from error
             _faults.reach("room.reserved")
             self._data.populate(start, step, write=True)
-        self._touched[index] = (self._ledger.punches[index], nbytes)
+        self._touch(index, self._ledger.punches[index], nbytes)
 
     def _reserve(self, start: int, nbytes: int) -> None:
         if nbytes >= HUGE_NBYTES and self._ledger.huge == BY_FAULT:
@@ -113,15 +124,48 @@ class Room:
         if seen_punches != punches:
             entered = 0
         if nbytes <= entered:
+            self._touched[index] = self._touched.pop(index, (punches, entered))
             return
         if nbytes - entered > _FAULTS_SUFFICE_NBYTES:
             self._data.populate(offset + entered, nbytes - entered, write=False)
+        self._touch(index, punches, nbytes)
+
+    def _touch(self, index: int, punches: int, nbytes: int) -> None:
+        _, before = self._touched.pop(index, (0, 0))
         self._touched[index] = (punches, nbytes)
+        self._touched_nbytes += nbytes - before
+
+    def leave_others(self, nbytes: int) -> None:
+        """Take out of the page tables what was used longest ago, if it is much.
+
+        Parameters
+        ----------
+        nbytes : int
+            Of the message at hand, whose blocks this process has.
+        """
+        most = max(_TOUCHED_NBYTES, 2 * nbytes)
+        if self._touched_nbytes <= most or self.keeps_everything:
+            return
+        self._n_excesses += 1
+        touched = list(self._touched.items())  # another thread may be adding to it
+        if len(touched) > _MANY_BLOCKS and self._n_excesses % _SELDOM:
+            return  # it takes a while, and may be all in use
+        total = sum(n for _, (_, n) in touched)
+        for index, (_, n) in touched:
+            if total <= most:
+                break
+            if not self._holdings.uses(index):
+                self._touched.pop(index, None)
+                self._holdings.leave(index, n)
+                total -= n
+        self._touched_nbytes = total
 
     def forget(self) -> None:
         """In a forked child: page tables of shared mappings are not inherited."""
         # Kept, not cleared: to drop what it refers to would copy the pages that it lies in.
         self._inherited, self._touched = self._touched, {}
+        self._touched_nbytes = 0
+        self.keeps_everything = False
         self._allowance = 0
 
     def _check_headroom(self, nbytes: int, total: int) -> None:
@@ -191,14 +235,17 @@ class Room:
         self._look_again_at = now if n_freed else again_at
         return n_freed
 
-    def punch_idle(self, nbytes: int) -> bool:
-        """Give pages of free blocks back to the system, `nbytes` of them or all; tell whether
-        any."""
+    def punch_idle(self, nbytes: int, *, above: int | None = None) -> bool:
+        """Give pages of free blocks back to the system, `nbytes` of them or all.
+
+        With `above` only what they have more than that, and none that were prepared. Tell whether
+        there were any.
+        """
         keeper = Keeper()
         watch = self._holdings.watch(keeper, [])
         blocks = watch.blocks
         try:
-            self._membership.run(self._take_idle, nbytes, blocks)
+            self._membership.run(self._take_idle, nbytes, blocks, above)
             for index, _ in blocks:
                 try:
                     self._punch(index)
@@ -219,11 +266,11 @@ class Room:
 
         After a process was killed in the middle of a punch, a block's count says more than there
         is. Whoever writes there has pages made by a fault; and where huge pages are asked for, such
-        a page reaches into blocks before and behind.
+        a page reaches into blocks before and behind. ``mlockall`` makes pages of every hole that it
+        can touch.
         """
-        if self._ledger.huge != NEVER:
-            with ignoring(ArenaFullError, OSError):
-                self._membership.run(self._punch_uncounted)
+        with ignoring(ArenaFullError, OSError):
+            self._membership.run(self._punch_uncounted)
 
     def _punch_uncounted(self) -> None:
         census = self._ledger.census()
@@ -234,9 +281,9 @@ class Room:
         if self._data.resident_nbytes():
             self._data.punch(0, self._data.nbytes)
 
-    def _take_idle(self, nbytes: int, blocks: list[tuple[int, int]]) -> None:
+    def _take_idle(self, nbytes: int, blocks: list[tuple[int, int]], above: int | None) -> None:
         taken: list[int] = []
-        self._ledger.take_idle(nbytes, self._membership.slot, taken)
+        self._ledger.take_idle(nbytes, self._membership.slot, taken, above=above)
         for index in taken:
             generation = self._ledger.generation[index]
             self._holdings.leased[index] = generation
@@ -246,6 +293,9 @@ class Room:
         # Where the mount cannot punch, the pages stay, and the account is wrong by them.
         with ignoring(OSError):
             self._data.punch(*self._ledger.pages_of(index))
+        if not self._holdings.unclaimed_readers:
+            row = self._ledger.rows.known[index]
+            self._data.close_range(row.offset, row.end - row.offset)
 
     def punch_unreserved(self, indices: Sequence[int]) -> None:
         """Take leased blocks off the account whose pages were counted but not all reserved."""

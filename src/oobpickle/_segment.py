@@ -11,8 +11,9 @@ never move and never need to be merged. Pages exist only where something was wri
     file      0 ........ [pages][pages]....hole....[pages] ................ nbytes
     mapping   address .. shared ................... private (after a fork) ..
 
-Access is by numpy arrays over one ``memoryview`` of the mapping, because an exact ndarray whose
-base is not an ndarray stays the base of every view that is made of it.
+Nothing of it is accessible until it is used (`_access`). Access is by numpy arrays over one
+``memoryview`` of the mapping, because an exact ndarray whose base is not an ndarray stays the base
+of every view that is made of it.
 
 **Lifetime.** No name, so the kernel frees the pages when the last descriptor and mapping are gone,
 however the processes die. Nobody unmaps while arrays may be alive: `close` is for the arena only,
@@ -36,6 +37,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Final, cast
 
 from oobpickle import _faults, _huge_pages, _remap, _system
+from oobpickle._access import Access
 from oobpickle._backing import open_nameless, seal
 from oobpickle._descriptors import ClosedDescriptorError, close_if, file_of, is_file
 from oobpickle._errors import ArenaError
@@ -79,7 +81,10 @@ class Segment:
         not, if this process has created the file: an interrupt must not leave it behind.
     """
 
-    __slots__ = ("_address", "_first", "_identity", "_view", "backing", "fd", "kept", "nbytes")
+    __slots__ = (
+        *("_access", "_address", "_first", "_identity", "_view"),
+        *("backing", "fd", "kept", "nbytes"),
+    )
 
     def __init__(
         self, fd: int, nbytes: int, backing: str, *, map_it: bool = True, kept: bool = True
@@ -138,10 +143,11 @@ class Segment:
         return self._view is not None
 
     def _map(self) -> None:
-        address = _system.map_memory(
-            self.fd, 0, self.nbytes, flags=_system.MAP_SHARED | _system.MAP_NORESERVE
+        flags = _system.MAP_SHARED | _system.MAP_NORESERVE
+        self._address = address = _system.map_memory(
+            self.fd, 0, self.nbytes, flags=flags, protection=_system.PROT_NONE
         )
-        self._address = address
+        self._access = Access(address, self.nbytes)
         self._advise(0, self.nbytes)
         with ignoring(OSError):  # only in the place of a descriptor that somebody may close
             self._first = _system.map_memory(
@@ -158,10 +164,21 @@ class Segment:
         _system.advise(self._address + offset, nbytes, _system.MADV_HUGEPAGE)
 
     def view(self) -> memoryview:
-        """Return the whole mapping as writable bytes."""
+        """Return the whole mapping as writable bytes, all of it accessible."""
+        view = self._mapping()
+        self._access.open_everything()
+        return view
+
+    def _mapping(self) -> memoryview:
         if self._view is None:
             raise ArenaError("the segment is not mapped in this process: not enough address space")
         return self._view
+
+    def bytes(self, offset: int, nbytes: int) -> memoryview:
+        """Return a range of the mapping as writable bytes."""
+        view = self._mapping()
+        self._access.open(offset, nbytes)
+        return view[offset : offset + nbytes]
 
     def array(self, offset: int, nbytes: int) -> NDArray[np.uint8]:
         """Return an exact, writable ``uint8`` array of shape ``(nbytes,)`` over the range.
@@ -170,7 +187,9 @@ class Segment:
         """
         import numpy as np
 
-        return np.ndarray((nbytes,), np.uint8, self.view(), offset)
+        view = self._mapping()
+        self._access.open(offset, nbytes)
+        return np.ndarray((nbytes,), np.uint8, view, offset)
 
     def words(self) -> memoryview:
         """Return the whole file as aligned 64-bit words.
@@ -180,7 +199,7 @@ class Segment:
         """
         if self._view is None:
             return cast("memoryview", FileWords(self, range(self.nbytes // WORD_NBYTES)))
-        return self._view.cast("Q")
+        return self.view().cast("Q")
 
     def reserve(self, offset: int, nbytes: int) -> None:
         """Give the range its pages, in steps of 64 MiB.
@@ -201,6 +220,7 @@ class Segment:
         """
         page = _system.PAGE_NBYTES
         start = offset // page * page
+        self._access.open(offset, nbytes)
         advice = _system.MADV_POPULATE_WRITE if write else _system.MADV_POPULATE_READ
         _system.advise(self._address + start, page_round(offset + nbytes - start), advice)
 
@@ -303,7 +323,7 @@ class Segment:
 
     def _copy_pages(self, offset: int, nbytes: int) -> None:
         if not _system.advise(self._address + offset, nbytes, _system.MADV_POPULATE_WRITE):
-            _touch(self.view()[offset : offset + nbytes])
+            _touch(self._mapping()[offset : offset + nbytes])
 
     def _replace_by_copy(self, offset: int, nbytes: int, n_done: int) -> None:
         try:
@@ -351,13 +371,17 @@ class Segment:
 
     def share(self, offset: int, nbytes: int) -> None:
         """Map a privatized range from the file again; its private pages are gone."""
-        nbytes = page_round(nbytes)
+        nbytes, address = page_round(nbytes), self._address + offset
+        self._access.forget(offset)
         if self.is_ours():
             flags = _system.MAP_SHARED | _system.MAP_FIXED | _system.MAP_NORESERVE
-            _system.map_memory(self.fd, offset, nbytes, flags=flags, address=self._address + offset)
+            _system.map_memory(
+                self.fd, offset, nbytes, flags=flags, address=address, protection=_system.PROT_NONE
+            )
         if not self.is_ours():  # or not any more, and another file was mapped
             self._share_again(offset, nbytes)
         self._advise(offset, nbytes)
+        self._access.open(offset, nbytes)  # one that is made so would be locked, holes and all
 
     def _share_again(self, offset: int, nbytes: int) -> None:
         if not self.mapped:
@@ -375,6 +399,27 @@ class Segment:
             partial(_system.advise_ignoring, address, rounded, advice)
             for advice in (_system.MADV_REMOVE, _system.MADV_DONTNEED)
         ]
+
+    def closing_call(self, offset: int, nbytes: int) -> Callable[..., object]:
+        """Return a call, like those, that makes all that belongs to a range inaccessible.
+
+        The last of them to be made, since nothing else can be done to the range then; `forget` when
+        it was called.
+        """
+        return self._access.closing_call(offset, nbytes)
+
+    def forget(self, offset: int) -> None:
+        """A range that begins there may have become inaccessible."""
+        self._access.forget(offset)
+
+    def close_range(self, offset: int, nbytes: int) -> None:
+        """Make all that belongs to a range inaccessible until it is used again."""
+        if self.mapped:
+            self._access.close(offset, nbytes)
+
+    def leave(self, offset: int, nbytes: int) -> None:
+        """Take a range that is shared out of this process's page tables; its pages stay."""
+        _system.advise(self._address + offset, page_round(nbytes), _system.MADV_DONTNEED)
 
     def resident_nbytes(self) -> int:
         """Bytes of the file that have pages (or blocks on disk)."""

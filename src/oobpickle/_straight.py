@@ -19,6 +19,7 @@ import io
 import itertools
 import os
 import pickle
+import struct
 import sys
 import weakref
 from typing import Any, Final

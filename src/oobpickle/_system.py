@@ -1,7 +1,7 @@
 """The few system calls that Python's standard library does not offer, typed.
 
-**What.** ``mmap`` at a fixed address, ``mremap(2)``, ``madvise`` on a range, ``fallocate(2)``, open
-file description locks (``fcntl(2)``, ``F_OFD_*``) and two pipe queries.
+**What.** ``mmap`` at a fixed address, ``mremap(2)``, ``madvise`` and ``mprotect`` on a range,
+``fallocate(2)``, open file description locks (``fcntl(2)``, ``F_OFD_*``) and two pipe queries.
 
 **How it works.** ctypes on the C library that the interpreter itself uses. Calls that may take
 long go through `ctypes.CDLL` (the GIL is released); the record locks go through `ctypes.PyDLL`
@@ -31,6 +31,7 @@ SUPPORTED: Final = (
 )
 PAGE_NBYTES: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
+PROT_NONE: Final = 0x0
 PROT_READ_WRITE: Final = 0x1 | 0x2
 MAP_SHARED: Final = 0x01
 MAP_PRIVATE: Final = 0x02
@@ -87,11 +88,16 @@ if SUPPORTED:
     _munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
     _madvise = _free.madvise
     _madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    _mprotect = _free.mprotect
+    _mprotect.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     _fallocate = _free.fallocate
     _fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
     #: ``madvise(address, nbytes, advice, ...)``, result and any further argument ignored.
     advise_ignoring = ctypes.CDLL(None).madvise
     advise_ignoring.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+    #: ``mprotect(address, nbytes, protection, ...)`` likewise.
+    protect_ignoring = ctypes.CDLL(None).mprotect
+    protect_ignoring.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
     #: ``fcntl(fd, command, flock)`` with the GIL held: for the one place that may not lose it.
     fcntl_keeping_gil = _held.fcntl
     fcntl_keeping_gil.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_void_p]
@@ -135,15 +141,23 @@ def _error(call: str) -> OSError:
     return OSError(number, f"{call}: {os.strerror(number)}")
 
 
-def map_memory(fd: int, offset: int, nbytes: int, *, flags: int, address: int = 0) -> int:
-    """Map `nbytes` of `fd` from `offset`, readable and writable; return the address.
+def map_memory(
+    fd: int,
+    offset: int,
+    nbytes: int,
+    *,
+    flags: int,
+    address: int = 0,
+    protection: int = PROT_READ_WRITE,
+) -> int:
+    """Map `nbytes` of `fd` from `offset`, readable and writable if not said; return the address.
 
     Raises
     ------
     OSError
         With the errno of mmap(2), for instance ENOMEM beyond ``RLIMIT_AS``.
     """
-    mapped = _mmap(address or None, nbytes, PROT_READ_WRITE, flags, fd, offset)
+    mapped = _mmap(address or None, nbytes, protection, flags, fd, offset)
     if mapped == _MAP_FAILED or mapped is None:
         raise _error("mmap")
     return int(mapped)
@@ -212,6 +226,18 @@ def copy_and_move_mapping(address: int, nbytes: int, to: int) -> None:
     )
     if list(map(operator.call, calls))[1] == _MAP_FAILED:
         raise _error("mremap")
+
+
+def protect(address: int, nbytes: int, protection: int) -> None:
+    """Change how a range may be touched (mprotect(2)).
+
+    Raises
+    ------
+    OSError
+        ENOMEM where it would take more mappings than the system allows.
+    """
+    if _mprotect(address, nbytes, protection) != 0:
+        raise _error("mprotect")
 
 
 def advise(address: int, nbytes: int, advice: int) -> bool:

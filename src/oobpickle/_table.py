@@ -35,11 +35,13 @@ from oobpickle._layout import (
     C_WORD,
     FOLLOWS,
     FREE,
+    GOING,
     H_CAPACITY,
     H_EMPTY,
     H_HELD,
     H_HUGE,
     H_RESIDENT,
+    H_SETTLED,
     H_WARM,
     HELD,
     IN_FLIGHT,
@@ -49,6 +51,7 @@ from oobpickle._layout import (
     N_CLASSES,
     OWNER_MASK,
     OWNER_SHIFT,
+    PREPARED,
     QUARANTINED,
     RESIDENT_MASK,
     STATE_MASK,
@@ -211,6 +214,19 @@ class Table:
         used = self.array(self.used)[look.of_state(HELD)]
         self.words[H_HELD] = int(used.sum())
         self.words[H_RESIDENT] = int(resident.sum())
+        self.words[H_SETTLED] = self.settled(look, resident)
+
+    def settled(self, look: Look, resident: NDArray[np.uint64]) -> int:
+        """Return the bytes with pages that free blocks have if all that is held is dropped.
+
+        Without those of blocks that are held and `GOING`, or free and `PREPARED`.
+        """
+        free, held = look.of_state(FREE), look.of_state(HELD)
+        free = free[self.array(self.channel)[free] == PREPARED]
+        held = held[self.array(self.next)[held] == GOING]
+        # What is damaged counts: it has its pages, and may be held.
+        others = (free, held, look.of_state(LEASED), look.of_state(IN_FLIGHT))
+        return int(resident.sum()) - sum(int(resident[rows].sum()) for rows in others)
 
     def _rebuild_lists(self, look: Look, resident: NDArray[np.uint64]) -> None:
         import numpy as np

@@ -264,7 +264,7 @@ class Victim:
                 if arena.ledger.used[index] != COPIED_NBYTES:
                     continue
                 start = arena.ledger.offset[index]
-                view = arena.data.view()[start : start + COPIED_NBYTES]
+                view = arena.data.bytes(start, COPIED_NBYTES)
                 if view[:_SAMPLE_NBYTES] == first and view[-_SAMPLE_NBYTES:] != last:
                     self._strike()
 

@@ -300,7 +300,7 @@ def _problems(ledger):
     n = words[layout.H_N_BLOCKS]
     columns = {
         name: np.frombuffer(getattr(ledger, name), np.uint64)[:n].astype(np.int64)
-        for name in ("offset", "size_class", "used", "generation")
+        for name in ("offset", "size_class", "used", "generation", "channel", "next")
     }
     columns["resident"] = np.array([ledger.resident_nbytes(i) for i in range(n)], np.int64)
     # A copy: others seal and adopt meanwhile, without the lock.
@@ -360,10 +360,16 @@ def _list_problems(ledger, columns, state):
     yield from (f"block {i} is free and in no list" for i in sorted(free - set(seen)))
 
 
+def _settled(columns, state):
+    free = (state == layout.FREE) & (columns["channel"] != layout.PREPARED)
+    return free | (state == layout.HELD) & (columns["next"] != layout.GOING)
+
+
 def _sum_problems(words, columns, state):
     for name, at, sum_now in (
         ("H_RESIDENT", layout.H_RESIDENT, columns["resident"].sum()),
         ("H_HELD", layout.H_HELD, columns["used"][state == layout.HELD].sum()),
+        ("H_SETTLED", layout.H_SETTLED, columns["resident"][_settled(columns, state)].sum()),
     ):
         if words[at] != sum_now:
             yield f"{name} is {words[at]}, the column adds up to {sum_now}"

@@ -1,0 +1,264 @@
+"""What memory is given back, and when: by arrays that die, by workers, under ``mlockall``."""
+
+import ctypes
+import gc
+import multiprocessing
+import os
+
+import inside
+import numpy as np
+from inside import content, fork, message, reap, verify
+
+import oobpickle
+from oobpickle import _headroom, _retention, _room
+
+MIB = 1 << 20
+LIMIT = 4 * MIB
+MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
+
+
+def _limit():
+    """Let free blocks keep 4 MiB, as far as this process sees to it."""
+    _retention._LEAST_NBYTES = LIMIT
+    _headroom.limit_nbytes = lambda: 8 * LIMIT
+
+
+def _make(seed, nbytes=2_000_000):
+    return message(seed, nbytes)
+
+
+# --- without another call
+
+
+def comes_back(method):
+    """Dropped by whatever drops it, here and in a worker: no call of ours is needed.
+
+    At last there are arrays whose pages are to go, alive when the interpreters end: silently.
+    """
+    _limit()
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled(capacity=256 * MIB) as arena, context.Pool(1, _limit) as pool:
+        for drop in (list.clear, _drop_but_one, _drop_in_a_cycle):
+            received = pool.map(_make, range(9), chunksize=1)
+            for seed, one in enumerate(received):
+                verify(one, seed)
+            assert arena.data.resident_nbytes() > 9 * 1_900_000
+            one = kept = drop(received)
+            assert arena.data.resident_nbytes() <= LIMIT + (2 * MIB if kept is not None else 0)
+            if kept is not None:
+                assert (kept == content(3, 2_000_000)[:1000]).all()
+        del one, kept
+        gc.collect()
+        pool.map(_keep, [message(seed, 2_000_000) for seed in range(9)], chunksize=1)
+        assert arena.data.resident_nbytes() > 9 * 1_900_000
+        pool.map(_drop, [0])
+        assert arena.data.resident_nbytes() <= LIMIT
+        inside.assert_ledger_consistent(arena)
+        _kept.extend(pool.map(_make, range(9), chunksize=1))
+        pool.map(_keep, [message(seed, 2_000_000) for seed in range(9)], chunksize=1)
+        pool.close()
+        pool.join()
+
+
+def _drop_but_one(received):
+    kept = received[3][1][:1000]
+    received.clear()
+    return kept
+
+
+def _drop_in_a_cycle(received):
+    received.append(received)
+    while len(received) > 1:  # the one that is left is the list itself
+        received.pop(0)
+    received.clear()
+
+
+_kept = []
+
+
+def _keep(one):
+    _kept.append(verify(one))
+    return os.getpid()
+
+
+def _drop(_):
+    _kept.clear()
+
+
+def forks_meanwhile():
+    """Children have copies of what is to go, and drop them; the parent's stay what they are."""
+    _limit()
+    with oobpickle.enabled(capacity=256 * MIB) as arena:
+        read, write = multiprocessing.Pipe(duplex=False)
+        held = []
+        for seed in range(9):
+            write.send(message(seed))
+            held.append(verify(read.recv(), seed))
+        reap(fork(_drop_and_receive, held))
+        for seed, one in enumerate(held):
+            verify(one, seed)
+            one[1][:] = 0
+        del held, one
+        inside.assert_empty(arena)
+
+
+def _drop_and_receive(held):
+    for seed, one in enumerate(held):
+        verify(one, seed)
+    held.clear()
+    del one
+    read, write = multiprocessing.Pipe(duplex=False)
+    for seed in range(20):
+        write.send(message(seed))
+        verify(read.recv(), seed)
+
+
+def in_a_small_cgroup(tasks_file):
+    """What was received and dropped makes room for the program's own memory."""
+    with open(tasks_file, "w") as file:
+        file.write(str(os.getpid()))
+    with (
+        oobpickle.enabled(capacity=256 * MIB) as arena,
+        multiprocessing.get_context("fork").Pool(1) as pool,
+    ):
+        received = [verify(pool.apply(_make, (seed, 20_000_000)), seed) for seed in range(9)]
+        assert arena.statistics().n_fallbacks == 0
+        del received
+        own = np.ones(230_000_000, np.uint8)
+        assert own[-1] == 1
+        pool.close()
+        pool.join()
+
+
+# --- the resident size
+
+
+def _resident_nbytes(_=None):
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmRSS"))
+
+
+def _little():
+    _room._TOUCHED_NBYTES = 8 * MIB
+
+
+def resident_size(method):
+    """A worker does not grow by what others have of it, nor by what it has had."""
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled(capacity=256 * MIB) as arena, context.Pool(1, _little) as pool:
+        verify(pool.apply(_make, (0,)), 0)
+        before = pool.apply(_resident_nbytes, (0,))
+        kept = []
+        for seed in range(12):
+            kept.append(verify(pool.apply(_make, (seed,)), seed))
+            pool.map(_keep, [message(seed, 2_000_000)])
+        grown = pool.apply(_resident_nbytes, (0,)) - before
+        pool.map(_drop, [0])
+        for seed in range(4):
+            pool.map(_verified, [message(seed, 2_000_000) for seed in range(6)], chunksize=1)
+            verify(pool.apply(_make, (seed,)), seed)
+        shrunk = pool.apply(_resident_nbytes, (0,)) - before
+        for seed, one in enumerate(kept):
+            verify(one, seed)
+        assert arena.statistics().n_fallbacks == 0
+        pool.close()
+        pool.join()
+    # It keeps 24 MB in the first loop, and nothing in the second.
+    assert grown < 24_000_000 + 20 * MIB, grown
+    assert shrunk < 20 * MIB, shrunk
+
+
+def _verified(one):
+    return verify(one)[0]
+
+
+# --- what is accessible, and may be locked
+
+
+def _accessible_nbytes():
+    total = 0
+    with open("/proc/self/maps") as file:
+        for line in file:
+            if "oobpickle-data" in line and "rw" in line.split()[1]:
+                start, end = (int(part, 16) for part in line.split()[0].split("-"))
+                total += end - start
+    return total
+
+
+def accessible(method):
+    """Of the sparse file no more than is used can be touched, and so be locked."""
+    _limit()
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled(capacity=256 * MIB) as arena, context.Pool(1) as pool:
+        assert _accessible_nbytes() == 0
+        received = [verify(pool.apply(_make, (seed, 3_000_000)), seed) for seed in range(10)]
+        pool.map(_verified, [message(seed, 3_000_000) for seed in range(3)], chunksize=1)
+        assert pool.apply(_their_accessible_nbytes, (0,)) <= 14 * 4 * MIB
+        assert 10 * 3_000_000 < _accessible_nbytes() <= 14 * 4 * MIB
+        received.clear()
+        arena.statistics()
+        assert _accessible_nbytes() <= 4 * 4 * MIB
+        arena.trim()
+        assert _accessible_nbytes() <= 4 * 4 * MIB  # what it has sent, and others have given back
+        verify(pool.apply(_make, (5,)), 5)
+        reap(fork(_round_trips))
+        pool.close()
+        pool.join()
+
+
+def _their_accessible_nbytes(_):
+    return _accessible_nbytes()
+
+
+def _round_trips():
+    read, write = multiprocessing.Pipe(duplex=False)
+    for seed in range(20):
+        write.send(message(seed))
+        verify(read.recv(), seed)
+
+
+def locked(tasks_file, flags, when):
+    """``mlockall`` in a small cgroup: all goes on, and is accounted for."""
+    with open(tasks_file, "w") as file:
+        file.write(str(os.getpid()))
+    _limit()
+    flags, libc = int(flags), ctypes.CDLL(None, use_errno=True)
+    with (
+        oobpickle.enabled(capacity=256 * MIB) as arena,
+        multiprocessing.get_context("fork").Pool(1) as pool,
+    ):
+        if when == "after":
+            received = [verify(pool.apply(_make, (seed,)), seed) for seed in range(9)]
+            del received
+        assert libc.mlockall(flags) == 0, os.strerror(ctypes.get_errno())
+        for _ in range(2):
+            received = [verify(pool.apply(_make, (seed,)), seed) for seed in range(20)]
+            pool.map(_verified, received, chunksize=1)
+            pid = fork(_drop_and_receive, received[:3])
+            reap(pid)
+            for seed, one in enumerate(received):
+                verify(one, seed)
+            del received, one
+            # What is locked goes back with the next call.
+            arena.statistics()
+            assert arena.data.resident_nbytes() <= LIMIT + 2 * MIB
+            inside.assert_ledger_consistent(arena)
+        assert arena.statistics().n_fallbacks == 0, arena.statistics()
+        arena.trim()
+        assert arena.data.resident_nbytes() == 0
+        started = multiprocessing.get_context("spawn").Process(target=_round_trips_of_a_child)
+        started.start()
+        started.join()
+        assert started.exitcode == 0
+        libc.munlockall()
+        verify(pool.apply(_make, (5,)), 5)
+        pool.close()
+        pool.join()
+
+
+def _round_trips_of_a_child():
+    _round_trips()
+
+
+if __name__ == "__main__":
+    inside.main()
