@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from hypothesis import given, strategies
 
 import exploring  # noqa: F401  (registers hypothesis's profiles)
 
@@ -93,8 +94,14 @@ def _unexpected_children(before):
     return left
 
 
+@given(strategies.none())
+def _use_hypothesis(_):
+    pass
+
+
 def pytest_collection_finish():
     """Take what pytest made out of the collector's sight: each test has it look twice."""
+    _use_hypothesis()  # it asks the collector who has its random numbers, when it first needs them
     gc.collect()
     gc.freeze()
 

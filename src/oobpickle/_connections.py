@@ -45,6 +45,7 @@ from oobpickle._hook import Hook, running
 from oobpickle._layout import H_CLOSED
 from oobpickle._payload import Payload
 from oobpickle._pipes import is_readable
+from oobpickle._readers import is_read_as_object
 from oobpickle._serializer import serialize
 from oobpickle._snapshot import Snapshot
 from oobpickle._straight import Received
@@ -348,7 +349,7 @@ def hooked_recv(original: Any) -> Any:
             else:
                 message = _straight.receive(self._handle, size)
             if size > most:
-                _count_uncounted(size, message)
+                _count_uncounted(size, message, sys._getframe(1))
             return message
         token = object()
         try:
@@ -372,21 +373,23 @@ def _read(identity: bytes, original: Any, *args: Any) -> tuple[Any, tuple[int, i
     return message, _envelope.head_of(head, identity)
 
 
-def _count_uncounted(nbytes: int, message: io.BytesIO) -> None:
-    """Count a large message that came in-band from a process that does not take part."""
+def _count_uncounted(nbytes: int, message: io.BytesIO, frame: FrameType) -> None:
+    """Count a large message that came in-band from a process that does not take part.
+
+    `frame` is that of the caller of ``_recv``.
+    """
     hook = _hook.current
     with message.getbuffer() as view:
         tail = message.tail if type(message) is Received else bytes(view[-_TAIL_NBYTES:])
         if hook is None or nbytes < hook.threshold or tail == _COUNTED:
             return
-        # What `send_bytes` was given is none of our business: libraries with a pickler of their own
-        # use the highest protocol, multiprocessing's uses the default one.
+        # What `send_bytes` was given is none of our business.
         is_pickle = view[0] == _PROTO and view[1] == pickle.DEFAULT_PROTOCOL
-        is_pickle = tail == _DETACHED or (is_pickle and tail[-1:] == pickle.STOP)
+        is_pickle = is_pickle and tail[-1:] == pickle.STOP and is_read_as_object(frame)
     token = object()
     try:
         users.add(token)
-        if is_pickle and running() is hook:
+        if (is_pickle or tail == _DETACHED) and running() is hook:
             # What was started without our descriptors could not attach.
             is_detached = tail == _DETACHED or not hook.arena.can_be_inherited()
             hook.count_fallback("detached" if is_detached else "channel", nbytes)

@@ -21,6 +21,10 @@ def test_with_another_library(case, library):
     run_program("owners", case, library)
 
 
+def test_older_processes_are_counted(start_method):
+    run_program("owners", "older_processes_are_counted_however_they_are_read", start_method)
+
+
 @pytest.mark.parametrize("kind", ["pickler", "connection"])
 def test_another_party_comes_and_goes(kind):
     run_program("owners", "another_party_comes_and_goes", kind)
@@ -30,6 +34,7 @@ def test_another_party_comes_and_goes(kind):
     "case",
     [
         "pipe_to_a_process_of_loky",
+        "queues_with_picklers_of_their_own",
         "picklers_that_are_not_the_standard_library_s",
         "reducers_of_others",
         "undone_in_any_order",

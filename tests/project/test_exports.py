@@ -127,7 +127,7 @@ def test_public_functions_say_what_they_raise(name):
 
 
 PROGRAM = """
-import json, sys
+import ctypes, json, sys  # ctypes, since libffi may keep a descriptor of itself open
 import multiprocessing.connection, multiprocessing.queues, multiprocessing.reduction
 import threading, os
 

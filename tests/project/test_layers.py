@@ -84,6 +84,7 @@ LEVELS = {
         "_fileno",
         "_hook",
         "_offers",
+        "_readers",
         "_main_module",
         "_loading",
         "_connections",

@@ -31,6 +31,11 @@ class Inside:
         return Inside, (Raises(),)
 
 
+def _has_place(error):
+    # CPython 3.14's pickle adds notes of its own.
+    return any(note.startswith("oobpickle") for note in getattr(error, "__notes__", ()))
+
+
 BAD = {
     "raises": Raises(),
     "returns a number": Returns(5),
@@ -69,14 +74,14 @@ def test_what_a_reducer_returns_is_part_of_the_path():
     with pytest.raises(ZeroDivisionError) as caught:
         oobpickle.dumps({"a": Inside()})
 
-    assert caught.value.__notes__[0].endswith(".Raises at $['a'].__reduce_ex__(5)[0]")
+    assert caught.value.__notes__[-1].endswith(".Raises at $['a'].__reduce_ex__(5)[0]")
 
 
 def test_in_very_many_objects_it_is_not_looked_for():
     with pytest.raises(ZeroDivisionError) as caught:
         oobpickle.dumps([*([i] for i in range(200_000)), Raises()])
 
-    assert not hasattr(caught.value, "__notes__")
+    assert not _has_place(caught.value)
 
 
 def test_what_fails_only_once_stays_without_a_place():
@@ -92,4 +97,4 @@ def test_what_fails_only_once_stays_without_a_place():
     with pytest.raises(ZeroDivisionError) as caught:
         oobpickle.dumps(Once())
 
-    assert not hasattr(caught.value, "__notes__")
+    assert not _has_place(caught.value)

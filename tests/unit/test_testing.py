@@ -6,6 +6,7 @@ import ctypes
 import os
 import pickle
 import re
+import types
 
 import numpy as np
 import pytest
@@ -246,6 +247,11 @@ def test_what_arrives_as_with_pickle_is_let_pass(name):
 @pytest.mark.parametrize("start_method", ["spawn", "forkserver"])
 def test_every_start_method_serves(start_method):
     check_roundtrip(samples.Model(a=np.arange(30_000.0)), start_method=start_method)
+
+
+def test_names_of_attributes_are_the_same_objects_to_whoever_loads_first():
+    obj = types.SimpleNamespace(names=("known_only_here",), known_only_here=1)
+    check_roundtrip(obj, start_method="spawn")
 
 
 def test_an_arena_that_is_in_force_is_used():

@@ -2,6 +2,7 @@
 
 import contextlib
 import copyreg
+import functools
 import io
 import itertools
 import multiprocessing
@@ -12,7 +13,7 @@ import pickle
 import sys
 import types
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 
@@ -161,6 +162,64 @@ def library_first_used_inside(library):
                 pool.join()
         assert _is_restored()
         _check_next(run(_models()))
+
+
+def _send_twice_to_all(go, queue, simple, connection):
+    go.wait()
+    for seed in range(2):
+        for send in (queue.put, simple.put, connection.send):
+            send(Fitted(seed, LARGE_NBYTES))
+    connection.send(Fitted(2, LARGE_NBYTES))
+
+
+def older_processes_are_counted_however_they_are_read(method):
+    """Their pickler is multiprocessing's; what is read as bytes may be of any other."""
+    context = multiprocessing.get_context(method)
+    queue, simple, (reader, writer) = context.Queue(), context.SimpleQueue(), context.Pipe(False)
+    go = context.Event()
+    sender = context.Process(
+        target=_send_twice_to_all, args=(go, queue, simple, writer), daemon=True
+    )
+    sender.start()
+    with context.Pool(1) as pool, ProcessPoolExecutor(1, context) as executor:
+        assert pool.apply(int) == executor.submit(int).result() == 0
+        with _enabled_in_silence() as arena:
+            go.set()
+            with_timeout = functools.partial(queue.get, timeout=60)
+            gets = [queue.get, simple.get, reader.recv, with_timeout, simple.get, reader.recv]
+            gets += [functools.partial(pool.apply, Fitted, (0, LARGE_NBYTES))]
+            gets += [lambda: executor.submit(Fitted, 0, LARGE_NBYTES).result()]
+            for n, get in enumerate(gets, 1):
+                model = get()
+                _check(model, model.seed, LARGE_NBYTES)
+                assert _n_from_others(arena) == n, get
+            model = pickle.loads(reader.recv_bytes())
+            _check(model, 2, LARGE_NBYTES)
+            assert _n_from_others(arena) == n
+        pool.close()
+        pool.join()
+    sender.join()
+    assert sender.exitcode == 0
+
+
+def _n_from_others(arena):
+    fallbacks = arena.statistics().fallbacks
+    return fallbacks["channel"].n_messages if fallbacks else 0
+
+
+class _OwnPickler(multiprocessing.queues.SimpleQueue):
+    def put(self, obj):
+        self._writer.send_bytes(pickle.dumps(obj))
+
+
+def queues_with_picklers_of_their_own():
+    queue = _OwnPickler(ctx=multiprocessing.get_context("fork"))
+    with oobpickle.enabled() as arena, ThreadPoolExecutor(1) as threads:
+        for seed in range(3):
+            sent = threads.submit(queue.put, Fitted(seed, LARGE_NBYTES))
+            _check(queue.get(), seed, LARGE_NBYTES)
+            sent.result()
+        assert arena.statistics().n_fallbacks == 0, arena.statistics()
 
 
 def _send_next(connection):
