@@ -132,8 +132,8 @@ class Arena:
         ArenaError
             If the system cannot provide it; the text says why.
         """
-        if not _system.SUPPORTED:
-            raise ArenaError("this needs 64-bit Linux with /proc")
+        if lacking := _system.lacking():
+            raise ArenaError(lacking)
         files = arena = None
         try:
             files = Files.create(options.resolve())

@@ -28,7 +28,7 @@ from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
-from oobpickle import _hook, _statistics
+from oobpickle import _hook, _statistics, _system
 from oobpickle._absent import AbsentArena
 from oobpickle._arena import Arena
 from oobpickle._channels import Channels
@@ -96,7 +96,7 @@ def accept(name: bytes) -> None:
     Not if this process takes part in one already. Nothing that goes wrong here loses the message.
     """
     with ignoring(Exception), _hook.guard:
-        if running() is None and name[:16] not in _declined:
+        if running() is None and name[:16] not in _declined and not _system.lacking():
             _declined.append(name[:16])  # asked for once: what has failed would fail again
             _take_part(Arena.find(name))
 

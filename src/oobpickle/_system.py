@@ -11,8 +11,8 @@ all other processes wait for the lock.
 **Lifetime.** No state; addresses and descriptors belong to the callers.
 
 **When it cannot.** `SUPPORTED` is false on anything but 64-bit Linux with ``/proc``; nothing else
-of this module may then be used. Sources: mmap(2), mremap(2), madvise(2), fallocate(2), fcntl(2),
-pipe(7).
+of this module may then be used. `lacking` says why there can be no arena. Sources: mmap(2),
+mremap(2), madvise(2), fallocate(2), fcntl(2), pipe(7).
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ from typing import Final
 SUPPORTED: Final = (
     sys.platform == "linux" and sys.maxsize > 2**32 and os.path.isdir("/proc/self/fd")
 )
+#: Of the build: with ``PYTHON_GIL=1`` its collector and reference counts are still other ones.
+FREE_THREADED: Final = "t" in getattr(sys, "abiflags", "")
 PAGE_NBYTES: Final = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
 
 PROT_NONE: Final = 0x0
@@ -59,6 +61,23 @@ _F_UNLCK: Final = 2
 
 FIONREAD: Final = 0x541B
 SIOCOUTQ: Final = 0x5411
+
+
+def _has_gil() -> bool:
+    return not hasattr(sys, "_is_gil_enabled") or sys._is_gil_enabled()
+
+
+def lacking() -> str | None:
+    """Return what an arena needs and is not here, and what to do; ``None`` if all is here."""
+    if not SUPPORTED:
+        return "this needs 64-bit Linux with /proc"
+    if FREE_THREADED or not _has_gil():
+        return (
+            "this is a free-threaded Python, whose threads run at the same time, and what is done "
+            "to shared memory between two bytecodes has not been made safe for that. Use the "
+            "ordinary build of the same version (python3.14, not python3.14t)"
+        )
+    return None
 
 
 class _Flock(ctypes.Structure):

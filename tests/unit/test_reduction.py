@@ -6,7 +6,9 @@ import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.reduction
 import pickle
+import secrets
 import subprocess
+import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +19,16 @@ import pytest
 
 import oobpickle
 from conftest import process_with
-from oobpickle import ArenaError, ArenaFullError, Fallback, FallbackWarning, _hook
+from oobpickle import (
+    ArenaError,
+    ArenaFullError,
+    Fallback,
+    FallbackWarning,
+    _hook,
+    _reduction,
+    _system,
+)
+from oobpickle._arena import Arena
 from oobpickle._envelope import Envelope
 
 MIB = 1 << 20
@@ -401,6 +412,44 @@ def test_what_somebody_else_put_on_top_stays():
 
 def replaced_pipe(hooked):
     return next(cell.cell_contents for cell in hooked.__closure__ if callable(cell.cell_contents))
+
+
+def _free_threaded_build(monkeypatch):
+    monkeypatch.setattr(_system, "FREE_THREADED", True)
+
+
+def _without_gil(monkeypatch):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: False, raising=False)
+
+
+@pytest.mark.parametrize("simulate", [_free_threaded_build, _without_gil])
+def test_a_free_threaded_python_is_refused(monkeypatch, simulate):
+    simulate(monkeypatch)
+    before = replaced_objects()
+    with (
+        pytest.warns(FallbackWarning, match=r"not in use.*free-threaded.*\(python3.14, not"),
+        oobpickle.enabled(),
+    ):
+        assert before == replaced_objects()
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        with reader, writer, ThreadPoolExecutor(1) as threads:
+            sent = threads.submit(writer.send, np.arange(100_000))
+            assert (reader.recv() == np.arange(100_000)).all()
+            sent.result()
+        assert oobpickle.statistics().n_messages_out_of_band == 0
+    with pytest.raises(ArenaError, match="free-threaded"):
+        oobpickle.install()
+    assert before == replaced_objects()
+
+
+@pytest.mark.parametrize("simulate", [_free_threaded_build, _without_gil])
+def test_a_free_threaded_python_declines_offers(monkeypatch, simulate):
+    found = []
+    monkeypatch.setattr(Arena, "find", found.append)
+    simulate(monkeypatch)
+    _reduction.accept(secrets.token_bytes(32))
+
+    assert found == []
 
 
 def test_without_shared_memory_everything_stays_as_it_was(monkeypatch):
