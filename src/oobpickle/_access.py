@@ -65,6 +65,11 @@ class Access:
             return
         self._opened[offset] = end
 
+    @property
+    def protection(self) -> int:
+        """How a range must be mapped that is put in the place of one of the mapping."""
+        return _system.PROT_READ_WRITE if self._everything else _system.PROT_NONE
+
     def open_everything(self) -> None:
         """Let this process touch the whole mapping."""
         if not self._everything:

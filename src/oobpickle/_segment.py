@@ -375,8 +375,9 @@ class Segment:
         self._access.forget(offset)
         if self.is_ours():
             flags = _system.MAP_SHARED | _system.MAP_FIXED | _system.MAP_NORESERVE
+            protection = self._access.protection
             _system.map_memory(
-                self.fd, offset, nbytes, flags=flags, address=address, protection=_system.PROT_NONE
+                self.fd, offset, nbytes, flags=flags, address=address, protection=protection
             )
         if not self.is_ours():  # or not any more, and another file was mapped
             self._share_again(offset, nbytes)

@@ -231,7 +231,9 @@ def test_modules_and_read_only_mappings_are_found_from_a_function():
 
 
 @pytest.mark.parametrize(
-    "inner", [importlib, TABLE, crossed.__code__, property(len), staticmethod(len)], ids=repr
+    "inner",
+    [importlib, TABLE, crossed.__code__, property(len), staticmethod(len)],
+    ids=lambda inner: type(inner).__name__,
 )
 def test_what_functions_consist_of_is_refused_elsewhere(inner):
     with pytest.raises(TypeError) as plain:
