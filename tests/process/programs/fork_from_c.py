@@ -1,5 +1,6 @@
 """Forks by C code that tells Python of them in the child only, as pre-forking servers do."""
 
+import _imp as imp
 import ctypes
 import gc
 import multiprocessing
@@ -24,8 +25,10 @@ _after_fork_in_child.restype = None
 def _fork(run, *args):
     """Fork a child in C that runs ``run(*args)``."""
     sys.stdout.flush()
+    imp.acquire_lock()  # the child releases it, as of CPython 3.13 whether it has it or not
     pid = _libc.fork()
     if pid:
+        imp.release_lock()
         return pid
     status = 1
     try:
