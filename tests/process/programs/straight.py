@@ -162,8 +162,8 @@ def other_threads_may_change_what_is_sent():
 
 def _anonymous_nbytes(pid="self"):
     with open(f"/proc/{pid}/status") as file:
-        (kib,) = (line.split()[1] for line in file if line.startswith("RssAnon:"))
-    return int(kib) << 10
+        found = (int(line.split()[1]) << 10 for line in file if line.startswith("RssAnon:"))
+        return next(found, 0)  # of a child that has ended
 
 
 def _read_step_by_step(fd, memory, *pids):
