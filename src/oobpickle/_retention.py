@@ -160,8 +160,12 @@ class Retention:
             return
         limit = self.limit_nbytes()
         excess = words[H_SETTLED] - limit
-        if excess > 0:
-            nbytes = self._ledger.census().nbytes
-            on_its_way = nbytes["leased"] + nbytes["in_flight"]
-            if nbytes["free"] and on_its_way * _LITTLE <= excess:
+        if excess <= 0:
+            return
+        nbytes = self._ledger.census().nbytes
+        on_its_way = nbytes["leased"] + nbytes["in_flight"]
+        if nbytes["free"] and on_its_way * _LITTLE <= excess:
+            # What is free is used next; so rather what is held than that.
+            self._mark(self._let_go(self._to_go(excess, [])), [])
+            if words[H_SETTLED] > limit:
                 self._room.punch_idle(words[H_RESIDENT], above=limit)

@@ -223,6 +223,22 @@ def test_what_is_copied_out_goes_back_when_nothing_is_on_its_way(make_arena, cop
     assert_accounted(arena)
 
 
+def test_a_stream_that_is_copied_out_beside_what_is_held_is_warm(make_arena):
+    arena = make_arena(capacity=8 * MIB)
+    kept = [receive(arena) for _ in range(4)]
+    for value in range(4):
+        receive(arena, value)
+    before = n_punches(arena)
+    for value in range(20):
+        assert (receive(arena, value) == value).all()
+
+    assert n_punches(arena) == before
+    assert arena.statistics().n_copied_out >= 20
+    del kept
+    assert resident(arena) <= LIMIT
+    assert_accounted(arena)
+
+
 def test_nothing_goes_back_while_much_is_on_its_way(make_arena):
     arena = make_arena(copy_out=True)
     sent = [send(arena, value) for value in range(12)]
