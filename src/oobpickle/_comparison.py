@@ -105,7 +105,9 @@ class Comparison:
     def _is_new(self, path: str, expected: Any, actual: Any) -> bool:
         """Compare who stands where; false if this pair was met before."""
         is_short = isinstance(expected, (str, bytes, tuple)) and len(expected) < 2
-        if is_short or type(expected) in _NUMBERS:
+        # The names of attributes are those of the instance that came first.
+        is_name = type(expected) is str and expected.isidentifier()
+        if is_short or is_name or type(expected) in _NUMBERS:
             return True  # whether these are one object is the interpreter's choice
         partner, place = self._partner.get(id(expected), (None, ""))
         other = self._place.get(id(actual))

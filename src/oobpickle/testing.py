@@ -19,8 +19,6 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import pickle
-import pickletools
-import sys
 import traceback
 from collections.abc import Callable
 from functools import partial
@@ -172,20 +170,10 @@ def _answer_of(process: Any, connection: Connection) -> list[str]:
     return [f"no answer; its exit code is {process.exitcode}"]
 
 
-def _interned(stream: bytes) -> list[str]:
-    """Return the strings of a pickle, interned for as long as they are kept."""
-    arguments = (argument for _, argument, _ in pickletools.genops(stream))
-    return [sys.intern(argument) for argument in arguments if type(argument) is str]
-
-
 def _compare_there(connection: Connection) -> None:
     with connection:
         try:
-            payload = Payload.from_bytes(connection.recv_bytes())
-            # In a new process the first one to be loaded, and it alone, would make its own strings
-            # the names of attributes: one object where others have two.
-            _names = _interned(payload.stream)
-            expected = loads(payload)
+            expected = loads(Payload.from_bytes(connection.recv_bytes()))
             actual = connection.recv()
         except Exception:
             found = [f"loading it raised {traceback.format_exc()!r}"]

@@ -249,9 +249,23 @@ def test_every_start_method_serves(start_method):
     check_roundtrip(samples.Model(a=np.arange(30_000.0)), start_method=start_method)
 
 
-def test_names_of_attributes_are_the_same_objects_to_whoever_loads_first():
+class Estimator:
+    """Its state has the names of its attributes as a value, too."""
+
+    def __init__(self):
+        self.names = ("known_only_here",)
+        self.known_only_here = np.zeros(30_000)
+
+    def __getstate__(self):
+        return dict(vars(self))
+
+    def __setstate__(self, state):
+        vars(self).update(state)
+
+
+def test_names_of_attributes_are_the_objects_of_whoever_is_loaded_first():
     obj = types.SimpleNamespace(names=("known_only_here",), known_only_here=1)
-    check_roundtrip(obj, start_method="spawn")
+    check_roundtrip([obj, Estimator()], start_method="spawn")
 
 
 def test_an_arena_that_is_in_force_is_used():
