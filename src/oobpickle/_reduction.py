@@ -2,7 +2,7 @@
 
 **What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
 
-**How it works.** Eleven objects of the standard library are replaced, each by a function of its own
+**How it works.** Twelve objects of the standard library are replaced, each by a function of its own
 that does what it replaced unless the hook is in: see `_replacements`.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children

@@ -5,6 +5,7 @@ import multiprocessing
 import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.reduction
+import multiprocessing.spawn
 import pickle
 import secrets
 import subprocess
@@ -42,11 +43,13 @@ def replaced_objects():
         multiprocessing.queues._ForkingPickler,
         connection.Connection._send_bytes,
         connection.Connection._recv,
+        connection._ConnectionBase.fileno,
         connection.Pipe,
         multiprocessing.reduction.dump,
         multiprocessing.reduction.DupFd,
         popen_spawn_posix.Popen._launch,
         popen_forkserver.Popen._launch,
+        multiprocessing.spawn.get_preparation_data,
         subprocess.Popen._execute_child,
     )
 
@@ -59,10 +62,10 @@ def _uninstalled():
     assert before == replaced_objects()
 
 
-def test_enabled_replaces_ten_objects_and_restores_them():
+def test_enabled_replaces_twelve_objects_and_restores_them():
     before = replaced_objects()
     with oobpickle.enabled():
-        assert len(_hook.current._replaced) == len(before) == 10
+        assert len(_hook.current._replaced) == len(before) == 12
         assert not set(map(id, before)) & set(map(id, replaced_objects()))
 
     assert before == replaced_objects()
