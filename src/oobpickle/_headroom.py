@@ -61,7 +61,7 @@ def _meminfo(key: str, otherwise: str) -> int:
             for line in file:
                 if line.startswith(key + ":"):
                     return int(line.split()[1]) * 1024
-    except OSError as error:
+    except (OSError, ValueError, IndexError) as error:
         pass_on_foreign(error)
     # What can be known without a descriptor.
     return os.sysconf(otherwise) * os.sysconf("SC_PAGE_SIZE")
@@ -87,7 +87,16 @@ def _cgroups() -> Iterator[tuple[Path, _Files, int]]:
             directory = directory.parent
 
 
-def _hierarchies() -> Iterator[tuple[Path, str, _Files]]:
+def _hierarchies() -> list[tuple[Path, str, _Files]]:
+    # Somebody who closes all descriptors gives our number to a file of his own: what was read of it
+    # is no table of the kernel.
+    try:
+        return list(_parsed_hierarchies())
+    except ValueError:
+        return []
+
+
+def _parsed_hierarchies() -> Iterator[tuple[Path, str, _Files]]:
     try:
         memberships = Path("/proc/self/cgroup").read_text().splitlines()
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
@@ -122,9 +131,8 @@ def _read_number(path: Path) -> int | None:
 
 def _cache_nbytes(directory: Path, files: _Files) -> int:
     try:
-        lines = (directory / "memory.stat").read_text().splitlines()
-    except OSError as error:
+        pairs = [line.split() for line in (directory / "memory.stat").read_text().splitlines()]
+        return sum(int(value) for key, value in pairs if key in files.cache_keys)
+    except (OSError, ValueError) as error:
         pass_on_foreign(error)
         return 0
-    pairs = (line.split() for line in lines)
-    return sum(int(value) for key, value in pairs if key in files.cache_keys)

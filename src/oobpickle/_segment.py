@@ -151,7 +151,7 @@ class Segment:
         self._advise(0, self.nbytes)
         with ignoring(OSError):  # only in the place of a descriptor that somebody may close
             self._first = _system.map_memory(
-                self.fd, 0, _system.PAGE_NBYTES, flags=_system.MAP_SHARED
+                self.fd, 0, _system.PAGE_NBYTES, flags=flags, protection=_system.PROT_NONE
             )
             _system.advise(self._first, _system.PAGE_NBYTES, _system.MADV_DONTDUMP)
         array = (ctypes.c_ubyte * self.nbytes).from_address(address)
