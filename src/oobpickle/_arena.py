@@ -626,6 +626,8 @@ class Arena:
             tells Python of it afterwards only.
         """
         if self._pid == os.getpid():
+            if self.membership.has_parent:  # an earlier call was interrupted
+                self._join_in_child()
             return
         n_shared = 0
         if not prepared:
@@ -645,10 +647,14 @@ class Arena:
             self.membership.stay_out()
             self._table.isolate()
         self._pid = os.getpid()
-        if not self.closed:
-            self.membership.try_join()
+        self._join_in_child()
         if n_shared:
             self.membership.count((_statistics.N_LEFT_SHARED, n_shared))
+
+    def _join_in_child(self) -> None:
+        if not self.closed:
+            self.membership.try_join()
+        self.membership.leave_parent()
 
 
 def _cannot_pickle(_obj: object) -> list[int]:

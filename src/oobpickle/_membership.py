@@ -59,6 +59,7 @@ class Membership:
         self._patient_at = 0.0
         self._reads_for_ever = False
         self.unloaded = Unloaded()
+        self._inherited: list[LockFile] = []  # of the parent, in a forked child
         self.retired = False
 
     # --- joining
@@ -86,6 +87,7 @@ class Membership:
         if slot is None:
             raise ArenaFullError("no slot is left for another participant", "detached")
         self._own = OwnRow(self._ledger.words, slot)
+        self.leave_parent()
         if self._reads_for_ever:
             self.read_for_ever()
 
@@ -95,6 +97,8 @@ class Membership:
             self.join()
         except (OSError, ArenaFullError) as error:
             pass_on_foreign(error)
+            if self.leave_parent():
+                return self.try_join()  # there is a descriptor to spare now
             if self.unloaded:
                 self._ledger.words[H_STRANGERS] = 1  # it cannot say so in a row
             return False
@@ -262,9 +266,28 @@ class Membership:
         inherited = self.unloaded
         self.unloaded = Unloaded([*inherited.sources, *parents], is_any=inherited.is_any)
         if self._mutex is not None:
-            self._mutex.locks.abandon()
+            self._inherited.append(self._mutex.locks)
         self._mutex = None
         self._own = None
+        if not self.unloaded:
+            self.leave_parent()
+
+    @property
+    def has_parent(self) -> bool:
+        """Whether this forked child has its parent's proof of life still."""
+        return bool(self._inherited)
+
+    def leave_parent(self) -> bool:
+        """Give up the parent's proof of life, in a forked child; tell whether there was one.
+
+        Where the parent had messages that it had read and not loaded, only once the child has said
+        that it has their bytes too: the parent may have ended meanwhile.
+        """
+        had_one = bool(self._inherited)
+        while self._inherited:
+            self._inherited[-1].abandon()
+            self._inherited.pop()
+        return had_one
 
     def close(self) -> None:
         """Leave for good, and close the handle."""

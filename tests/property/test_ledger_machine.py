@@ -8,7 +8,19 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 from exploring import examples
 from ledger_tools import FakeLocks, assert_in_order, make_ledger, make_mutex, owner_of, state_of
 from oobpickle import _faults, _ledger, _mutex, _participants
-from oobpickle._layout import ADOPTED, FREE, HELD, IN_FLIGHT, LEASED, adopted_by
+from oobpickle._layout import (
+    ADOPTED,
+    FREE,
+    HEADER_WORDS,
+    HELD,
+    IN_FLIGHT,
+    JOINED,
+    LEASED,
+    P_INCARNATION,
+    P_STATE,
+    PARTICIPANT_WORDS,
+    adopted_by,
+)
 from oobpickle._participants import OwnRow, Participants
 from oobpickle._unloaded import Unloaded
 
@@ -45,6 +57,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.mutex = make_mutex(self.ledger, self.locks)
         self.participants = Participants(self.ledger)
         self.living = []
+        self.started = []
         self.in_flight = []  # messages: lists of (index, generation, nbytes)
         self.lost = []  # blocks in flight of which no message is left
         self.bomb = None
@@ -88,6 +101,12 @@ class LedgerMachine(RuleBasedStateMachine):
     def alive(self, process):
         return process in self.living
 
+    def has_row(self, process):
+        """Whether it is living, or was not reaped."""
+        row = HEADER_WORDS + process.slot * PARTICIPANT_WORDS
+        words = self.ledger.words
+        return words[row + P_STATE] == JOINED and words[row + P_INCARNATION] == process.incarnation
+
     # --- rules
 
     @rule(target=processes)
@@ -100,6 +119,7 @@ class LedgerMachine(RuleBasedStateMachine):
         process = Process(slot, OwnRow(self.ledger.words, slot).incarnation)
         process.unloaded = unloaded
         process.keeps = set(keeps)
+        self.started.append(process)
         self.living.append(process)
         return process
 
@@ -233,24 +253,17 @@ class LedgerMachine(RuleBasedStateMachine):
             blocks = [(index, self.ledger.generation[index]) for index in taken]
             self.step(self.ledger.release, blocks, process.slot)
 
-    @rule(process=processes)
-    def what_somebody_may_have_is_not_lost(self, process):
-        """Those without a reader are lost if their sender is dead, or is the one that asks."""
-        if not self.alive(process):
+    @rule(sender=processes, reader=processes, channel=st.sampled_from([7, 8]), dies=st.booleans())
+    def send_and_read(self, sender, reader, channel, dies):
+        """What most messages go through; without it few of the histories have one that was read."""
+        if not self.alive(sender) or not self.alive(reader):
             return
-        self.step(self.participants.reap, self.locks, process.slot)
-        kept, keeps_all = self.participants.kept()
-        others = [other.slot for other in self.living if other is not process]
-        found = {index for index, _, _ in self.ledger.in_flight(others, kept)}
-        assert not keeps_all
-        sources = {adopted_by(other.incarnation) for other in self.living}
-        sources.update(*(other.keeps for other in self.living))
-        for message in self.in_flight:
-            index, generation, _ = message[0]
-            source = self.source_of[index, generation]
-            is_read = source & ADOPTED
-            may_be_lost = is_read or owner_of(self.ledger, index) not in others
-            assert (index in found) == (may_be_lost and source not in sources)
+        self.lease(sender, [4096, 70_000], 0)
+        if sender.leases:
+            self.send_or_give_back(sender, True, channel, 0)
+            self.read(reader)
+        if dies and len(self.living) > 1:
+            self.bury(reader)
 
     @precondition(lambda self: self.lost)
     @rule(process=processes)
@@ -290,6 +303,25 @@ class LedgerMachine(RuleBasedStateMachine):
             for index, generation, _ in message:
                 assert state_of(self.ledger, index) == IN_FLIGHT
                 assert generation == self.ledger.generation[index]
+
+    @invariant()
+    def what_somebody_may_load_is_not_lost(self):
+        """And what nobody can is, if it was read, or its sender is dead or the one that asks."""
+        if not self.living:
+            return
+        asking = self.living[-1]
+        kept, keeps_all = self.participants.kept()
+        have_rows = [process for process in self.started if self.has_row(process)]
+        others = [process.slot for process in have_rows if process is not asking]
+        found = {index for index, _, _ in self.ledger.in_flight(others, kept)}
+        assert not keeps_all
+        sources = {adopted_by(process.incarnation) for process in have_rows}
+        sources.update(*(process.keeps for process in have_rows))
+        for message in self.in_flight:
+            index, generation, _ = message[0]
+            source = self.source_of[index, generation]
+            may_be_lost = source & ADOPTED or owner_of(self.ledger, index) not in others
+            assert (index in found) == bool(may_be_lost and source not in sources)
 
     @invariant()
     def nobody_has_what_another_has(self):

@@ -19,7 +19,7 @@ import inside
 from inside import Token, eventually, fork, message, reap, verify
 
 import oobpickle
-from oobpickle import _faults
+from oobpickle import _faults, _membership
 
 MIB = 1 << 20
 N = 3
@@ -341,28 +341,49 @@ def a_raw_reader_that_ends():
     inside.assert_empty(arena)
 
 
-def a_child_of_a_reader_that_ends():
-    """It has its parent's bytes, as with plain pickle."""
+def _join_only_after(token):
+    """Let the next child of this process take long to take part."""
+    join = _membership.Membership.join
+
+    def late(self):
+        token.take()
+        _membership.Membership.join = join
+        join(self)
+
+    _membership.Membership.join = late
+
+
+def children_of_a_reader_that_ends():
+    """They have its bytes, as with plain pickle; also one that does not take part yet by then."""
     arena = oobpickle.install(capacity=32 * MIB)
-    read, write = _pipe()
-    go, done = Token(), Token()
+    for has_asked, is_late in ((False, False), (False, True), (True, False), (True, True)):
+        read, write = _pipe()
+        joined, go, done = Token(), Token(), Token()
 
-    def reader():
-        spool = [read.recv_bytes() for _ in range(N)]
-        fork(child, spool)
+        def child(spool, is_late=is_late, joined=joined, go=go, done=done):
+            if not is_late:
+                joined.give()
+                go.take()
+            _load(spool)
+            done.give()
 
-    def child(spool):
-        go.take()
-        _load(spool)
-        done.give()
+        def reader(child=child, read=read, asks=has_asked, late=is_late, joined=joined, go=go):
+            spool = _read(read.fileno()) if asks else [read.recv_bytes() for _ in range(N)]
+            if late:
+                _join_only_after(go)
+            fork(child, spool)
+            if not late:
+                joined.take()
 
-    pid = fork(reader)
-    _send_and_end(write)
-    reap(pid)
-    _press(arena)
-    go.give()
-    done.take()
-    inside.assert_empty(arena)
+        pid = fork(reader)
+        _send_and_end(write)
+        write.close()
+        reap(pid)
+        read.close()
+        _press(arena)
+        go.give()
+        done.take()
+        inside.assert_empty(arena)
 
 
 def one_message_for_two():
