@@ -1,5 +1,6 @@
 """Objects to send, and how to compare what arrived: shared by the unit and property tests."""
 
+import builtins
 import collections
 import enum
 import functools
@@ -13,6 +14,10 @@ import numpy as np
 #: Shapes whose arrays of 8 bytes an item stay in the stream, go out of band and are copied in one
 #: go, or go out of band and are copied by numpy.
 SHAPES = {"small": (4, 3, 2), "medium": (12, 10, 8), "large": (40, 24, 20)}
+
+
+#: CPython 3.15's ``frozendict``, or nothing.
+FROZEN_DICTS = tuple(t for t in [getattr(builtins, "frozendict", None)] if t is not None)
 
 
 def order_of(array):
@@ -58,9 +63,8 @@ _BY_NAME = (
 def _described(obj, seen):
     if isinstance(obj, _BY_NAME):
         return ("the very same", obj)
-    if isinstance(obj, (np.ndarray, list, dict, tuple, types.SimpleNamespace)) or (
-        hasattr(obj, "__dict__")
-    ):
+    containers = (np.ndarray, list, dict, *FROZEN_DICTS, tuple, types.SimpleNamespace)
+    if isinstance(obj, containers) or (hasattr(obj, "__dict__")):
         if id(obj) in seen:
             return ("again", seen[id(obj)][0])
         seen[id(obj)] = (len(seen), obj)  # kept, so that its id stays its own
@@ -68,7 +72,7 @@ def _described(obj, seen):
         return _array_described(obj, seen)
     if isinstance(obj, np.generic):
         return (type(obj).__name__, str(obj.dtype), obj.tobytes() if not obj.dtype.names else obj)
-    if isinstance(obj, dict):
+    if isinstance(obj, (dict, *FROZEN_DICTS)):
         items = [(_described(k, seen), _described(v, seen)) for k, v in obj.items()]
         return (type(obj).__name__, items, _attributes(obj, seen))
     if isinstance(obj, (list, tuple, collections.deque)):

@@ -136,7 +136,8 @@ def _leaves():
     )
 
 
-_pool_arrays = st.sampled_from(["f8", "i4", "M8[s]", "U3", "f4,u1"]).flatmap(
+_text = [np.dtypes.StringDType()] if hasattr(np.dtypes, "StringDType") else []
+_pool_arrays = st.sampled_from(["f8", "i4", "M8[s]", "U3", "f4,u1", *_text]).flatmap(
     lambda dtype: st.sampled_from([(0,), (3,), (2, 80), (70, 3)]).map(
         lambda shape: samples.filled(dtype, shape)
     )
@@ -144,8 +145,11 @@ _pool_arrays = st.sampled_from(["f8", "i4", "M8[s]", "U3", "f4,u1"]).flatmap(
 
 
 @st.composite
-def objects(draw):
-    """Nested containers and arrays, some of which are in several places, views among them."""
+def objects(draw, *, frozen=True):
+    """Nested containers and arrays, some of which are in several places, views among them.
+
+    Without `frozen` each of them can be changed in place, or made anew around what can.
+    """
     pool = draw(st.lists(_pool_arrays, min_size=1, max_size=4))
     pool += [array[::2] for array in pool if array.ndim and draw(st.booleans())]
     pool += [array.T for array in pool if draw(st.booleans())]
@@ -162,6 +166,11 @@ def objects(draw):
             st.builds(Layer, children, children, inner),
             st.builds(lambda a, b: Model(first=a, second=b), children, children),
             st.lists(children, max_size=3).map(_object_array),
+            *(
+                st.dictionaries(keys, children, max_size=4).map(kind)
+                for kind in samples.FROZEN_DICTS
+                if frozen
+            ),
         )
 
     root = draw(st.recursive(st.one_of(_leaves(), shared), containers, max_leaves=15))
@@ -215,7 +224,7 @@ def _arrays_in(obj, seen=None):
     seen[id(obj)] = obj
     if type(obj) is np.ndarray and obj.dtype != object:
         return [obj]
-    if isinstance(obj, dict):
+    if isinstance(obj, (dict, *samples.FROZEN_DICTS)):
         inside = list(obj.values())
     elif isinstance(obj, Model):
         inside = list(vars(obj).values())
@@ -255,7 +264,7 @@ def _is_sequence(obj):
 
 
 @some
-@given(objects(), st.booleans())
+@given(objects(frozen=False), st.booleans())
 def test_an_object_can_be_loaded_into_another_of_its_structure(obj, as_bytes):
     payload = oobpickle.dumps(obj)
     target = _emptied(pickled(obj))

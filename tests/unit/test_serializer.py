@@ -404,6 +404,7 @@ def test_pickle_buffers_of_several_axes_arrive_flat_as_pickle_delivers_them():
         np.datetime64(5, "ms"),
         np.dtype([("a", "f8")]),
         samples.Layer(1, 2, "three"),
+        *(kind(a=1, b=kind(c=[2])) for kind in samples.FROZEN_DICTS),
     ],
     ids=lambda obj: type(obj).__name__,
 )

@@ -236,6 +236,7 @@ GOOD = {
     "sets": {frozenset({1, 2}), "a"},
     "lambda": lambda: ARRAY,
     "generator": np.random.default_rng(3),
+    **{f"a {kind.__name__}": kind(a=ARRAY, b={"c": ARRAY}) for kind in samples.FROZEN_DICTS},
 }
 
 
