@@ -89,7 +89,9 @@ def hooked_pickler(original: Any) -> Any:
                 _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
             undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
             table = original._extra_reducers
-            is_lost = bool(hook.spawned) and _is_main_lost(hook, sys._getframe(1))
+            is_lost = False
+            if hook.spawned:
+                is_lost = _is_main_lost(hook, sys._getframe(1))
             try:
                 payload = serialize(
                     obj, table, hook.threshold, by_value=True, is_main_lost=is_lost, undo=undo
@@ -115,7 +117,7 @@ def hooked_pickler(original: Any) -> Any:
         @staticmethod
         def loads(data: Any, /, **options: Any) -> Any:
             try:
-                return load(data, **options)
+                return load(data, **options) if options else load(data)
             except Exception as error:
                 # The error refers to this frame: it may not refer to the error or the message.
                 substitute = _loading.Substitute.of(data, sys._getframe(1))
