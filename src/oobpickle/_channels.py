@@ -81,9 +81,9 @@ class Channels:
         if len(self.spawned) < _MOST_CHANNELS:
             self.spawned.update({*self._ends(fd)} - {0})
 
-    def is_spawned(self, fd: int) -> bool:
+    def is_spawned(self, fd: int | None) -> bool:
         """Tell whether what is written there may be read by such a child."""
-        return 0 in self.spawned or channel_id(fd) in self.spawned
+        return fd is not None and (0 in self.spawned or channel_id(fd) in self.spawned)
 
     def forget(self, fd: int) -> None:
         """An end is handed to a process that may not take part: messages stay in-band."""

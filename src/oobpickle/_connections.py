@@ -91,7 +91,7 @@ def hooked_pickler(original: Any) -> Any:
             table = original._extra_reducers
             is_lost = False
             if hook.spawned:
-                is_lost = _is_main_lost(hook, sys._getframe(1))
+                is_lost = hook.channels.is_spawned(_descriptor_in(sys._getframe(1)))
             try:
                 payload = serialize(
                     obj, table, hook.threshold, by_value=True, is_main_lost=is_lost, undo=undo
@@ -128,12 +128,6 @@ def hooked_pickler(original: Any) -> Any:
 
     _codes.add(vars(HookedPickler)["dumps"].__func__.__code__)
     return HookedPickler
-
-
-def _is_main_lost(hook: Hook, frame: FrameType) -> bool:
-    """Tell whether the main module cannot be imported where the message goes."""
-    fd = _descriptor_in(frame)
-    return fd is not None and hook.channels.is_spawned(fd)
 
 
 def undo_list_of_message(frame: FrameType | None) -> list[Callable[[], Any]] | None:

@@ -322,3 +322,25 @@ def test_only_a_channel_of_pipe_is_proved_empty(channels, ends):
     channels.note(reader.fileno(), writer.fileno())
     assert channel == channels.marked(channel)
     assert 0 == channels.marked(0)
+
+
+def test_both_ends_are_those_of_a_spawned_child_until_their_numbers_are_used_again(channels, ends):
+    reader, writer = (end.fileno() for end in ends)
+    channels.note(reader, writer)
+    assert not channels.is_spawned(writer)
+    channels.note_spawned(reader)
+
+    assert channels.is_spawned(writer)
+    assert channels.is_spawned(reader)
+    assert not channels.is_spawned(None)
+    channels.note(reader, writer)
+    assert not channels.is_spawned(writer)
+
+
+def test_what_is_no_channel_is_of_no_spawned_child(channels, arena, ends):
+    for fd in arena.descriptors:
+        channels.note_spawned(fd)
+
+    assert not channels.is_spawned(ends[1].fileno())
+    channels.spawned.add(0)
+    assert channels.is_spawned(ends[1].fileno())
