@@ -33,6 +33,11 @@ def is_lost() -> bool:
     return path is None or not _is_run_again(path)
 
 
+def is_absent() -> bool:
+    """Tell whether this process was spawned without the main module of its parent."""
+    return "__mp_main__" not in sys.modules
+
+
 def _is_run_again(path: str) -> bool:
     folder = getattr(mp_process, "ORIGINAL_DIR", None)
     is_there = os.path.exists(os.path.join(folder or "", path))

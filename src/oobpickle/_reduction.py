@@ -37,7 +37,7 @@ from oobpickle._errors import ArenaError, FallbackWarning
 from oobpickle._fileno import hooked_fileno
 from oobpickle._foreign import ignoring
 from oobpickle._hook import Block, Hook, Replacement, running
-from oobpickle._main_module import hooked_preparation, is_lost
+from oobpickle._main_module import hooked_preparation, is_absent
 from oobpickle._options import Options
 from oobpickle._processes import (
     SPAWNING,
@@ -81,7 +81,7 @@ def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
 
 def _take_part(arena: Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
     known = Channels(arena, channels)
-    if is_spawned and is_lost():
+    if is_spawned and is_absent():
         known.spawned.add(0)  # the parent has a main module that is not ours
     hook = Hook(arena, known, arena.options, is_owner=False, inherit=_inherit)
     hook.installed = True

@@ -239,6 +239,8 @@ def said_of(value):
         return [repr(getattr(value, name)) for name in attributes], value.__code__
     if isinstance(value, (dict, types.MappingProxyType)):
         return type(value), [(said_of(k), said_of(v)) for k, v in value.items()]
+    if type(value) in (set, frozenset):
+        return type(value), sorted(map(repr, value))
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         return [said_of(v) for v in value]
     if isinstance(value, types.MethodType):

@@ -225,7 +225,7 @@ def rechecked(envelope):
 
 def test_an_envelope_of_an_arena_out_of_reach_names_it_and_says_what_to_do(arena):
     envelope = pack(arena, np.ones(1000))
-    _envelope.forget(arena)
+    del _envelope._arenas[arena.identity]
     elsewhere = envelope.replace(arena.name[16:20], (2**31 - 1).to_bytes(4, "little"))
 
     with pytest.raises(EnvelopeError, match=f"arena {arena.identity.hex()[:8]}.*cannot reach"):
