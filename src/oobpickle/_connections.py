@@ -69,7 +69,6 @@ def hooked_pickler(original: Any) -> Any:
     while original.__module__ == __name__:  # ours, put back by somebody who had found it there
         original = original.__base__
     namespace = original.__dict__
-    load = original.loads
     own = namespace.get("dumps")
     standard = own if is_standard(own) else _NONE
 
@@ -117,7 +116,7 @@ def hooked_pickler(original: Any) -> Any:
         @staticmethod
         def loads(data: Any, /, **options: Any) -> Any:
             try:
-                return load(data, **options) if options else load(data)
+                return original.loads(data, **options) if options else original.loads(data)
             except Exception as error:
                 # The error refers to this frame: it may not refer to the error or the message.
                 substitute = _loading.Substitute.of(data, sys._getframe(1))

@@ -1,6 +1,7 @@
 """Foreign exceptions: what a signal handler of the program raises in the middle of our own code.
 
-**What.** `pass_on_foreign`, which every ``except OSError`` asks, and `ignoring`.
+**What.** `pass_on_foreign`, which every ``except OSError`` asks, and `ignoring`. `annotate` adds a
+note to an exception of whatever class.
 
 **How it works.** A signal handler can raise between any two lines, and the `TimeoutError` of an
 alarm is an `OSError`. One of a system call has an errno; ours are known by their class.
@@ -11,6 +12,8 @@ alarm is an `OSError`. One of a system call has an errno; ours are known by thei
 """
 
 from __future__ import annotations
+
+import contextlib
 
 from oobpickle._errors import OobPickleError
 
@@ -23,6 +26,12 @@ def pass_on_foreign(error: BaseException) -> None:
     """
     if isinstance(error, OSError) and error.errno is None and not isinstance(error, OobPickleError):
         raise error
+
+
+def annotate(error: BaseException, note: str) -> None:
+    """Add a note, if the exception takes one: a frozen data class does not."""
+    with contextlib.suppress(Exception):
+        error.add_note(note)
 
 
 class ignoring:

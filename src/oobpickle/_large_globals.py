@@ -21,7 +21,7 @@ from typing import Any, Final
 
 #: Of the buffers of one function.
 LEAST_NBYTES: Final = 1 << 20
-_MOST_OBJECTS: Final = 20_000
+_MOST_OBJECTS: Final = 5_000
 _MEMORY: Final = (bytes, bytearray, str)
 #: Not sent with what refers to them, or looked at by themselves.
 _APART: Final = (type, types.ModuleType, types.FunctionType, types.CodeType, types.FrameType)

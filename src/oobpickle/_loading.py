@@ -25,6 +25,7 @@ from types import CodeType, FrameType
 from typing import Any, Final, NamedTuple
 
 from oobpickle import _envelope, _offers, _payload, _straight
+from oobpickle._foreign import annotate
 
 _MOST_FRAMES: Final = 4  # from the pool's to ours
 _START_NBYTES: Final = 40
@@ -57,10 +58,8 @@ class Substitute(NamedTuple):
     def with_error(self, error: Exception) -> tuple[Any, ...]:
         """Return the task or the result; a note is added to the error."""
         is_task = self.reader == "worker"
-        error.add_note(
-            f"oobpickle: raised when process {os.getpid()} loaded this "
-            f"{'task' if is_task else 'result'}"
-        )
+        what = "task" if is_task else "result"
+        annotate(error, f"oobpickle: raised when process {os.getpid()} loaded this {what}")
         if is_task:
             return self.job, self.part, raising, (error,), {}
         return self.job, self.part, (False, error)

@@ -19,7 +19,7 @@ from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any, Final
 
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._foreign import annotate, pass_on_foreign
 
 _MOST_OBJECTS: Final = 200_000
 _REDUCED: Final = ".__reduce_ex__(5)"
@@ -67,7 +67,7 @@ def add_place(error: BaseException, obj: object, table: Mapping[type, Any]) -> N
             return
         kind = type(inside[-1])
         path = "$" + "".join(_label(*pair) for pair in pairwise(_without_states(inside)))
-        error.add_note(f"oobpickle: pickling a {kind.__module__}.{kind.__qualname__} at {path}")
+        annotate(error, f"oobpickle: pickling a {kind.__module__}.{kind.__qualname__} at {path}")
 
 
 def _without_states(inside: list[Any]) -> list[Any]:

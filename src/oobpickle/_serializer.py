@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
 
 from oobpickle._errors import PayloadError, ResizedError
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._foreign import annotate, pass_on_foreign
 from oobpickle._into import load_into
 from oobpickle._large_globals import LEAST_NBYTES, warn_of_large
 from oobpickle._locating import add_place
@@ -222,9 +222,9 @@ class _ByValue:
     def explain(self, error: Exception, second: Exception) -> None:
         """Note on the plain pickler's error why it does not go by value."""
         for reason in self._reasons:
-            error.add_note(f"oobpickle: {reason}")
+            annotate(error, f"oobpickle: {reason}")
         if self._taken and not self._reasons:
-            error.add_note(f"oobpickle: by value: {type(second).__name__}: {second}")
+            annotate(error, f"oobpickle: by value: {type(second).__name__}: {second}")
 
 
 @overload

@@ -1,5 +1,6 @@
 """Where the thing is that could not be pickled: a note on pickle's own exception."""
 
+import dataclasses
 import pickle
 import threading
 
@@ -98,3 +99,18 @@ def test_what_fails_only_once_stays_without_a_place():
         oobpickle.dumps(Once())
 
     assert not _has_place(caught.value)
+
+
+@dataclasses.dataclass(frozen=True)
+class FrozenError(Exception):
+    text: str
+
+
+class FailsFrozen:
+    def __reduce__(self):
+        raise FrozenError("no")
+
+
+def test_an_error_that_takes_no_notes_is_raised_as_it_is():
+    with pytest.raises(FrozenError, match="no"):
+        serialize([FailsFrozen()], {}, 0, by_value=True)

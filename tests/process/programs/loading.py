@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import ctypes
+import dataclasses
 import functools
 import io
 import multiprocessing
@@ -42,6 +43,13 @@ def _raise(nbytes):
     error = _TwoArgumentsError(1, 2)
     error.data = content(1, nbytes)
     raise error
+
+
+@dataclasses.dataclass(frozen=True)
+class _FrozenError(Exception):
+    """Takes no notes."""
+
+    text: str
 
 
 def _take(*_):
@@ -92,6 +100,8 @@ def pools_go_on(method):
             assert [type(error) for error in called] == [FileNotFoundError]
             called.clear()
             del failing, call
+        failing = pool.apply_async(_take, (_FailsToLoad(10, _FrozenError),))
+        assert _raised(Exception, failing.get, 60).__traceback__ is not None
         pool.apply(Model, (1,)).check()
         assert pids == [worker.pid for worker in pool._pool if worker.is_alive()]
         assert arena.statistics().n_fallbacks == 0

@@ -43,6 +43,16 @@ class Kind(enum.Enum):
     SMALL = 1
 
 
+class _ScaledError(Exception):
+    def __init__(self, counts):
+        super().__init__(counts)
+        self.counts = counts
+
+
+def _fail(n):
+    raise _ScaledError(Counts(n))
+
+
 def _scaled(n):
     return SCALE * n
 
@@ -98,6 +108,11 @@ def everything(method):
                 _assert_whole(pair, kind, n)
                 assert pool.apply_async(_is_ours, (pair.other,)).get(60) == (2 * n, True)
             assert pool.map_async(lambda n: SCALE * n, range(4)).get(60) == [0, 2, 4, 6]
+            try:
+                pool.apply_async(_fail, (3,)).get(60)
+            except _ScaledError as error:
+                failed = error
+            assert type(failed.counts) is Counts
             by_worker = {}
             for pid, state in pool.map_async(_count, range(8), chunksize=1).get(60):
                 by_worker.setdefault(pid, []).append(state)
