@@ -252,16 +252,27 @@ def as_pickle_should(array):
     return arrived
 
 
+# Made once in each process: several tests ask for all of them.
+@functools.cache
+def _made(name, size):
+    return filled(dtypes()[name], SHAPES[size])
+
+
+@functools.cache
+def _expected(layout, name, size):
+    return described(as_pickle_should(LAYOUTS[layout](_made(name, size).copy())))
+
+
 def differing(layout, cross, *, writable=True):
     """Send arrays of every dtype and shape in one layout; return where pickle does it differently.
 
     `cross` takes an array and returns what arrives.
     """
     wrong = {}
-    for name, dtype in dtypes().items():
-        for size, shape in SHAPES.items():
-            array = LAYOUTS[layout](filled(dtype, shape))
-            expected = described(as_pickle_should(array))
+    for name in dtypes():
+        for size in SHAPES:
+            array = LAYOUTS[layout](_made(name, size).copy())
+            expected = _expected(layout, name, size)
             try:
                 arrived = cross(array)
                 actual = described(arrived)
