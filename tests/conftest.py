@@ -106,8 +106,43 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+# Beside other workers of pytest-xdist a file may be that of another worker's test: whether one is
+# left is seen when all have ended.
+_seen_files = {}  # name -> the tests during which it appeared
+_files_at_start = _shared_files()
+
+
+def pytest_testnodedown(node):
+    """Take what a worker of pytest-xdist has seen."""
+    for name, tests in getattr(node, "workeroutput", {}).get("files", {}).items():
+        _seen_files.setdefault(name, []).extend(tests)
+
+
+def _left_files():
+    return {n: _seen_files.get(n, []) for n in _shared_files() - _files_at_start}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    """Fail if a file is left when the last test has ended."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["files"] = _seen_files
+        return
+    deadline = time.monotonic() + 20
+    while _left_files() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    if _left_files():
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Name the files that are left, and the tests that may have left them."""
+    for name, tests in _left_files().items():
+        terminalreporter.write_line(f"LEFT in /dev/shm: {name}, seen after {tests}", red=True)
+
+
 @pytest.fixture(autouse=True)
-def _nothing_is_left():
+def _nothing_is_left(request):
     """No test leaves files, descriptors of ours, children or threads behind."""
     import oobpickle
     from oobpickle import _hook
@@ -119,7 +154,11 @@ def _nothing_is_left():
     if _hook.lingering:
         gc.collect()
         _hook.sweep()  # what the next enabled() would do
-    eventually(lambda: not (_shared_files() - files))
+    if hasattr(request.config, "workeroutput"):
+        for name in _shared_files() - files:
+            _seen_files.setdefault(name, []).append(request.node.nodeid)
+    else:
+        eventually(lambda: not (_shared_files() - files))
     eventually(lambda: _are_open(descriptors))
     eventually(lambda: not _unexpected_children(children))
     eventually(lambda: not [t for t in set(threading.enumerate()) - threads if t.is_alive()])

@@ -44,7 +44,7 @@ from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook import Hook, running
 from oobpickle._layout import H_CLOSED
 from oobpickle._payload import Payload
-from oobpickle._pipes import is_readable
+from oobpickle._pipes import is_readable, widened
 from oobpickle._readers import is_read_as_object
 from oobpickle._serializer import serialize
 from oobpickle._snapshot import Snapshot
@@ -342,7 +342,8 @@ def hooked_recv(original: Any) -> Any:
             if size < _straight.LEAST_NBYTES or args or _hook.current is None:
                 message = original(self, size, *args)
             else:
-                message = _straight.receive(self._handle, size)
+                with widened(self._handle):
+                    message = _straight.receive(self._handle, size)
             if size > most:
                 _count_uncounted(size, message, sys._getframe(1))
             return message

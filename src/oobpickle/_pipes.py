@@ -1,7 +1,8 @@
 """Questions to a pipe or socket: can what was written to it still be read?
 
 **What.** `channel_id` names a channel, `reading_end` the one in which a message will be read;
-`n_unread`, `is_broken`, `unreadable` and `readers` ask the kernel about it.
+`n_unread`, `is_broken`, `unreadable` and `readers` ask the kernel about it. `widened` lets a pipe
+hold more for a while.
 
 **How it works.** FIONREAD on either end of a pipe, or on the reading end of a socket pair
 (SIOCOUTQ on the other), counts the bytes that were written and not read; POLLERR on a write end
@@ -44,6 +45,7 @@ _UNIX_DIAG_REQUEST: Final = struct.Struct("<IHHIIBBHIIIII")
 _UNIX_DIAG_NBYTES: Final = 16
 _DIAG_NBYTES: Final = 4096
 _DIAG_TIMEOUT_S: Final = 0.1
+_WIDE_NBYTES: Final = 1 << 20  # pipe-max-size, the most without privileges
 _PAUSES_S: Final = (0.5e-3, 1e-3, 2e-3, 4e-3, 8e-3, 8e-3)
 
 
@@ -129,6 +131,28 @@ def n_unread(fd: int, channel: int) -> int:
 
 def _ask(fd: int, request: int) -> int:
     return int(struct.unpack("i", fcntl.ioctl(fd, request, b"\0\0\0\0"))[0])
+
+
+@contextlib.contextmanager
+def widened(fd: int) -> Iterator[None]:
+    """Let the pipe behind `fd` hold a megabyte during the block; else, as where refused, nothing.
+
+    While a result of a `Pool` arrives, another thread of `Pool` waits for the same pipe, finds it
+    readable and waits again, without end. After each read the reading thread waits up to 5 ms for
+    that one to give up the interpreter: sixteen times as rarely if a read takes sixteen times as
+    much.
+    """
+    before = 0
+    with ignoring(OSError):  # a socket; or EPERM: the user has many wide pipes already
+        before = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        if before < _WIDE_NBYTES:
+            fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, _WIDE_NBYTES)
+    try:
+        yield
+    finally:
+        if 0 < before < _WIDE_NBYTES:
+            with ignoring(OSError):  # EBUSY: the next message is there and needs it
+                fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, before)
 
 
 def is_broken(fd: int, channel: int) -> bool:

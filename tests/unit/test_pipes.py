@@ -1,8 +1,11 @@
 """Pipes: what the kernel says about bytes that nobody has read yet."""
 
+import errno
+import fcntl
 import os
 import resource
 import socket
+import stat
 import threading
 
 import pytest
@@ -16,7 +19,10 @@ from oobpickle._pipes import (
     readers,
     reading_end,
     unreadable,
+    widened,
 )
+
+MIB = 1 << 20
 
 
 @pytest.fixture(params=["pipe", "socket"])
@@ -192,6 +198,70 @@ def test_nothing_is_unread_once_all_is_read(ends):
     assert n_unread(writer, channel) > 0
     os.read(reader, 3)
     assert n_unread(writer, channel) == 0
+
+
+# --- its size
+
+
+def size_of(fd):
+    return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+
+
+def test_a_pipe_holds_a_megabyte_for_a_while():
+    reader, writer = os.pipe()
+    try:
+        before = size_of(reader)
+        assert before < MIB
+        with pytest.raises(EOFError), widened(reader):
+            assert size_of(writer) == MIB
+            os.set_blocking(writer, False)
+            assert os.write(writer, bytes(2 * MIB)) == MIB
+            assert os.read(reader, MIB) == bytes(MIB)
+            raise EOFError
+        assert size_of(reader) == before
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_pipe_that_is_needed_wide_stays_so():
+    reader, writer = os.pipe()
+    try:
+        with widened(reader):
+            assert os.write(writer, bytes(MIB)) == MIB
+        assert size_of(reader) == MIB
+        assert os.read(reader, MIB) == bytes(MIB)
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_pipe_that_is_wide_stays_so():
+    reader, writer = os.pipe()
+    try:
+        fcntl.fcntl(reader, fcntl.F_SETPIPE_SZ, MIB)
+        with widened(reader):
+            assert size_of(reader) == MIB
+        assert size_of(reader) == MIB
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_what_cannot_be_widened_is_left_alone(ends, monkeypatch):
+    if stat.S_ISFIFO(os.fstat(ends[0]).st_mode):
+
+        def refuse(fd, command, *args):
+            if command == fcntl.F_SETPIPE_SZ:
+                raise PermissionError(errno.EPERM, "over the limit of this user")
+            return call(fd, command, *args)
+
+        call = fcntl.fcntl
+        monkeypatch.setattr(fcntl, "fcntl", refuse)
+
+    with widened(ends[0]):
+        os.write(ends[1], b"abc")
+        assert os.read(ends[0], 3) == b"abc"
 
 
 # --- readers

@@ -1,5 +1,6 @@
 """Large messages for which there is no room: in-band, and in no more memory than they need."""
 
+import fcntl
 import mmap
 import multiprocessing
 import multiprocessing.connection
@@ -118,6 +119,22 @@ def takes_what_it_needs(way, method):
             _assert_little(what, nbytes)
         done = arena.statistics()
         assert (done.n_messages_out_of_band, done.fallbacks["full"].n_messages) == (0, 1), done
+
+
+def a_pipe_is_as_wide_as_before():
+    """And a message that is on its way behind a large one does not wait for that."""
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB):
+        warnings.simplefilter("ignore")
+        read, write = multiprocessing.Pipe(duplex=False)
+        before = fcntl.fcntl(read.fileno(), fcntl.F_GETPIPE_SZ)
+        writer = threading.Thread(target=lambda: (write.send(_make(9 * MIB)), write.send("next")))
+        writer.start()
+        array = read.recv()
+        assert array.nbytes == 9 * MIB
+        assert (array == 7).all()
+        assert read.recv() == "next"
+        writer.join()
+        assert fcntl.fcntl(read.fileno(), fcntl.F_GETPIPE_SZ) == before
 
 
 def bytes_are_bytes():
