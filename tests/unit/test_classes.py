@@ -356,6 +356,22 @@ def test_a_class_may_refer_to_its_own_instances(elsewhere):
 ORIGINS = []
 
 
+def test_methods_may_refer_to_methods_that_are_bound(elsewhere):
+    class Local:
+        def aliases(self):
+            return aliases
+
+        @classmethod
+        def make(cls):
+            return cls
+
+    aliases = [Local.make, Local().aliases]
+    arrived = elsewhere(dumped(Local()))
+
+    assert arrived.aliases()[0]() is type(arrived)
+    assert arrived.aliases()[1]() is arrived.aliases()
+
+
 def test_data_classes_can_be_built_on(elsewhere):
     data, derived = elsewhere(dumped([CLASSES["data"][0], CLASSES["derived data"][0]]))
 
@@ -606,13 +622,13 @@ def test_a_metaclass_without_a_say_is_no_obstacle(elsewhere):
 
 
 def test_a_reducer_for_the_metaclass_comes_first():
-    class Local(metaclass=Meta):
+    class Local(metaclass=Quiet):
         pass
 
     def reduce(cls):
         return int, (7,)
 
-    stream = serialize([Local, lambda: 1], {Meta: reduce}, 0, by_value=True).stream
+    stream = serialize([Local, lambda: 1], {Quiet: reduce}, 0, by_value=True).stream
 
     assert pickle.loads(stream)[0] == 7
 

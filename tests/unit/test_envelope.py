@@ -323,3 +323,17 @@ def test_the_head_of_an_envelope_names_its_first_block(arena):
     assert _envelope.MIN_NBYTES <= len(envelope) <= _envelope.MAX_NBYTES
     assert _envelope.MARK == len(envelope) % _envelope.MODULUS
     pickle.loads(envelope)
+
+
+class RefusesToLoad:
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_an_error_that_is_kept_holds_nothing_of_its_message(arena):
+    envelope = pack(arena, [np.ones(100_000), RefusesToLoad()])
+    with pytest.raises(ValueError, match="no number") as caught:
+        pickle.loads(envelope)
+
+    assert 0 == arena.statistics().n_blocks["held"]
+    assert "unpack_envelope" in [entry.name for entry in caught.traceback]

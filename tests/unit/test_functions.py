@@ -200,12 +200,16 @@ def test_methods_arrive_bound():
         def make(cls):
             return cls
 
-    Local.aliases = [Local.make, Local().method]
+        def aliases(self):
+            return aliases
+
+    aliases = [Local.make, Local().method]
     local = Local()
     instance, method, make = crossed([local, local.method, Local.make])
 
     assert method.__self__ is instance
     assert method() is make() is type(instance)
+    assert [alias() for alias in instance.aliases()] == [type(instance)] * 2
     assert crossed("abc".upper)() == "ABC"
 
 
@@ -310,6 +314,7 @@ def test_what_comes_back_does_not_change_the_main_module(main):
     assert returned() == 3
     assert module.n == 1
     assert returned.__globals__ is not vars(module)
+    assert returned.__globals__ is not there.__globals__
 
 
 def test_classes_and_functions_of_a_lost_main_module_go_by_value(main):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import oobpickle
+from conftest import fork
 from oobpickle import _envelope, _loading, _offers
 from oobpickle._loading import Substitute, numbers_in
 from oobpickle._straight import Received, receive
@@ -33,7 +34,7 @@ def envelope(obj):
 def straight(obj):
     data = bytes(oobpickle.dumps(obj).to_pickle(tail=b"tail"))
     read, write = os.pipe()
-    if os.fork() == 0:
+    if fork() == 0:
         with open(write, "wb") as writer:
             writer.write(data)
         os._exit(0)
@@ -120,3 +121,22 @@ def test_the_functions_of_pools_are_those_of_this_python():
 
     assert set(found.values()) == {"worker", "_handle_results", "_help_stuff_finish"}
     assert multiprocessing.pool.worker.__code__ in found
+
+
+class RefusesToLoad:
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_an_error_that_is_kept_holds_nothing_of_its_message():
+    """The collector of CPython up to 3.12.3 crashes on some memory that is part of a circle."""
+    with oobpickle.enabled():
+        reader, writer = multiprocessing.Pipe(duplex=False)
+        with reader, writer:
+            writer.send([np.ones(1000), RefusesToLoad()])
+            with pytest.raises(ValueError, match="no number") as caught:
+                reader.recv()
+
+    (names,) = [entry.frame.f_locals for entry in caught.traceback if entry.name == "loads"]
+    assert names["data"] is None
+    assert "error" not in names

@@ -14,6 +14,7 @@ import weakref
 import numpy as np
 import pytest
 
+from conftest import fork
 from oobpickle import _backing, _remap, _segment, _system
 from oobpickle._backing import BACKING_VARIABLE, largest_file_nbytes
 from oobpickle._descriptors import ClosedDescriptorError
@@ -494,7 +495,7 @@ def test_a_forked_child_and_its_parent_do_not_share_a_privatized_range(segment):
     array[:] = 7
     segment.privatize(MIB, PAGE_NBYTES)
     reader, writer = os.pipe()
-    child = os.fork()
+    child = fork()
     if child == 0:
         array[0] = 9
         os.write(writer, bytes(array[:2]))

@@ -106,6 +106,21 @@ def test_a_message_is_loaded_once():
         message.getvalue()
 
 
+class RefusesToLoad:
+    def __reduce__(self):
+        return int, ("no number",)
+
+
+def test_an_error_that_is_kept_holds_nothing_of_its_message():
+    data = bytes(oobpickle.dumps([np.ones(MIB), RefusesToLoad()]).to_pickle())
+    message = through_a_pipe(data, len(data))
+    with pytest.raises(ValueError, match="no number") as caught:
+        pickle.loads(message.getbuffer())
+
+    frames = [entry.frame.f_locals for entry in caught.traceback if entry.name == "take"]
+    assert [set(names) & {"stream", "buffers"} for names in frames] == [set()]
+
+
 def test_nothing_is_kept_of_a_message_that_nobody_loads():
     through_a_pipe(bytes(oobpickle.dumps(OBJECTS["contiguous"]).to_pickle()))
     gc.collect()
