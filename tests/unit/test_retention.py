@@ -1,5 +1,6 @@
 """Retention: what free blocks keep is bounded, without another call, and streams stay warm."""
 
+import _imp
 import ctypes
 import gc
 import os
@@ -363,12 +364,14 @@ def test_what_had_to_stay_shared_in_a_fork_is_not_going(arena, monkeypatch):
 def test_a_child_that_c_code_has_forked_frees_nothing(arena):
     """It runs the hooks of the child (PyOS_AfterFork_Child), and no others."""
     held = [receive(arena, value) for value in range(9)]
+    _imp.acquire_lock()  # the child releases it, as of CPython 3.13 whether it has it or not
     pid = ctypes.PyDLL(None).fork()
     if pid == 0:
         ctypes.pythonapi.PyOS_AfterFork_Child()
         held = None
         gc.collect()
         os._exit(0)
+    _imp.release_lock()
     assert os.waitpid(pid, 0)[1] == 0
 
     assert all((array == value).all() for value, array in enumerate(held))
