@@ -52,7 +52,7 @@ class Load:
     n_done: float = 0
     n_steps: float = 0
     n_waited: float = 0
-    wait_s: float = 0
+    wait_timeout: float = 0
     hold_s: float = 0
 
     @property
@@ -66,7 +66,7 @@ class Load:
             "operations_per_s": self.n_done / self.seconds,
             "steps_per_operation": self.n_steps / self.n_done,
             "share_of_steps_that_waited": self.n_waited / max(1, self.n_steps),
-            "share_of_time_waiting": self.wait_s / (self.n_processes * self.seconds),
+            "share_of_time_waiting": self.wait_timeout / (self.n_processes * self.seconds),
             "held_s_per_operation": self.hold_s / self.n_done,
             "share_of_time_held": self.hold_s / self.seconds,
         }
@@ -77,17 +77,17 @@ class _Watched:
 
     def __init__(self) -> None:
         self.n_steps = self.n_waited = 0
-        self.wait_s = self.hold_s = 0.0
+        self.wait_timeout = self.hold_s = 0.0
         self.locked_at_s = 0.0
 
 
 def watch_lock() -> _Watched:
     """From now on measure every step of this process."""
-    from oobpickle import _locks, _mutex
+    from oobpickle._memory import locks, mutex
 
     seen = _Watched()
-    run_owned, wait = _mutex.LedgerMutex.run_owned, _mutex.LedgerMutex._wait
-    try_lock = _locks.LockFile.try_lock
+    run_owned, wait = mutex.LedgerMutex.run_owned, mutex.LedgerMutex._wait
+    try_lock = locks.LockFile.try_lock
     clock = time.perf_counter
 
     def timed_lock(self: Any) -> bool:
@@ -101,7 +101,7 @@ def watch_lock() -> _Watched:
         try:
             wait(self, timeout_s)
         finally:
-            seen.wait_s += clock() - start_s
+            seen.wait_timeout += clock() - start_s
 
     def timed_run(self: Any, *args: Any) -> Any:
         try:
@@ -110,9 +110,9 @@ def watch_lock() -> _Watched:
             seen.hold_s += clock() - seen.locked_at_s
             seen.n_steps += 1
 
-    _locks.LockFile.try_lock = timed_lock  # type: ignore[method-assign]
-    _mutex.LedgerMutex._wait = timed_wait  # type: ignore[method-assign]
-    _mutex.LedgerMutex.run_owned = timed_run  # type: ignore[method-assign, assignment]
+    locks.LockFile.try_lock = timed_lock  # type: ignore[method-assign]
+    mutex.LedgerMutex._wait = timed_wait  # type: ignore[method-assign]
+    mutex.LedgerMutex.run_owned = timed_run  # type: ignore[method-assign, assignment]
     return seen
 
 
@@ -184,7 +184,7 @@ def _run(works: Sequence[Work], seconds: float, watched: bool) -> Load:
         ready.wait(_PATIENCE_S)  # all are there; then the parent says until when
         ready.wait(_PATIENCE_S)
         n_done = work(until_s.value, math.inf)
-        tally = [n_done, seen.n_steps, seen.n_waited, seen.wait_s, seen.hold_s]
+        tally = [n_done, seen.n_steps, seen.n_waited, seen.wait_timeout, seen.hold_s]
         # One write(2), so that the tallies of several processes do not mix.
         writer.send_bytes(np.array(tally, np.float64).tobytes())
         os._exit(0)
@@ -204,7 +204,7 @@ def _run(works: Sequence[Work], seconds: float, watched: bool) -> Load:
             load.n_done += tally[0]
             load.n_steps += tally[1]
             load.n_waited += tally[2]
-            load.wait_s += tally[3]
+            load.wait_timeout += tally[3]
             load.hold_s += tally[4]
         return load
     finally:

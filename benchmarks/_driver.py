@@ -154,7 +154,7 @@ class Side:
     def prepare(self) -> None:
         """Have memory ready for the model, where that can be asked for."""
         if self._arena is not None:
-            self._arena.prepare(nbytes=self._nbytes)
+            self._arena.preallocate(nbytes=self._nbytes)
 
     def send(self, n_messages: int) -> list[tuple[float, float]]:
         """Send the model so often; return the seconds until it arrived, and until it was read."""
@@ -206,7 +206,7 @@ class Side:
         """Seconds to pickle many small objects: as multiprocessing does it, and oobpickle."""
         from multiprocessing.reduction import ForkingPickler
 
-        from oobpickle._serializer import serialize
+        from oobpickle._pickling.serializer import serialize
 
         reducers: dict[type, Any] = ForkingPickler._extra_reducers  # type: ignore[attr-defined]
         objects = [Small(number) for number in range(n_objects)]

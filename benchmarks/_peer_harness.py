@@ -159,8 +159,8 @@ class PeerSide:
         except BrokenPipeError:
             raise SideError(f"ended before {command!r}") from None
         start_s, start_available = time.monotonic(), available_nbytes()
-        wait_s = _SAMPLE_S if cell else _WATCH_S
-        while not select.select([self._process.stdout], [], [], wait_s)[0]:
+        wait_timeout = _SAMPLE_S if cell else _WATCH_S
+        while not select.select([self._process.stdout], [], [], wait_timeout)[0]:
             if cell is not None:
                 growth_nbytes = shared_nbytes() - before_nbytes
                 taken_nbytes = self._tree.private_nbytes() + self._shared_nbytes + growth_nbytes

@@ -103,10 +103,10 @@ class ScalingSide(Side):
         All but the bytes in the pipe is what `Connection.send` does: a pipe holds only some 180
         envelopes. One byte stands for them, for as long as the messages are not to be reclaimed.
         """
-        from oobpickle import _pipes
+        from oobpickle._memory import pipes
 
         os.write(self._lost_writer.fileno(), b"\0")
-        channel = _pipes.channel_id(self._lost_writer.fileno())
+        channel = pipes.channel_id(self._lost_writer.fileno())
         start_s = time.perf_counter()
         for _ in range(n_messages):
             lease = self._arena.acquire([_PAGE_NBYTES])
@@ -228,9 +228,9 @@ class ScalingSide(Side):
 
     def with_longest_hold(self, call: str, *arguments: int) -> list[float]:
         """Run another command; return its value, and the longest that one step held the lock."""
-        from oobpickle import _mutex
+        from oobpickle._memory import mutex as mutex_module
 
-        original, longest_s = _mutex.LedgerMutex.run_owned, [0.0]
+        original, longest_s = mutex_module.LedgerMutex.run_owned, [0.0]
 
         def timed(mutex: Any, *args: Any) -> Any:
             start_s = time.perf_counter()
@@ -239,11 +239,11 @@ class ScalingSide(Side):
             finally:
                 longest_s[0] = max(longest_s[0], time.perf_counter() - start_s)
 
-        _mutex.LedgerMutex.run_owned = timed  # type: ignore[method-assign, assignment]
+        mutex_module.LedgerMutex.run_owned = timed  # type: ignore[method-assign, assignment]
         try:
             return [getattr(self, call)(*arguments), longest_s[0]]
         finally:
-            _mutex.LedgerMutex.run_owned = original  # type: ignore[method-assign]
+            mutex_module.LedgerMutex.run_owned = original  # type: ignore[method-assign]
 
     # --- many processes
 

@@ -264,12 +264,12 @@ class Soak:
         print(f"out of band            {statistics.n_messages_out_of_band:,} messages")
         for reason, fallback in sorted(statistics.fallbacks.items()):
             print(f"  in-band: {reason:11} {fallback.n_messages:,}, {_mb(fallback.nbytes)} MB")
-        print(f"made private by forks  {statistics.n_privatized:,} blocks")
-        print(f"left shared by forks   {statistics.n_left_shared}")
-        print(f"copied out             {statistics.n_copied_out:,} blocks")
+        print(f"made private by forks  {statistics.n_copied_at_fork:,} blocks")
+        print(f"left shared by forks   {statistics.n_shared_after_fork}")
+        print(f"copied out             {statistics.n_copied_on_receive:,} blocks")
         print(f"reclaimed unread       {statistics.n_reclaimed:,} blocks")
-        if statistics.n_left_shared:
-            self.problems.append(f"{statistics.n_left_shared} blocks were left shared")
+        if statistics.n_shared_after_fork:
+            self.problems.append(f"{statistics.n_shared_after_fork} blocks were left shared")
 
     def _report_growth(self) -> None:
         if len(self.measures) < 2:

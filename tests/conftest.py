@@ -153,15 +153,15 @@ def pytest_terminal_summary(terminalreporter):
 def _nothing_is_left(request):
     """No test leaves files, descriptors of ours, children or threads behind."""
     import oobpickle
-    from oobpickle import _hook
+    from oobpickle._hook import installed
 
     files, descriptors = _shared_files(), _our_descriptors()
     children, threads = _children(), set(threading.enumerate())
     yield
     assert not is_installed(), "the test left oobpickle installed"
-    if _hook.lingering:
+    if installed.lingering:
         gc.collect()
-        _hook.sweep()  # what the next enabled() would do
+        installed.sweep()  # what the next enabled() would do
     if hasattr(request.config, "workeroutput"):
         for name in _shared_files() - files:
             _seen_files.setdefault(name, []).append(request.node.nodeid)
@@ -188,6 +188,6 @@ def process_with(*fds):
 
 def is_installed():
     """Whether this process has the hook in place."""
-    from oobpickle import _hook
+    from oobpickle._hook import installed
 
-    return _hook.current is not None
+    return installed.current is not None

@@ -16,15 +16,16 @@ import numpy as np
 
 import oobpickle
 from ledger_tools import FakeLocks, make_words
-from oobpickle import _envelope, _payload
-from oobpickle import _layout as layout
-from oobpickle._arena import Arena
+from oobpickle import _envelope
 from oobpickle._errors import EnvelopeError, OobPickleError, PayloadError
-from oobpickle._ledger import Ledger
-from oobpickle._options import Options
-from oobpickle._participants import OwnRow, Participants
-from oobpickle._payload import Payload
-from oobpickle._rows import Shortage
+from oobpickle._memory import layout
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.ledger import Ledger
+from oobpickle._memory.options import Options
+from oobpickle._memory.participants import OwnRow, Participants
+from oobpickle._memory.rows import Shortage
+from oobpickle._pickling import payload as payload_module
+from oobpickle._pickling.payload import Payload
 
 MIB = 1 << 20
 #: What `pickle` raises for a stream that makes no sense.
@@ -84,7 +85,7 @@ class PayloadFuzzer:
 
     def one(self, rng):
         data = mutate(rng, rng.choice(self._corpus))
-        at = _payload._CRC_AT
+        at = payload_module._CRC_AT
         if rng.random() < 0.8 and len(data) > at + 4:
             data = data[:at] + bytes(4) + data[at + 4 :]
             data = data[:at] + struct.pack("<I", zlib.crc32(data)) + data[at + 4 :]

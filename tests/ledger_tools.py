@@ -3,9 +3,9 @@
 import mmap
 from collections import Counter
 
-from oobpickle import _layout as layout
-from oobpickle._ledger import Ledger
-from oobpickle._mutex import LedgerMutex
+from oobpickle._memory import layout
+from oobpickle._memory.ledger import Ledger
+from oobpickle._memory.mutex import LedgerMutex
 
 
 class FakeLocks:

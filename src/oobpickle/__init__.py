@@ -12,7 +12,7 @@ usable alone: `dumps` and `loads` (a pickle serializer with out-of-band buffers)
 nothing.
 """
 
-from oobpickle._arena import Arena
+from oobpickle._api import enabled, install, statistics, uninstall
 from oobpickle._errors import (
     ArenaError,
     ArenaFullError,
@@ -24,11 +24,12 @@ from oobpickle._errors import (
     StaleEnvelopeError,
     StructureError,
 )
-from oobpickle._payload import Payload
-from oobpickle._reducers import register, unregister
-from oobpickle._reduction import enabled, install, statistics, uninstall
-from oobpickle._serializer import dumps, loads
-from oobpickle._statistics import Fallback, Statistics
+from oobpickle._fallback import Fallback
+from oobpickle._memory.arena import Arena
+from oobpickle._pickling.payload import Payload
+from oobpickle._pickling.reducers import register, unregister
+from oobpickle._pickling.serializer import dumps, loads
+from oobpickle._statistics import Statistics
 
 __all__ = [
     "Arena",

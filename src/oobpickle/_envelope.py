@@ -33,13 +33,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, NamedTuple, Protocol
 
 from oobpickle import _faults
-from oobpickle._arena import Arena, users
 from oobpickle._errors import ArenaError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._layout import OWN_BLOCK_NBYTES, plan
-from oobpickle._options import FORCED
-from oobpickle._payload import Payload
-from oobpickle._serializer import serialize
+from oobpickle._memory.arena import Arena, users
+from oobpickle._memory.layout import OWN_BLOCK_NBYTES, plan
+from oobpickle._memory.options import FORCED
+from oobpickle._pickling.payload import Payload
+from oobpickle._pickling.serializer import serialize
 from oobpickle._statistics import N_LOADED
 
 _MAGIC: Final = b"OOBE"

@@ -58,3 +58,13 @@ class ArenaFullError(OobPickleError, MemoryError):
 
 class FallbackWarning(UserWarning):
     """Some messages travelled in-band; the text says how many, why, and what to change."""
+
+
+def format_nbytes(nbytes: int) -> str:
+    """Return bytes in the largest binary unit that keeps the number at or above 1."""
+    value = float(nbytes)
+    for unit in ("bytes", "KiB", "MiB", "GiB"):
+        if value < 1024 or unit == "GiB":
+            break
+        value /= 1024
+    return f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"

@@ -1,8 +1,7 @@
-"""What an arena has done so far: counters, fallback reasons, and the frozen dataclass that shows
-them.
+"""What an arena has done so far: counters, and the frozen dataclass that shows them.
 
-**What.** The order of the counters in a participant's row, the reasons for which a message
-travels in-band, and `Statistics`, which `Arena.statistics()` returns.
+**What.** The order of the counters in a participant's row, and `Statistics`, which
+`Arena.statistics()` returns. Those of fallbacks come behind: `_fallback`.
 
 **How it works.** Each participant counts in its own row without a lock; reading sums over all
 rows, and over the totals of those that are gone.
@@ -16,56 +15,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
 
-#: Why a message travels in-band, and what its user can do about it.
-REASONS: Final[dict[str, str]] = {
-    "full": "the arena was full; pass enabled(capacity=...) or drop received objects earlier",
-    "memory": "the machine or the memory cgroup had too little memory left; run fewer workers",
-    "space": "the system refused to reserve pages; see the limits of the mount",
-    "table": "the table of blocks was full; send fewer, larger arrays",
-    "busy": "the ledger's lock could not be had in time; is a worker stopped?",
-    "channel": "a process that can read there does not take part: it is older than enabled(), or "
-    "another program; make pools, queues and managers inside the block",
-    "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
-    "damaged": "a process of the arena has written over its ledger; look for a faulty extension",
-}
+from oobpickle._fallback import COUNTERS_END, Fallback, fallbacks_of
 
 (
     N_MESSAGES,
     N_BUFFERS,
     NBYTES,
     N_LOADED,
-    N_COPIED_OUT,
-    NBYTES_COPIED_OUT,
-    N_PRIVATIZED,
-    NBYTES_PRIVATIZED,
+    N_COPIED_ON_RECEIVE,
+    NBYTES_COPIED_ON_RECEIVE,
+    N_COPIED_AT_FORK,
+    NBYTES_COPIED_AT_FORK,
     N_RECLAIMED,
-    N_LEFT_SHARED,
+    N_SHARED_AFTER_FORK,
 ) = range(10)
-_FALLBACKS_AT: Final = 16
-
-
-def fallback_counters(reason: str) -> tuple[int, int]:
-    """Return the two counters of a reason: messages, and their nbytes."""
-    at = _FALLBACKS_AT + 2 * list(REASONS).index(reason)
-    return at, at + 1
-
-
-@dataclass(frozen=True, slots=True)
-class Fallback:
-    """Messages that travelled in-band for one reason.
-
-    Attributes
-    ----------
-    n_messages : int
-        How many.
-    nbytes : int
-        Their total size, bytes: streams and buffers.
-    """
-
-    n_messages: int
-    nbytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +42,13 @@ class Statistics:
         Messages sent through the arena, their buffers (a large stream counts as one), their bytes.
     n_messages_loaded : int
         Messages received through the arena.
-    n_copied_out, nbytes_copied_out : int
+    n_copied_on_receive, nbytes_copied_on_receive : int
         Blocks that receivers copied into ordinary memory and gave back at once.
-    n_privatized, nbytes_privatized : int
+    n_copied_at_fork, nbytes_copied_at_fork : int
         Blocks turned into ordinary memory because their holder forked.
     n_reclaimed : int
         Blocks taken back because nobody can read their message any more.
-    n_left_shared : int
+    n_shared_after_fork : int
         Blocks that a fork left shared between parent and child, because the system allowed no
         further mapping (``vm.max_map_count``). Anything but 0 is a reason to worry.
     n_quarantined : int
@@ -110,12 +74,12 @@ class Statistics:
     n_buffers_out_of_band: int
     nbytes_out_of_band: int
     n_messages_loaded: int
-    n_copied_out: int
-    nbytes_copied_out: int
-    n_privatized: int
-    nbytes_privatized: int
+    n_copied_on_receive: int
+    nbytes_copied_on_receive: int
+    n_copied_at_fork: int
+    nbytes_copied_at_fork: int
     n_reclaimed: int
-    n_left_shared: int
+    n_shared_after_fork: int
     n_quarantined: int
     n_participants: int
     fallbacks: Mapping[str, Fallback]
@@ -153,12 +117,12 @@ def summed(
         n_buffers_out_of_band=counters[N_BUFFERS],
         nbytes_out_of_band=counters[NBYTES],
         n_messages_loaded=counters[N_LOADED],
-        n_copied_out=counters[N_COPIED_OUT],
-        nbytes_copied_out=counters[NBYTES_COPIED_OUT],
-        n_privatized=counters[N_PRIVATIZED],
-        nbytes_privatized=counters[NBYTES_PRIVATIZED],
+        n_copied_on_receive=counters[N_COPIED_ON_RECEIVE],
+        nbytes_copied_on_receive=counters[NBYTES_COPIED_ON_RECEIVE],
+        n_copied_at_fork=counters[N_COPIED_AT_FORK],
+        nbytes_copied_at_fork=counters[NBYTES_COPIED_AT_FORK],
         n_reclaimed=counters[N_RECLAIMED],
-        n_left_shared=counters[N_LEFT_SHARED],
+        n_shared_after_fork=counters[N_SHARED_AFTER_FORK],
         n_quarantined=n_quarantined,
         n_participants=n_participants,
         fallbacks=fallbacks_of(counters),
@@ -174,7 +138,7 @@ def nothing() -> Statistics:
     """Return the statistics of an arena that does not exist: zeros."""
     states = dict.fromkeys(("free", "leased", "in_flight", "held"), 0)
     return summed(
-        [0] * (_FALLBACKS_AT + 2 * len(REASONS)),
+        [0] * COUNTERS_END,
         n_participants=0,
         n_quarantined=0,
         n_blocks=states,
@@ -183,34 +147,3 @@ def nothing() -> Statistics:
         nbytes_huge=0,
         capacity=0,
     )
-
-
-def fallbacks_of(counters: Sequence[int]) -> dict[str, Fallback]:
-    """Return the fallbacks in a list of counters, without the reasons that never occurred."""
-    found = {}
-    for reason in REASONS:
-        at, at_nbytes = fallback_counters(reason)
-        if counters[at]:
-            found[reason] = Fallback(counters[at], counters[at_nbytes])
-    return found
-
-
-def describe_fallbacks(fallbacks: Mapping[str, Fallback]) -> str:
-    """Say in one sentence each how many, how large, why, and what to change."""
-    parts = [
-        f"{fallback.n_messages} ({format_nbytes(fallback.nbytes)}) because {REASONS[reason]}"
-        for reason, fallback in fallbacks.items()
-    ]
-    n_messages = sum(fallback.n_messages for fallback in fallbacks.values())
-    plural = "message" if n_messages == 1 else "messages"
-    return f"{n_messages} {plural} travelled in-band, none was lost: {'; '.join(parts)}"
-
-
-def format_nbytes(nbytes: int) -> str:
-    """Return bytes in the largest binary unit that keeps the number at or above 1."""
-    value = float(nbytes)
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if value < 1024 or unit == "GiB":
-            break
-        value /= 1024
-    return f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"

@@ -19,7 +19,7 @@ from at_points import SIGNALS, summary
 from inside import message, verify
 from survivors import Survivors
 
-from oobpickle import _hook
+from oobpickle._hook import installed
 
 N_AT_A_TIME = 2
 LONGEST_LIFE_S = 0.04
@@ -30,7 +30,7 @@ def send(report, put, get, seed):
     """Send messages of all sizes until nobody reads them any more."""
     victims.no_core()
     get.close()
-    chance, arena = random.Random(seed), _hook.current.arena
+    chance, arena = random.Random(seed), installed.current.arena
     report.send(0)
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):
         for n in range(1 << 30):

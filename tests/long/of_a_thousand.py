@@ -56,7 +56,7 @@ def one_round(arena):
 
 
 def main(n_rounds):
-    arena = oobpickle.install(capacity=N_BLOCKS * NBYTES, copy_out=False)
+    arena = oobpickle.install(capacity=N_BLOCKS * NBYTES, copy_on_receive=False)
     times_s = [one_round(arena) for _ in range(int(n_rounds))]
     inside.assert_empty(arena)
     oobpickle.uninstall()

@@ -22,7 +22,7 @@ from inside import message, verify
 from survivors import blocks_of_the_dead
 
 import oobpickle
-from oobpickle import _hook
+from oobpickle._hook import installed
 from process.harness import kill_session, session_members
 
 CAPACITY = 256 << 20
@@ -40,7 +40,7 @@ def partner(get, put, others, begins, path):
     """Exchange messages until the parent is dead, and some more; then say so in a file."""
     for end in others:
         end.close()
-    arena, held, n_verified, n_more = _hook.current.arena, [], 0, 0
+    arena, held, n_verified, n_more = installed.current.arena, [], 0, 0
     # Not `is_alive`: a forked process has inherited what would tell its sisters.
     parent = f"/proc/{multiprocessing.parent_process().pid}"
     if begins:

@@ -33,7 +33,7 @@ def of_library():
     """Return the arguments of all calls of ``_faults.reach`` in the source."""
     called = re.compile(r'_faults\.reach\("([^"]+)"\)')
     return sorted(
-        {name for path in SOURCE.glob("*.py") for name in called.findall(path.read_text())}
+        {name for path in SOURCE.rglob("*.py") for name in called.findall(path.read_text())}
     )
 
 

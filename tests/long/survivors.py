@@ -24,7 +24,7 @@ import inside
 from inside import eventually, message, verify
 
 import oobpickle
-from oobpickle import _layout as layout
+from oobpickle._memory import layout
 
 WAIT_S = 10.0
 PAUSE_S = 0.5e-3  # so that the victims get a core now and then
@@ -70,7 +70,7 @@ class Survivors:
             self.context.set_forkserver_preload(["numpy", "oobpickle", "victims"])
         # Long enough for others to finish what they do with idle blocks: nobody reads from a victim
         # that sends to itself in-band.
-        self.arena = oobpickle.install(capacity=CAPACITY, wait_s=WAIT_S)
+        self.arena = oobpickle.install(capacity=CAPACITY, wait_timeout=WAIT_S)
         self.n_verified = 0
         there, back = self.pipe(), self.pipe()
         self.workers = [
@@ -114,7 +114,7 @@ class Survivors:
         leases = []
         try:
             while True:
-                leases.append(self.arena.acquire([1 << 20], wait_s=0))
+                leases.append(self.arena.acquire([1 << 20], wait_timeout=0))
         except oobpickle.ArenaFullError as error:
             reason = error.reason
         assert reason == "full", reason

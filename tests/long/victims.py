@@ -32,8 +32,9 @@ import inside
 from inside import content, message, verify
 
 import oobpickle
-from oobpickle import _faults, _hook
-from oobpickle import _layout as layout
+from oobpickle import _faults
+from oobpickle._hook import installed
+from oobpickle._memory import layout
 
 SIZES = (300_000, 1_500_000, 70_000)
 COPIED_NBYTES = 24 << 20
@@ -98,8 +99,8 @@ def live(fault, from_owner, to_owner, clogged):
 #: What is reached sooner than by the acts in their order.
 REACHED_BY = {
     "lease_new_rows": {"ledger.row.written", "ledger.row.counted"},
-    "prepare": {"arena.prepared"},
-    "copy_out": {"intake.copied"},
+    "prepare": {"arena.preallocated"},
+    "copy_on_receive": {"intake.copied"},
     "send_on": {"intake.readdressed"},
     "load": {"victim.loading"},
     "finalize": {"victim.finalizing"},
@@ -125,7 +126,7 @@ class Victim:
 
     def __init__(self, fault, from_owner, to_owner, clogged):
         self._of_children = fault if fault.startswith("fork.after_in_child") else None
-        self.arena = _hook.current.arena
+        self.arena = installed.current.arena
         self.from_owner, self.to_owner, self.clogged = from_owner, to_owner, clogged
         self.own_read, self.own_write = multiprocessing.Pipe(duplex=False)
         self.held, self.seed = [], 0
@@ -139,7 +140,7 @@ class Victim:
             self.finalize,
             self.load,
             self.prepare,
-            self.copy_out,
+            self.copy_on_receive,
             self.send_on,
             self.fork_and_go_on,
             self.drop,
@@ -184,15 +185,15 @@ class Victim:
 
     def prepare(self):
         with contextlib.suppress(oobpickle.ArenaFullError):  # while somebody else trims
-            self.arena.prepare(nbytes=400_000, count=2)
+            self.arena.preallocate(nbytes=400_000, count=2)
 
     def trim(self):
         self.arena.trim()
         self.talk_to_itself()
 
-    def copy_out(self):
+    def copy_on_receive(self):
         options = self.arena.options
-        self.arena.options = dataclasses.replace(options, copy_out=True)
+        self.arena.options = dataclasses.replace(options, copy_on_receive=True)
         self.own_write.send([message(9, 100_000), message(10, 200_000)])
         for part in self.own_read.recv():
             verify(part)

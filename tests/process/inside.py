@@ -27,11 +27,11 @@ import traceback
 import numpy as np
 from numpy.random import default_rng
 
-from oobpickle import _copying, _faults, _options
-from oobpickle import _layout as layout
+from oobpickle import _copying, _faults
+from oobpickle._memory import layout, options
 
 # The programs send many messages of 70 to 100 KB; children take over the parent's.
-_options.DEFAULT_THRESHOLD = 64 << 10
+options.DEFAULT_THRESHOLD = 64 << 10
 
 WATCHDOG_S = 150
 TOKEN_S = 20

@@ -13,12 +13,18 @@ import pytest
 import oobpickle
 
 SOURCE = Path(oobpickle.__file__).parent
-MODULES = sorted(path.stem for path in SOURCE.glob("*.py"))
+PRIVATE_PACKAGES = ("_pickling", "_memory", "_hook")  # each says what it is in a line
+PATHS = {
+    ".".join(path.relative_to(SOURCE).with_suffix("").parts): path
+    for path in sorted(SOURCE.rglob("*.py"))
+    if not (path.stem == "__init__" and path.parent.name in PRIVATE_PACKAGES)
+}
+MODULES = list(PATHS)
 HEADINGS = ["**What.**", "**How it works.**", "**Lifetime.**", "**When it cannot.**"]
 
 
 def load(name):
-    return importlib.import_module("oobpickle" if name == "__init__" else f"oobpickle.{name}")
+    return importlib.import_module(f"oobpickle.{name}".removesuffix(".__init__"))
 
 
 def examples_of(name):
@@ -59,7 +65,7 @@ def test_every_example_in_the_source_is_found():
 
 
 def text_of(name):
-    return (SOURCE / f"{name}.py").read_text()
+    return PATHS[name].read_text()
 
 
 def docstrings():

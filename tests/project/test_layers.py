@@ -12,129 +12,40 @@ import oobpickle
 SOURCE = Path(oobpickle.__file__).parent
 DESIGN = Path(__file__).parents[2] / "docs" / "explanation" / "design.md"
 
-#: The level of each module; a new one gets its place here, and in the table of the design.
-LEVELS = {
-    0: {
-        "_errors",
-        "_foreign",
-        "_faults",
-        "_system",
-        "_interrupts",
-        "_huge_pages",
-        "_statistics",
-        "_delegate",
-    },
-    1: {
-        "_copying",
-        "_functions",
-        "_classes",
-        "_large_globals",
-        "_reducers",
-        "_arrow",
-        "_byte_types",
-        "_locating",
-        "_rebuild",
-        "_resizable",
-        "_snapshot",
-        "_stream",
-        "_subclasses",
-        "_access",
-        "_segment",
-        "_backing",
-        "_descriptors",
-        "_remap",
-        "_file_words",
-        "_headroom",
-        "_layout",
-        "_pipes",
-    },
-    2: {
-        "_locks",
-        "_payload",
-        "_into",
-        "_by_value",
-        "_table",
-        "_ledger",
-        "_rows",
-        "_mutex",
-        "_participants",
-        "_unloaded",
-        "_options",
-    },
-    3: {
-        "_serializer",
-        "_straight",
-        "_membership",
-        "_lease",
-        "_watch",
-        "_holdings",
-        "_room",
-        "_retention",
-        "_fork",
-        "_intake",
-        "_arena",
-        "_absent",
-        "_files",
-        "_handed",
-    },
-    4: {"_envelope"},
-    5: {
-        "_backlog",
-        "_channels",
-        "_fileno",
-        "_hook",
-        "_offers",
-        "_readers",
-        "_main_module",
-        "_loading",
-        "_connections",
-        "_processes",
-        "_reduction",
-    },
-    6: {"__init__", "testing", "_calls", "_comparison"},
-}
-LEVEL_OF = {module: level for level, modules in LEVELS.items() for module in modules}
-#: The column that knows pickle; all else below the seam knows memory, but for what serves both.
+#: Each package, and each module beside them. A later line imports from earlier ones only, and what
+#: is in one line nothing from the rest of it.
+LAYERS = (
+    ("_errors", "_interrupts", "_delegate", "_faults", "_system"),
+    ("_foreign", "_fallback"),
+    ("_statistics", "_copying"),
+    ("_pickling", "_memory"),
+    ("_envelope",),
+    ("_hook",),
+    ("_api",),
+    ("__init__",),
+    ("testing",),
+)
+LEVEL_OF = {place: level for level, places in enumerate(LAYERS) for place in places}
+#: What serves both sides; nothing else below the seam is imported by that of pickle.
 COMMON = {"_errors", "_foreign", "_copying", "_delegate"}
-PICKLE = {
-    "_arrow",
-    "_reducers",
-    "_rebuild",
-    "_resizable",
-    "_snapshot",
-    "_stream",
-    "_subclasses",
-    "_byte_types",
-    "_locating",
-    "_comparison",
-    "_calls",
-    "_payload",
-    "_into",
-    "_functions",
-    "_classes",
-    "_large_globals",
-    "_by_value",
-    "_serializer",
-    "_straight",
-}
-SEAM = 4
-MEMORY = {m for m, level in LEVEL_OF.items() if level < SEAM} - PICKLE - COMMON
 PICKLERS = {"pickle", "_pickle", "copyreg", "cloudpickle", "pickletools", "marshal", "shelve"}
+SYSTEM = {"multiprocessing", "ctypes", "fcntl", "resource"}
 
 
-def imports_of(tree):
-    """Return the absolute names that a module imports when it runs, or a function of it."""
+def imports_of(tree, *, in_types=False):
+    """Return the absolute names that a module imports when it runs, or a function of it.
+
+    With `in_types` also those that only a type checker imports.
+    """
     found = set()
-    for node in _nodes_that_run(tree):
+    for node in ast.walk(tree) if in_types else _nodes_that_run(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             package = "oobpickle" if node.level else ""
             module = ".".join(part for part in (package, node.module) if part)
-            if module == "oobpickle":
-                found |= {f"oobpickle.{alias.name}" for alias in node.names}
-            else:
-                found.add(module)
+            inside = module.partition(".")[0] == "oobpickle"
+            found |= {f"{module}.{alias.name}" for alias in node.names} if inside else {module}
     return found
 
 
@@ -150,96 +61,96 @@ def _nodes_that_run(node):
 
 
 def parse(module):
-    return ast.parse((SOURCE / f"{module}.py").read_text())
+    return ast.parse((SOURCE / f"{module.replace('.', '/')}.py").read_text())
 
 
 def modules():
-    return {path.stem for path in SOURCE.glob("*.py")}
+    return {".".join(p.relative_to(SOURCE).with_suffix("").parts) for p in SOURCE.rglob("*.py")}
 
 
-def ours(module):
+def place_of(module):
+    """Return the package of a module, or the module itself if it stands beside them."""
+    return module.partition(".")[0]
+
+
+def _module_of(name):
+    """Return the module of oobpickle that a dotted name leads to, without what is in it."""
+    for module in (name, f"{name}.__init__", name.rpartition(".")[0], "__init__"):
+        if module in MODULES:
+            return module
+    raise AssertionError(name)
+
+
+def ours(module, *, in_types=False):
     """Return the modules of oobpickle that a module imports."""
     found = set()
-    for name in imports_of(parse(module)):
+    for name in imports_of(parse(module), in_types=in_types):
         package, _, rest = name.partition(".")
-        if package == "oobpickle" and rest:
-            found.add(rest if rest in modules() else "__init__")
-        elif package == "oobpickle" and module != "__init__":
-            found.add("__init__")
-    return found
+        if package == "oobpickle" and (rest or module != "__init__"):
+            found.add(_module_of(rest) if rest else "__init__")
+    return found - {module}
 
 
 MODULES = sorted(modules())
 
 
-def test_every_module_has_a_level():
+def test_everything_has_its_place():
+    folders = {path.parent.name for path in SOURCE.glob("*/__init__.py")}
+    beside = {path.stem for path in SOURCE.glob("*.py")}
 
-    assert set(LEVEL_OF) == modules()
-
-
-def layers_in_the_design():
-    """Return level and column of each module that the table of the design names, or the text."""
-    text = DESIGN.read_text().partition("## Layers")[2].partition("\n## ")[0]
-    rows = [line.strip("|").split("|") for line in text.splitlines() if re.match(r"\| \d", line)]
-    places = [
-        (module, (int(level), column))
-        for level, *cells in rows
-        for column, cell in zip(("pickle", "both", "memory"), cells, strict=True)
-        for module in re.findall(r"`(_\w+)`", cell)
-    ]
-    on_top = next(line for line in text.splitlines() if line.startswith("On top"))
-    places += [(module, (6, "on top")) for module in re.findall(r"`(_?[a-z]+)`", on_top)]
-    assert len(dict(places)) == len(places), "a module is named twice"
-    return dict(places)
+    assert set(LEVEL_OF) == folders | beside
+    assert {module.count(".") for module in MODULES} == {0, 1}
 
 
-def test_the_table_of_the_design_is_the_same():
-    places = layers_in_the_design()
-    levels = {module: level for module, level in LEVEL_OF.items() if module != "__init__"}
-    pickle = {module for module, (_, column) in places.items() if column == "pickle"}
+def test_the_design_names_every_module_once():
+    text = DESIGN.read_text().partition("## Where everything is")[2].partition("\n## ")[0]
+    named = re.findall(r"^\| `([\w.]+)` \|", text, re.MULTILINE)
+    there = [m for m in MODULES if not m.endswith("__init__")] + ["__init__", "testing"]
 
-    assert levels == {module: level for module, (level, _) in places.items()}
-    assert PICKLE - LEVELS[6] == pickle
-    assert {places[module][1] for module in COMMON} == {"both"}
-
-
-def test_the_source_is_one_flat_folder():
-
-    assert [path for path in SOURCE.rglob("*.py") if path.parent != SOURCE] == []
+    assert sorted(named) == sorted(there)
 
 
 def test_imports_point_down():
-    upwards = {m: {name for name in ours(m) if LEVEL_OF[name] > LEVEL_OF[m]} for m in MODULES}
+    upwards = {
+        m: {
+            name
+            for name in ours(m)
+            if place_of(name) != place_of(m) and LEVEL_OF[place_of(name)] >= LEVEL_OF[place_of(m)]
+        }
+        for m in MODULES
+    }
 
     assert upwards == {module: set() for module in MODULES}
 
 
 def test_imports_make_no_circle():
-    sorter = graphlib.TopologicalSorter({module: ours(module) for module in MODULES})
+    """Nor those that are for type checkers."""
+    sorter = graphlib.TopologicalSorter({m: ours(m, in_types=True) for m in MODULES})
 
     assert set(sorter.static_order()) == set(MODULES)
 
 
-@pytest.mark.parametrize("module", sorted(PICKLE))
+def of_package(package):
+    found = [module for module in MODULES if place_of(module) == package]
+    assert len(found) > 10
+    return found
+
+
+@pytest.mark.parametrize("module", of_package("_pickling"))
 def test_the_side_of_pickle_knows_nothing_of_memory(module):
     top = {name.split(".")[0] for name in imports_of(parse(module))}
 
-    assert ours(module) <= PICKLE | COMMON
-    assert not top & {"multiprocessing", "ctypes", "fcntl", "resource"}
+    assert {place_of(name) for name in ours(module)} <= {"_pickling", *COMMON}
+    assert not top & SYSTEM
 
 
 def test_the_side_of_memory_knows_nothing_of_pickle():
-    top = {m: {name.split(".")[0] for name in imports_of(parse(m))} & PICKLERS for m in MEMORY}
+    top = {
+        module: {name.split(".")[0] for name in imports_of(parse(module))} & PICKLERS
+        for module in of_package("_memory")
+    }
 
-    assert {m: ours(m) & PICKLE for m in MEMORY} == {m: set() for m in MEMORY}
-    assert top == {m: set() for m in MEMORY}
-
-
-def test_both_sides_are_imported_from_the_seam_on_only():
-    both = {module for module in MODULES if ours(module) & PICKLE and ours(module) & MEMORY}
-
-    assert {module for module in both if LEVEL_OF[module] < SEAM} == set()
-    assert "_envelope" in both
+    assert top == {module: set() for module in top}
 
 
 def test_no_module_is_imported_by_its_name_in_a_string():
@@ -263,10 +174,10 @@ def test_no_module_is_imported_by_its_name_in_a_string():
     [
         ("import oobpickle._a", {"oobpickle._a"}),
         ("from oobpickle import _a, _b", {"oobpickle._a", "oobpickle._b"}),
-        ("from oobpickle._a import x", {"oobpickle._a"}),
+        ("from oobpickle._a import x", {"oobpickle._a.x"}),
         ("from . import _a", {"oobpickle._a"}),
-        ("from ._a import x", {"oobpickle._a"}),
-        ("def f():\n  if x:\n    from oobpickle._a import y", {"oobpickle._a"}),
+        ("from ._a import x", {"oobpickle._a.x"}),
+        ("def f():\n  if x:\n    from oobpickle._a import y", {"oobpickle._a.y"}),
         ("try:\n  import a\nexcept ImportError:\n  import b", {"a", "b"}),
         ("if TYPE_CHECKING:\n  import a\nelse:\n  import b", {"b"}),
         ("if typing.TYPE_CHECKING:\n  import a", set()),

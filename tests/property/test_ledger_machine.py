@@ -7,8 +7,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, precon
 
 from exploring import examples
 from ledger_tools import FakeLocks, assert_in_order, make_ledger, make_mutex, owner_of, state_of
-from oobpickle import _faults, _ledger, _mutex, _participants
-from oobpickle._layout import (
+from oobpickle import _faults
+from oobpickle._memory import ledger, mutex, participants
+from oobpickle._memory.layout import (
     ADOPTED,
     FREE,
     HEADER_WORDS,
@@ -21,8 +22,8 @@ from oobpickle._layout import (
     PARTICIPANT_WORDS,
     adopted_by,
 )
-from oobpickle._participants import OwnRow, Participants
-from oobpickle._unloaded import Unloaded
+from oobpickle._memory.participants import OwnRow, Participants
+from oobpickle._memory.unloaded import Unloaded
 
 SIZES = st.lists(
     st.sampled_from([1, 4096, 4097, 70_000, 300_000, 1 << 20, 5 << 20]), min_size=1, max_size=4
@@ -79,7 +80,7 @@ class LedgerMachine(RuleBasedStateMachine):
             if hits == reach:
                 raise Crash
 
-        modules = (_ledger, _mutex, _participants)
+        modules = (ledger, mutex, participants)
         original = _faults.reach
         _faults.reach = point
         assert all(module._faults is _faults for module in modules)

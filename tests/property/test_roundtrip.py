@@ -12,7 +12,7 @@ import oobpickle
 import samples
 from exploring import examples
 from oobpickle import Payload, PayloadError, StructureError
-from oobpickle._serializer import serialize
+from oobpickle._pickling.serializer import serialize
 from oobpickle.testing import check_roundtrip
 from samples import Layer, Model, described, pickled
 

@@ -170,7 +170,7 @@ def test_the_source_names_none_of_these_libraries():
     from pathlib import Path
 
     names = ("pandas", "scipy", "sklearn", "xarray", "polars", "PIL", "torch")
-    for path in Path(oobpickle.__file__).parent.glob("*.py"):
+    for path in Path(oobpickle.__file__).parent.rglob("*.py"):
         code = [line for line in path.read_text().splitlines() if "import" in line]
 
         assert not [line for line in code if any(name in line for name in names)]

@@ -11,8 +11,8 @@ import pytest
 
 import oobpickle
 from oobpickle import EnvelopeError, StaleEnvelopeError, _envelope
-from oobpickle._arena import Arena
-from oobpickle._options import Options
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.options import Options
 
 NAME = bytes(range(32))
 

@@ -8,6 +8,7 @@ import pytest
 
 import oobpickle
 from oobpickle import _errors
+from oobpickle._errors import format_nbytes
 
 STANDARD = {
     "PayloadError": pickle.UnpicklingError,
@@ -108,3 +109,22 @@ def test_an_arena_error_shows_its_number():
 
     assert error.errno == errno.ENOSPC
     assert TEXT in str(error)
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "expected"),
+    [
+        (0, "0 bytes"),
+        (1023, "1023 bytes"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (10 << 10, "10 KiB"),
+        (100 << 10, "100 KiB"),
+        (1 << 20, "1.0 MiB"),
+        (5 << 29, "2.5 GiB"),
+        (1 << 43, "8192 GiB"),
+    ],
+)
+def test_bytes_are_shown_in_the_largest_unit_that_fits(nbytes, expected):
+
+    assert expected == format_nbytes(nbytes)

@@ -6,7 +6,7 @@ import pytest
 
 import fuzzers
 from oobpickle import _envelope
-from oobpickle._ledger import Ledger
+from oobpickle._memory.ledger import Ledger
 
 
 @pytest.mark.parametrize(("kind", "n_inputs"), [("Payload", 4000), ("Ledger", 800)])

@@ -6,15 +6,9 @@ import pickle
 import pytest
 
 from oobpickle import Fallback, Statistics, _statistics
-from oobpickle._layout import N_COUNTERS
-from oobpickle._statistics import (
-    REASONS,
-    describe_fallbacks,
-    fallback_counters,
-    fallbacks_of,
-    format_nbytes,
-    summed,
-)
+from oobpickle._fallback import REASONS, fallback_counters
+from oobpickle._memory.layout import N_COUNTERS
+from oobpickle._statistics import summed
 
 #: Where each counter is shown.
 SHOWN = {
@@ -22,12 +16,12 @@ SHOWN = {
     "N_BUFFERS": "n_buffers_out_of_band",
     "NBYTES": "nbytes_out_of_band",
     "N_LOADED": "n_messages_loaded",
-    "N_COPIED_OUT": "n_copied_out",
-    "NBYTES_COPIED_OUT": "nbytes_copied_out",
-    "N_PRIVATIZED": "n_privatized",
-    "NBYTES_PRIVATIZED": "nbytes_privatized",
+    "N_COPIED_ON_RECEIVE": "n_copied_on_receive",
+    "NBYTES_COPIED_ON_RECEIVE": "nbytes_copied_on_receive",
+    "N_COPIED_AT_FORK": "n_copied_at_fork",
+    "NBYTES_COPIED_AT_FORK": "nbytes_copied_at_fork",
     "N_RECLAIMED": "n_reclaimed",
-    "N_LEFT_SHARED": "n_left_shared",
+    "N_SHARED_AFTER_FORK": "n_shared_after_fork",
 }
 #: What the arena adds.
 KNOWN = {
@@ -94,61 +88,6 @@ def test_fallbacks_are_shown_by_reason_and_in_all():
     assert statistics.fallbacks == {r: Fallback(i, 1000 * i) for i, r in enumerate(REASONS, 1)}
     assert statistics.n_fallbacks == sum(range(len(REASONS) + 1))
     assert statistics.nbytes_fallbacks == 1000 * statistics.n_fallbacks
-
-
-def test_reasons_that_never_occurred_are_left_out():
-    found = counters()
-    found[fallback_counters("busy")[0]] = 1
-
-    assert fallbacks_of(found) == {"busy": Fallback(1, 0)}
-    assert fallbacks_of(counters()) == {}
-    assert summed(counters(), **KNOWN).n_fallbacks == 0
-
-
-def test_an_unknown_reason_is_no_counter():
-    with pytest.raises(ValueError, match=r"unheard|not in list"):
-        fallback_counters("unheard")
-
-
-def test_the_description_says_how_many_how_large_and_why():
-    text = describe_fallbacks({"full": Fallback(2, 3 << 20), "busy": Fallback(1, 100)})
-
-    assert text == (
-        f"3 messages travelled in-band, none was lost: 2 (3.0 MiB) because {REASONS['full']}; "
-        f"1 (100 bytes) because {REASONS['busy']}"
-    )
-
-
-def test_one_message_is_one_message():
-
-    assert describe_fallbacks({"full": Fallback(1, 0)}).startswith("1 message travelled")
-
-
-@pytest.mark.parametrize("reason", REASONS)
-def test_every_reason_says_why_and_what_to_do(reason):
-    why, _, what_to_do = REASONS[reason].partition(";")
-
-    assert why
-    assert what_to_do
-
-
-@pytest.mark.parametrize(
-    ("nbytes", "expected"),
-    [
-        (0, "0 bytes"),
-        (1023, "1023 bytes"),
-        (1024, "1.0 KiB"),
-        (1536, "1.5 KiB"),
-        (10 << 10, "10 KiB"),
-        (100 << 10, "100 KiB"),
-        (1 << 20, "1.0 MiB"),
-        (5 << 29, "2.5 GiB"),
-        (1 << 43, "8192 GiB"),
-    ],
-)
-def test_bytes_are_shown_in_the_largest_unit_that_fits(nbytes, expected):
-
-    assert expected == format_nbytes(nbytes)
 
 
 def test_statistics_are_values():

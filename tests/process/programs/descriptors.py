@@ -300,7 +300,7 @@ def _close_in_a_worker(kind):
         leases = []
         with contextlib.suppress(oobpickle.ArenaFullError):
             while True:
-                leases.append(arena.acquire([MIB], wait_s=0))
+                leases.append(arena.acquire([MIB], wait_timeout=0))
         for lease in leases:
             lease.destinations[0][:] = bytes(MIB)
         leases.clear()
@@ -374,8 +374,8 @@ def a_fork_without_descriptors():
 
     pid = fork(child)
     assert os.fstat(watcher).st_blocks * 512 < resident
-    assert arena.statistics().n_privatized == 3
-    assert arena.statistics().n_left_shared == 0
+    assert arena.statistics().n_copied_at_fork == 3
+    assert arena.statistics().n_shared_after_fork == 0
     for one in held:
         one[1][:] = 101
     written.give()
@@ -493,7 +493,7 @@ if __name__ == "__mp_main__" and "CLOSE_ALL" in os.environ:
 
 def no_strange_file_is_opened():
     """Who looks for an arena by the name that its sender gave opens nothing that is not of one."""
-    from oobpickle import _files
+    from oobpickle._memory import files
 
     with _enabled() as arena:
         name = arena.name
@@ -502,7 +502,7 @@ def no_strange_file_is_opened():
         opened = []
         sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)
         with contextlib.suppress(OSError):
-            _files.open_by_name(name)
+            files.open_by_name(name)
             raise AssertionError("opened")
         assert all(flags & os.O_PATH for _, _, flags in opened), opened
         theirs.assert_untouched()

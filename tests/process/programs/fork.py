@@ -12,7 +12,7 @@ import numpy as np
 from inside import Token, content, fork, is_in_arena, message, reap, verify
 
 import oobpickle
-from oobpickle import _fork
+from oobpickle._memory import fork as fork_module
 
 SIZES = (65_536, 70_001, 1_000_000, 5_000_000)
 MIB = 1 << 20
@@ -152,7 +152,7 @@ def another_sender_recycles_the_block():
     for child, _, _ in children:
         reap(child)
     reap(pid)
-    assert arena.statistics().n_copied_out == 0
+    assert arena.statistics().n_copied_on_receive == 0
 
 
 def parent_is_killed_and_its_blocks_are_recycled():
@@ -490,7 +490,7 @@ def threads_work_and_collect_while_pools_and_programs_start():
     assert n_dead > 50, n_dead
     for one in held:
         verify(one)
-    assert arena.statistics().n_left_shared == 0
+    assert arena.statistics().n_shared_after_fork == 0
     inside.assert_ledger_consistent(arena)
 
 
@@ -612,10 +612,10 @@ def arrays_that_die_in_another_thread_during_forks():
     assert arena.statistics().n_blocks["held"] == 1
     inside.assert_ledger_consistent(arena)
     # No range stays private without an array over it: messages arrive uncopied again.
-    n_copied = arena.statistics().n_copied_out
+    n_copied = arena.statistics().n_copied_on_receive
     for n in range(80):
         shelf.append(_received(n, 66_000))
-    assert arena.statistics().n_copied_out == n_copied
+    assert arena.statistics().n_copied_on_receive == n_copied
 
 
 # --- pages and costs
@@ -637,9 +637,9 @@ def file_pages_are_gone_before_fork_returns():
     left = os.fstat(arena.data.fd).st_blocks * 512
     assert left < 1_000_000, left
     statistics = arena.statistics()
-    assert statistics.n_privatized == 3
-    assert statistics.nbytes_privatized == 60_000_000
-    assert statistics.n_left_shared == 0
+    assert statistics.n_copied_at_fork == 3
+    assert statistics.nbytes_copied_at_fork == 60_000_000
+    assert statistics.n_shared_after_fork == 0
     waiting.give()
     done.take()
     reap(pid)
@@ -667,9 +667,9 @@ def released_private_ranges_are_shared_again():
         held[1][:] = 0
         del held
     statistics = arena.statistics()
-    assert statistics.n_copied_out == 0
+    assert statistics.n_copied_on_receive == 0
     assert statistics.n_blocks["free"] == 1
-    assert statistics.n_privatized == 20
+    assert statistics.n_copied_at_fork == 20
 
 
 def subprocess_is_unaffected():
@@ -682,7 +682,7 @@ def subprocess_is_unaffected():
     )  # fmt: skip
     assert "oobpickle" not in listing.stdout, listing.stdout
     assert os.system("true") == 0
-    assert arena.statistics().n_privatized == 0
+    assert arena.statistics().n_copied_at_fork == 0
     verify(held)
     assert arena.statistics().n_participants == 1
 
@@ -699,7 +699,7 @@ def subprocess_with_preexec_fn():
 
 
 def without_an_arena_the_hooks_do_nothing():
-    assert not _fork._registered
+    assert not fork_module._registered
     reap(fork(lambda: None))
     arena = oobpickle.install(capacity=64 * MIB)
     _received(1)

@@ -79,7 +79,7 @@ def siblings_and_master_write():
     for pid in pids:
         reap(pid)
     assert all((one[1] == 200).all() for one in held)
-    assert arena.statistics().n_left_shared == 0
+    assert arena.statistics().n_shared_after_fork == 0
     inside.assert_ledger_consistent(arena)
 
 
@@ -274,7 +274,7 @@ def what_cannot_be_private_is_counted():
     def child():
         verify(held[0], 0)
         statistics = arena.statistics()
-        assert statistics.n_left_shared == 2, statistics
+        assert statistics.n_shared_after_fork == 2, statistics
 
     def refuse(*args, **kwargs):
         if kwargs["flags"] & _system.MAP_PRIVATE:
@@ -286,7 +286,7 @@ def what_cannot_be_private_is_counted():
     _system.map_memory = map_memory
     reap(_fork(held[0][1].fill, 1))
     verify(held[0], 0)
-    assert arena.statistics().n_left_shared == 2
+    assert arena.statistics().n_shared_after_fork == 2
     inside.assert_ledger_consistent(arena)
 
 
@@ -330,7 +330,7 @@ def between_forks_of_python():
     more = _received(2)
     reap(_fork(more[1].fill, 3))
     verify(more, 2)
-    from oobpickle import _fork as hooks
+    from oobpickle._memory import fork as hooks
 
     hooks._before()  # and its *after* hooks are aborted
     hooks.fork_wheel.rotate()

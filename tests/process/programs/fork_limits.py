@@ -12,7 +12,7 @@ import numpy as np
 from inside import Token, address, fork, reap
 
 import oobpickle
-from oobpickle import _layout as layout
+from oobpickle._memory import layout
 
 MIB = 1 << 20
 N_MANY = 40_000  # of vm.max_map_count = 65,530; each block mapped apart would need two
@@ -37,7 +37,7 @@ def _assert_many(arrays, base, step=1):
 def forty_thousand_held_blocks():
     """Also if copying out is forbidden: what a fork cannot make private is copied nevertheless."""
     layout.PACK_NBYTES = 4096  # small arrays have a block each, too
-    arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_out=False)
+    arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_on_receive=False)
     held = _many(N_MANY, 0)
     n_held = arena.statistics().n_blocks["held"]
     assert n_held > 15_000, n_held
@@ -71,7 +71,7 @@ def forty_thousand_held_blocks():
     _assert_many(held[: N_MANY // 2], 1 + N_MANY, 2)
     _assert_many(held[N_MANY // 2 :], 5 * N_MANY)
     statistics = arena.statistics()
-    assert statistics.n_left_shared == 0, statistics
+    assert statistics.n_shared_after_fork == 0, statistics
     assert not statistics.fallbacks, statistics
     held.clear()
     arena.trim()
@@ -81,10 +81,10 @@ def forty_thousand_held_blocks():
 
 def one_message_of_more_blocks_than_a_fork_can_make_private():
     layout.PACK_NBYTES = 4096
-    arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_out=False)
+    arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_on_receive=False)
     arena.intake._most_held = 300
     held = _many(400, 0)
-    assert arena.statistics().n_copied_out == 400
+    assert arena.statistics().n_copied_on_receive == 400
     reap(fork(held[0].fill, 9))
     _assert_many(held, 0)
 
@@ -107,8 +107,8 @@ def a_program_that_has_used_up_its_mappings():
     reap(fork(lambda: None))
     took_s = time.monotonic() - start_s
     statistics = arena.statistics()
-    assert 0 < statistics.n_left_shared < 2_000, statistics
-    assert statistics.n_left_shared + statistics.n_privatized == 2_000, statistics
+    assert 0 < statistics.n_shared_after_fork < 2_000, statistics
+    assert statistics.n_shared_after_fork + statistics.n_copied_at_fork == 2_000, statistics
     assert took_s < 10, took_s
     _assert_many(held, 0)
 

@@ -22,7 +22,7 @@ from inside import content, eventually, fork, message, reap, verify
 
 import oobpickle
 from oobpickle import _copying
-from oobpickle import _layout as layout
+from oobpickle._memory import layout
 
 MIB = 1 << 20
 

@@ -20,9 +20,10 @@ import numpy as np
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
-from oobpickle import _headroom, _system
-from oobpickle._absent import AbsentArena
-from oobpickle._rows import Shortage
+from oobpickle import _system
+from oobpickle._memory import headroom
+from oobpickle._memory.absent import AbsentArena
+from oobpickle._memory.rows import Shortage
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -308,7 +309,7 @@ def _fill(arena):
     leases = []
     with contextlib.suppress(oobpickle.ArenaFullError):
         while True:
-            leases.append(arena.acquire([MIB], wait_s=0))
+            leases.append(arena.acquire([MIB], wait_timeout=0))
     return leases
 
 
@@ -354,7 +355,10 @@ def another_user():
 
 
 def full_of_held_results():
-    with _enabled_with_warnings(capacity=16 * MIB, wait_s=0, copy_out=False) as (arena, caught):
+    with _enabled_with_warnings(capacity=16 * MIB, wait_timeout=0, copy_on_receive=False) as (
+        arena,
+        caught,
+    ):
         context = multiprocessing.get_context("fork")
         with context.Pool(2) as pool:
             results = [pool.apply(_make, (seed, 3_000_000)) for seed in range(10)]
@@ -380,8 +384,8 @@ def _make(seed, nbytes):
 
 
 def waiting_for_room():
-    """With `wait_s` a sender waits for what a receiver is about to drop."""
-    with oobpickle.enabled(capacity=8 * MIB, wait_s=20) as arena:
+    """With `wait_timeout` a sender waits for what a receiver is about to drop."""
+    with oobpickle.enabled(capacity=8 * MIB, wait_timeout=20) as arena:
         read, write = _pipe()
         filled = Token()
 
@@ -453,7 +457,7 @@ def backing_none():
 def in_the_middle(what):
     """Some buffers have their blocks when the next is refused: all goes in-band, nothing stays."""
     capacity = 24 * MIB if what == "full" else 256 * MIB
-    with _enabled_with_warnings(capacity=capacity, wait_s=0) as (arena, caught):
+    with _enabled_with_warnings(capacity=capacity, wait_timeout=0) as (arena, caught):
         read, write = _pipe()
         sender = threading.Thread(target=write.send, args=(_many(1),))
         with _refusing(what, arena) as refused:
@@ -515,7 +519,7 @@ def _refusing(what, arena):
         "allocate": lambda: patched(_system, "allocate", _raising(errno.ENOSPC)),
         "unsupported": lambda: patched(_system, "allocate", _raising(errno.EOPNOTSUPP)),
         # After one look the next 64 MB are taken on trust.
-        "memory": lambda: patched(_headroom, "available_nbytes", lambda: 0, after=1),
+        "memory": lambda: patched(headroom, "available_nbytes", lambda: 0, after=1),
         "table": lambda: patched(
             arena.ledger.rows, "make", lambda _, nbytes: Shortage("table", nbytes, 0)
         ),
@@ -673,7 +677,7 @@ def memory_cgroup(tasks_file, nbytes):
     nbytes = int(nbytes)
     with open(tasks_file, "w") as file:
         file.write(str(os.getpid()))
-    with _enabled_with_warnings(capacity=GIB, wait_s=0) as (arena, caught):
+    with _enabled_with_warnings(capacity=GIB, wait_timeout=0) as (arena, caught):
         context = multiprocessing.get_context("fork")
         with context.Pool(1) as pool:
             held, n_checked = [], 0

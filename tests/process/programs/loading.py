@@ -17,7 +17,7 @@ import numpy as np
 from inside import Model, content
 
 import oobpickle
-from oobpickle import _connections
+from oobpickle._hook import connections
 
 MIB = 1 << 20
 SIZES = (10, 200_000, 3 * MIB)
@@ -153,7 +153,7 @@ def _text_and_data(size):
     return "x" * size, content(1, 200_000)
 
 
-_pack = _connections.pack
+_pack = connections.pack
 
 
 def _take_back_what_is_sent():
@@ -163,11 +163,11 @@ def _take_back_what_is_sent():
         envelope.lease.release()
         return envelope
 
-    _connections.pack = pack
+    connections.pack = pack
 
 
 def _let_go():
-    _connections.pack = _pack
+    connections.pack = _pack
 
 
 def terminated_while_results_fail(method):

@@ -14,7 +14,7 @@ import inside
 import numpy as np
 
 import oobpickle
-from oobpickle import _hook
+from oobpickle._hook import installed
 
 SCALE = 2
 STATE = None
@@ -186,7 +186,7 @@ def by_name_if_it_is_a_file(method):
         assert type(pair.other) is Counts
         assert kind is Kind.SMALL
         assert pool.apply(_made_until_now) == 1
-        assert not _hook.current.spawned
+        assert not installed.current.spawned
 
 
 def _is_found():

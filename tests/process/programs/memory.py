@@ -10,7 +10,7 @@ import numpy as np
 from inside import content, eventually, fork, message, reap, verify
 
 import oobpickle
-from oobpickle import _headroom, _retention, _room
+from oobpickle._memory import headroom, retention, room
 
 MIB = 1 << 20
 LIMIT = 4 * MIB
@@ -20,8 +20,8 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
 def _limit():
     """Let free blocks keep 4 MiB, as far as this process sees to it."""
-    _retention._LEAST_NBYTES = LIMIT
-    _headroom.limit_nbytes = lambda: 8 * LIMIT
+    retention._LEAST_NBYTES = LIMIT
+    headroom.limit_nbytes = lambda: 8 * LIMIT
 
 
 def _make(seed, nbytes=NBYTES):
@@ -140,7 +140,7 @@ def _resident_nbytes(_=None):
 
 
 def _little():
-    _room._TOUCHED_NBYTES = 8 * MIB
+    room._TOUCHED_NBYTES = 8 * MIB
 
 
 def resident_size(method):

@@ -22,7 +22,8 @@ import numpy as np
 from inside import Fitted, content, fork, reap
 
 import oobpickle
-from oobpickle import _connections, _reduction
+from oobpickle import _api
+from oobpickle._hook import connections
 
 N = 4
 SMALL_NBYTES, LARGE_NBYTES = 3_000, 400_000  # below and above the threshold
@@ -54,7 +55,7 @@ def _check_next(found, first=0):
 
 def _there():
     """Return what is now in the places where oobpickle replaces something."""
-    return [getattr(owner, name) for owner, name, _ in _reduction._replacements()]
+    return [getattr(owner, name) for owner, name, _ in _api._replacements()]
 
 
 _originals = _there()
@@ -174,7 +175,7 @@ def _send_twice_to_all(go, queue, simple, connection):
 
 def older_processes_are_counted_however_they_are_read(method):
     """Their pickler is multiprocessing's; what is read as bytes may be of any other."""
-    _connections._N_ASKING = 0  # nobody is invited to join
+    connections._N_ASKING = 0  # nobody is invited to join
     context = multiprocessing.get_context(method)
     queue, simple, (reader, writer) = context.Queue(), context.SimpleQueue(), context.Pipe(False)
     go = context.Event()

@@ -438,7 +438,7 @@ def too_little_room_loses_nothing(method):
 
     def block():
         nonlocal received, statistics
-        with oobpickle.enabled(capacity=MIB, wait_s=0) as arena, context.Pool(2) as pool:
+        with oobpickle.enabled(capacity=MIB, wait_timeout=0) as arena, context.Pool(2) as pool:
             received = pool.map(_echo, [message(seed, 3 * MIB) for seed in range(6)], chunksize=1)
             statistics = arena.statistics()
             pool.close()
@@ -453,7 +453,7 @@ def too_little_room_loses_nothing(method):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with (
-            oobpickle.enabled(capacity=MIB, wait_s=0),
+            oobpickle.enabled(capacity=MIB, wait_timeout=0),
             oobpickle.enabled(),
             context.Pool(1) as pool,
         ):
@@ -481,8 +481,8 @@ def nested_blocks_and_options():
         for wrong in (
             {"capacity": 65 * MIB},
             {"threshold": 0},
-            {"wait_s": 1.0},
-            {"copy_out": True},
+            {"wait_timeout": 1.0},
+            {"copy_on_receive": True},
         ):
             error = _assert_raises(ValueError, oobpickle.enabled(**wrong).__enter__)
             assert next(iter(wrong)) in str(error)
@@ -491,7 +491,12 @@ def nested_blocks_and_options():
         assert not outer.closed
     assert not _replaced()
     assert outer.closed
-    for wrong in ({"capacity": 10}, {"threshold": -1}, {"wait_s": -1.0}, {"capacity": 1 << 60}):
+    for wrong in (
+        {"capacity": 10},
+        {"threshold": -1},
+        {"wait_timeout": -1.0},
+        {"capacity": 1 << 60},
+    ):
         _assert_raises(ValueError, functools.partial(oobpickle.install, **wrong))
         assert not _replaced()
 
@@ -604,7 +609,7 @@ def _work_on_queues(tasks, results):
 
 def _lower_limit(kind):
     if kind == "library":
-        sys.modules["oobpickle._reduction"] = None  # as where it is not installed
+        sys.modules["oobpickle._api"] = None  # as where it is not installed
         return
     limit, value = {
         "descriptors": (resource.RLIMIT_NOFILE, max(map(int, os.listdir("/proc/self/fd")))),
@@ -758,7 +763,7 @@ def older_workers_that_cannot_follow(method):
         pool.apply(_lower_limit, ("library",))
         for seed in range(100):
             assert pool.apply(np.full, (30_000, seed))[-1] == seed
-        hook = oobpickle._hook.current
+        hook = oobpickle._hook.installed.current
         assert arena.statistics().fallbacks["channel"].n_messages == 100
         asked = [n_asked for _, n_asked, _ in hook.channels._asked.values()]
         assert max(asked) < 60, asked
@@ -913,14 +918,14 @@ def ten_thousand_small_arrays():
 def copying_out():
     context = multiprocessing.get_context("fork")
     for option in (True, False, None):
-        with oobpickle.enabled(capacity=32 * MIB, copy_out=option) as arena:
+        with oobpickle.enabled(capacity=32 * MIB, copy_on_receive=option) as arena:
             read, write = context.Pipe(duplex=False)
             held = []
             for seed in range(10):
                 write.send(message(seed, 2 * 10**6))
                 held.append(verify(read.recv(), seed))
             inside_arena = [is_in_arena(arena, one[1]) for one in held]
-            n_copied = arena.statistics().n_copied_out
+            n_copied = arena.statistics().n_copied_on_receive
             assert n_copied == inside_arena.count(False)
             if option is not None:
                 assert inside_arena == [not option] * 10

@@ -19,7 +19,8 @@ import inside
 from inside import Token, eventually, fork, message, reap, verify
 
 import oobpickle
-from oobpickle import _faults, _membership
+from oobpickle import _faults
+from oobpickle._memory import membership
 
 MIB = 1 << 20
 N = 3
@@ -76,7 +77,7 @@ def _press(arena):
         leases = []
         with contextlib.suppress(oobpickle.ArenaFullError):
             while True:
-                leases.append(arena.acquire([MIB], wait_s=0))
+                leases.append(arena.acquire([MIB], wait_timeout=0))
         for lease in leases:
             for destination in lease.destinations:
                 destination[::4096] = bytes(len(destination) // 4096)
@@ -343,14 +344,14 @@ def a_raw_reader_that_ends():
 
 def _join_only_after(token):
     """Let the next child of this process take long to take part."""
-    join = _membership.Membership.join
+    join = membership.Membership.join
 
     def late(self):
         token.take()
-        _membership.Membership.join = join
+        membership.Membership.join = join
         join(self)
 
-    _membership.Membership.join = late
+    membership.Membership.join = late
 
 
 def children_of_a_reader_that_ends():

@@ -21,8 +21,7 @@ import inside
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
-from oobpickle import _intake
-from oobpickle import _layout as layout
+from oobpickle._memory import intake, layout
 
 MIB = 1 << 20
 
@@ -40,7 +39,7 @@ def _fill(arena, nbytes=MIB):
     leases = []
     with contextlib.suppress(oobpickle.ArenaFullError):
         while True:
-            leases.append(arena.acquire([nbytes], wait_s=0))
+            leases.append(arena.acquire([nbytes], wait_timeout=0))
     return leases
 
 
@@ -48,7 +47,7 @@ def _fill(arena, nbytes=MIB):
 
 
 def worker_killed_while_it_holds_everything():
-    arena = oobpickle.install(capacity=64 * MIB, copy_out=False, wait_s=0)
+    arena = oobpickle.install(capacity=64 * MIB, copy_on_receive=False, wait_timeout=0)
     read, write = _pipe()
     full = Token()
 
@@ -234,7 +233,7 @@ def thirty_terminated_pools():
 
 def thirty_rounds_in_little_room():
     """The same with room for less than two rounds: nothing may go in-band for want of it."""
-    arena = oobpickle.install(capacity=16 * MIB, wait_s=5)
+    arena = oobpickle.install(capacity=16 * MIB, wait_timeout=5)
     for _ in range(30):
         _terminate_a_pool(n_tasks=12, nbytes=500_000)
     assert arena.statistics().n_fallbacks == 0, arena.statistics()
@@ -332,7 +331,7 @@ def mail_to_a_dead_reader():
 
 def sender_killed_after_send(kind):
     """What was sent arrives, even if all room was taken, and taken back, before it is read."""
-    arena = oobpickle.install(capacity=64 * MIB, wait_s=0)
+    arena = oobpickle.install(capacity=64 * MIB, wait_timeout=0)
     context = multiprocessing.get_context("fork")
     if kind in ("Queue", "SimpleQueue"):
         queue = getattr(context, kind)()
@@ -364,7 +363,7 @@ def sender_killed_after_send(kind):
 
 def message_read_but_not_yet_loaded():
     """Its channel is empty and its sender is dead; but who has read it owns it."""
-    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    arena = oobpickle.install(capacity=16 * MIB, wait_timeout=0)
     read, write = _pipe()
     relay_read, relay_write = _pipe()
     has_read, go_on, relayed = Token(), Token(), Token()
@@ -411,7 +410,7 @@ def _take_all_room_twice(arena, n_at_least):
 
 def reader_on_its_way_in_a_socket():
     """While the reading end is passed on (SCM_RIGHTS), no process has a descriptor of it."""
-    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    arena = oobpickle.install(capacity=16 * MIB, wait_timeout=0)
     read, write = _pipe()
     one, other = socket.socketpair()
     write.send(message(1))
@@ -433,7 +432,7 @@ def something_stuck_in_the_socket_of_a_stranger():
     def participant():
         one.close()
         other.close()
-        arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+        arena = oobpickle.install(capacity=16 * MIB, wait_timeout=0)
         read, write = _pipe()
         write.send(message(1))
         read.close()
@@ -450,7 +449,7 @@ def something_stuck_in_the_socket_of_a_stranger():
 
 def descendant_of_a_process_that_reads_without_saying():
     """A child has uninstalled, forks and ends: its child still reads without saying when."""
-    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    arena = oobpickle.install(capacity=16 * MIB, wait_timeout=0)
     read, write = _pipe()
     report, answer = multiprocessing.Pipe(duplex=False)
     has_read, go_on = Token(), Token()
@@ -488,7 +487,7 @@ for _ in range(3):
 
 def program_that_inherited_a_connection():
     """It finds the arena with its first message; from then on nothing of it is reclaimed."""
-    arena = oobpickle.install(capacity=16 * MIB, wait_s=0)
+    arena = oobpickle.install(capacity=16 * MIB, wait_timeout=0)
     read, write = _pipe()
     (go, go_on), (has_read, say) = os.pipe(), os.pipe()
     fds = read.fileno(), go, say
@@ -508,18 +507,18 @@ def message_whose_load_is_interrupted():
     """Nobody has it any more: its memory comes back."""
     arena = oobpickle.install(capacity=16 * MIB)
     read, write = _pipe()
-    claim = _intake.Intake.claim
+    claim = intake.Intake.claim
 
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
     for seed in range(40):
         write.send([message(seed), message(seed, 300_000)])
-        _intake.Intake.claim = interrupted
+        intake.Intake.claim = interrupted
         with contextlib.suppress(KeyboardInterrupt):
             read.recv()
             raise AssertionError("loaded")
-        _intake.Intake.claim = claim
+        intake.Intake.claim = claim
     assert arena.statistics().n_fallbacks == 0
     inside.assert_empty(arena)
 

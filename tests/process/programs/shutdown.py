@@ -9,7 +9,7 @@ import inside
 from inside import eventually, message, verify
 
 import oobpickle
-from oobpickle import _connections
+from oobpickle._hook import connections
 
 MIB = 1 << 20
 N_TASKS = 12
@@ -70,7 +70,7 @@ def block_left_while_a_message_is_about_to_take_room():
     """It is neither lost nor warned of: the sender has looked, then the owner closes the arena."""
     context = multiprocessing.get_context("fork")
     looked = context.Event()
-    send_through = _connections._send_through
+    send_through = connections._send_through
 
     def after_the_owner_has_closed(hook, *args):
         looked.set()
@@ -78,7 +78,7 @@ def block_left_while_a_message_is_about_to_take_room():
         return send_through(hook, *args)
 
     def send(end):
-        _connections._send_through = after_the_owner_has_closed
+        connections._send_through = after_the_owner_has_closed
         end.send(message(7))
 
     with oobpickle.enabled(capacity=256 * MIB) as arena:

@@ -16,13 +16,14 @@ import numpy as np
 from inside import content, message, reap, verify
 
 import oobpickle
-from oobpickle import _copying, _faults, _hook, _reduction
+from oobpickle import _api, _copying, _faults
+from oobpickle._hook import installed
 
 MIB = 1 << 20
 LIBRARY = os.path.dirname(oobpickle.__file__)
 #: Between the last statement of a `try` and the first of its `finally` no signal is delivered; and
 #: after a call that opens something nothing can be done before it is stored.
-UNREACHABLE = {("_segment.py", "create"), ("_reduction.py", "enabled"), ("_mutex.py", "run")}
+UNREACHABLE = {("segment.py", "create"), ("_api.py", "enabled"), ("mutex.py", "run")}
 
 
 def _pipe():
@@ -69,7 +70,7 @@ def _signal_at(point, hit=1):
 
 def an_alarm_ends_the_wait_for_room():
     with (
-        oobpickle.enabled(capacity=16 * MIB, wait_s=60, copy_out=False) as arena,
+        oobpickle.enabled(capacity=16 * MIB, wait_timeout=60, copy_on_receive=False) as arena,
         _handler(_strike),
     ):
         read, write = _pipe()
@@ -100,7 +101,7 @@ def an_alarm_within_the_turning_of_held_blocks_into_ordinary_memory():
                 pid = inside.fork(verify, held, 1)
             verify(held, 1)
             reap(pid)
-            assert arena.statistics().n_left_shared == 0
+            assert arena.statistics().n_shared_after_fork == 0
             del held
 
 
@@ -130,7 +131,7 @@ class _Tracer:
 
 def _objects():
     """Return what oobpickle replaces."""
-    return [getattr(owner, name) for owner, name, _ in _reduction._replacements()]
+    return [getattr(owner, name) for owner, name, _ in _api._replacements()]
 
 
 def _descriptors():
@@ -184,7 +185,7 @@ def _left_behind(run, strike_at):
     with oobpickle.enabled():
         pass
     gc.collect()
-    clean = before == _objects() and _hook.current is None
+    clean = before == _objects() and installed.current is None
     clean = clean and len(_descriptors()) <= len(descriptors)
     return "" if clean or tracer.where in UNREACHABLE else (strike_at, tracer.where)
 
@@ -237,7 +238,7 @@ def memory_is_given_back_though_leaving_is_interrupted():
 
         type(arena.data).punch = punch
     type(arena.data).punch = original
-    assert _hook.current is None
+    assert installed.current is None
     statistics = arena.statistics()
     assert statistics.nbytes["free"] == statistics.nbytes_resident == 0, statistics
     assert statistics.n_blocks["leased"] == 0, statistics

@@ -18,7 +18,7 @@ import numpy as np
 from inside import Token, eventually, fork, message, reap, verify
 
 import oobpickle
-from oobpickle._pipes import channel_id, n_unread
+from oobpickle._memory.pipes import channel_id, n_unread
 
 MIB = 1 << 20
 NBYTES = 200 * MIB

@@ -19,9 +19,9 @@ import numpy as np
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
-import oobpickle._reduction
-from oobpickle import _files, _participants
-from oobpickle import _layout as layout
+import oobpickle._api
+from oobpickle._memory import files, layout
+from oobpickle._memory import participants as participants_module
 
 MIB = 1 << 20
 N = 3
@@ -244,7 +244,7 @@ def older_worker_with_another_version(method):
 
 
 def _become_another_version():
-    _files.VERSION += 1
+    files.VERSION += 1
 
 
 def _nothing():
@@ -303,7 +303,7 @@ def _take_away(what, folder):
         _kept.append(page)
         _checked(_libc.mlock(page, resource.getpagesize()))
     elif what == "slots":
-        _participants.MAX_PARTICIPANTS = 1
+        participants_module.MAX_PARTICIPANTS = 1
     elif what == "hook":
         oobpickle.uninstall()
     else:
@@ -336,7 +336,7 @@ def child_that_cannot_attach(what):
         assert set(counted) == {reason}, counted
         assert counted[reason][0] == N, counted
         assert nbytes < counted[reason][1] < nbytes + 300 * N, counted
-        copied = arena.statistics().n_copied_out - before.n_copied_out
+        copied = arena.statistics().n_copied_on_receive - before.n_copied_on_receive
         assert copied == (N if what in ("address space", "swap") else 0), copied
 
 
@@ -388,7 +388,10 @@ def _echo_over_kept(n):
 
 def what_is_in_flight_stays(hidden_by):
     """Who cannot see a process in /proc must not free what it is about to read."""
-    with tempfile.TemporaryDirectory() as folder, _enabled(capacity=16 * MIB, wait_s=0) as arena:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _enabled(capacity=16 * MIB, wait_timeout=0) as arena,
+    ):
         os.mkdir(os.path.join(folder, "proc"))
         read, write = multiprocessing.Pipe(duplex=False)
         go = Token()
@@ -430,7 +433,7 @@ def what_is_in_flight_stays(hidden_by):
 def faulty_participant(seed):
     """It writes over the ledger, and the others go on: whole messages, or errors of ours."""
     rng = random.Random(int(seed))
-    with _enabled_but_damaged(capacity=64 * MIB, wait_s=0) as arena:
+    with _enabled_but_damaged(capacity=64 * MIB, wait_timeout=0) as arena:
         read, write = multiprocessing.Pipe(duplex=False)
         there, back = multiprocessing.Pipe(duplex=False)
         ask, asked = multiprocessing.Pipe()
@@ -474,7 +477,7 @@ def faulty_participant(seed):
 
 
 _N_DAMAGED = 60
-_REASONS = oobpickle._statistics.REASONS
+_REASONS = oobpickle._fallback.REASONS
 
 
 @contextlib.contextmanager

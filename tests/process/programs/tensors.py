@@ -7,7 +7,7 @@ import numpy as np
 from inside import content
 
 import oobpickle
-from oobpickle import _reduction
+from oobpickle import _api
 
 N = 3
 LARGE = 400_000
@@ -15,7 +15,7 @@ LARGE = 400_000
 
 def _there():
     """Return what is now in the places where oobpickle replaces something."""
-    return [getattr(owner, name) for owner, name, _ in _reduction._replacements()]
+    return [getattr(owner, name) for owner, name, _ in _api._replacements()]
 
 
 _originals = _there()

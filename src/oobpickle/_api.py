@@ -1,0 +1,304 @@
+"""Install and uninstall: how oobpickle gets into ``multiprocessing`` and out again.
+
+**What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
+
+**How it works.** Twelve objects of the standard library are replaced, each by a function of its own
+that does what it replaced unless the hook is in: see `_replacements`.
+
+**Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
+until they see the arena closed.
+
+**When it cannot.** Without an arena `enabled` warns and yields an absent one, and everything stays
+as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import multiprocessing.connection as mp_connection
+import multiprocessing.process as mp_process
+import multiprocessing.queues as mp_queues
+import multiprocessing.reduction as mp_reduction
+import multiprocessing.spawn as mp_spawn
+import os
+import subprocess
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+from oobpickle import _statistics, _system
+from oobpickle._errors import ArenaError, FallbackWarning
+from oobpickle._fallback import Fallback, describe_fallbacks
+from oobpickle._foreign import ignoring
+from oobpickle._hook import installed
+from oobpickle._hook.channels import Channels
+from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
+from oobpickle._hook.fileno import hooked_fileno
+from oobpickle._hook.installed import Block, Hook, Replacement, running
+from oobpickle._hook.main_module import hooked_preparation, is_absent
+from oobpickle._hook.processes import (
+    SPAWNING,
+    hooked_dump,
+    hooked_dup_fd,
+    hooked_execute_child,
+    hooked_launch,
+    hooked_pipe,
+    is_being_started,
+)
+from oobpickle._memory.absent import AbsentArena
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.options import Options
+from oobpickle._statistics import Statistics
+
+_declined: deque[bytes] = deque(maxlen=64)  # identities of arenas that were offered
+_absences: set[object] = set()  # of the blocks, and of an install(), that have to do without
+
+
+def _replacements() -> list[Replacement]:
+    connection: Any = mp_connection.Connection
+    return [
+        (mp_connection, "_ForkingPickler", hooked_pickler),
+        (mp_queues, "_ForkingPickler", hooked_pickler),
+        (connection, "_send_bytes", hooked_send_bytes),
+        (connection, "_recv", hooked_recv),
+        (mp_connection._ConnectionBase, "fileno", hooked_fileno),
+        (mp_connection, "Pipe", hooked_pipe),
+        (mp_reduction, "dump", hooked_dump),
+        (mp_reduction, "DupFd", hooked_dup_fd),
+        *((popen, "_launch", hooked_launch) for popen in SPAWNING),
+        (mp_spawn, "get_preparation_data", hooked_preparation),
+        (subprocess.Popen, "_execute_child", hooked_execute_child),
+    ]
+
+
+def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
+    """In a child that is being started: take part in the parent's arena."""
+    descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
+    # The parent counts on us, but a process that cannot start is worse than one that cannot load.
+    with ignoring(ArenaError, OSError):
+        _take_part(Arena.attach(*descriptors), channels, is_spawned=True)
+
+
+def _take_part(arena: Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
+    known = Channels(arena, channels)
+    if is_spawned and is_absent():
+        known.spawned.add(0)  # the parent has a main module that is not ours
+    hook = Hook(arena, known, arena.options, is_owner=False, inherit=_inherit)
+    hook.installed = True
+    _reset_guard_in_children()
+    installed.start(hook, _replacements())
+    _absences.discard(install)
+
+
+def accept(name: bytes) -> None:
+    """Take part in the arena of the process whose message is being loaded; see `_hook.invitations`.
+
+    Not if this process takes part in one already. Nothing that goes wrong here loses the message.
+    """
+    with ignoring(Exception), installed.guard:
+        if running() is None and name[:16] not in _declined and not _system.lacking():
+            _declined.append(name[:16])  # asked for once: what has failed would fail again
+            _take_part(Arena.find(name))
+
+
+@functools.cache
+def _reset_guard_in_children() -> None:
+    os.register_at_fork(after_in_child=installed.guard._at_fork_reinit)  # type: ignore[attr-defined]
+
+
+def _start(options: Options, block: Block | None = None) -> Hook | None:
+    """Return the running hook, or put one in; ``None`` if this process has to do without.
+
+    The `block` is noted before it is put in, so that no interrupt can leave a hook without one.
+    """
+    hook = running()
+    if hook is not None:
+        options.check_compatible(hook.said)
+        if block is not None:
+            hook.blocks.add(block)
+        return hook
+    if is_being_started():
+        return None
+    _reset_guard_in_children()
+    installed.sweep()
+    arena = Arena.create(options)
+    hook = Hook(arena, Channels(arena), options.resolve(), is_owner=True, inherit=_inherit)
+    if block is not None:
+        hook.blocks.add(block)
+    installed.start(hook, _replacements())
+    return hook
+
+
+def install(
+    *,
+    capacity: int | None = None,
+    threshold: int | None = None,
+    wait_timeout: float | None = None,
+    copy_on_receive: bool | None = None,
+) -> Arena:
+    """Send large messages of this process and its children out of band from now on.
+
+    Parameters
+    ----------
+    capacity, threshold, wait_timeout, copy_on_receive
+        As for `enabled`.
+
+    Returns
+    -------
+    Arena
+        The arena; the same one if it is installed already. In a process that is only just being
+        started (the top level of a spawned child's main module) it is one without memory, since
+        that process takes part in its parent's.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is out of range, or differs from the running arena's.
+    ArenaError
+        If this system cannot provide the memory.
+
+    See Also
+    --------
+    uninstall : the undo.
+    """
+    options = Options(capacity, threshold, wait_timeout, copy_on_receive)
+    with installed.guard:
+        hook = _start(options)
+        if hook is None:
+            _absences.add(install)
+            return AbsentArena(options)
+        hook.installed = True
+        return hook.arena
+
+
+def uninstall() -> None:
+    """Undo `install`: restore what was replaced, and give every free block back to the system.
+
+    Does nothing if nothing is installed. Inside an `enabled` block the end of the block does it.
+    Objects that were received stay valid.
+    """
+    with installed.guard:
+        _absences.discard(install)
+        hook = installed.current
+        if hook is not None:
+            hook.installed = False
+            if not hook.blocks:
+                installed.stop(hook)
+
+
+@contextlib.contextmanager
+def enabled(
+    *,
+    capacity: int | None = None,
+    threshold: int | None = None,
+    wait_timeout: float | None = None,
+    copy_on_receive: bool | None = None,
+) -> Iterator[Arena]:
+    """Send the large buffers of multiprocessing messages through shared memory inside the block.
+
+    Parameters
+    ----------
+    capacity : int, optional
+        The most bytes that the arena may occupy. Default: half of the machine's memory, or of the
+        memory cgroup's limit. What is available is looked at again whenever fresh memory is
+        taken.
+    threshold : int, optional
+        Messages of fewer bytes in all travel as they always did. Default: 192 KiB, the
+        measured crossover.
+    wait_timeout : float, optional
+        How long a sender waits for room that others hold, seconds, before the message travels
+        in-band. Default: as long as a pipe would take for it.
+    copy_on_receive : bool, optional
+        Whether receivers copy into ordinary memory and give the block back at once. Default: only
+        when held blocks pass half of `capacity`; not messages above a quarter of it that fit.
+
+    Yields
+    ------
+    Arena
+        The arena; nested uses yield the same. Where the system offers no shared memory, a
+        `FallbackWarning` says so, everything works as without oobpickle, and what is yielded is an
+        arena without memory, whose statistics are zeros.
+
+    Raises
+    ------
+    ValueError, TypeError
+        If an option is out of range, or differs from the running arena's; before anything starts.
+
+    Warns
+    -----
+    FallbackWarning
+        Once, when the block is left, if messages travelled in-band although they were large enough.
+
+    Examples
+    --------
+    >>> import multiprocessing, numpy as np, oobpickle
+    >>> with oobpickle.enabled() as arena:
+    ...     with multiprocessing.get_context("fork").Pool(1) as pool:
+    ...         total = pool.map(np.sum, [np.ones(100_000)] * 2)
+    ...     arena.statistics().n_messages_out_of_band
+    2
+    """
+    options = Options(capacity, threshold, wait_timeout, copy_on_receive)
+    block = Block()
+    fallbacks: dict[str, Fallback] = {}
+    try:
+        yield _enter(options, block)
+    finally:
+        fallbacks = installed.uninterrupted(_leave, block)
+        if fallbacks:
+            warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=3)
+
+
+def _enter(options: Options, block: Block) -> Arena:
+    with installed.guard:
+        hook = None
+        try:
+            hook = _start(options, block)
+        except ArenaError as error:
+            warnings.warn(
+                f"oobpickle is not in use: {str(error).rstrip('.')}. "
+                "Messages travel as without it.",
+                FallbackWarning,
+                stacklevel=4,
+            )
+        if hook is not None:
+            return hook.arena
+        _absences.add(block)
+        return AbsentArena(options)
+
+
+def _leave(block: Block) -> dict[str, Fallback]:
+    """Leave one block; return what to warn of, if it was the last one of the owner."""
+    with installed.guard:
+        _absences.discard(block)
+        hook = installed.current
+        if hook is None or block not in hook.blocks:
+            return {}
+        if len(hook.blocks) > 1 or hook.installed:
+            hook.blocks.discard(block)
+            return {}
+        is_owner = hook.is_owner
+        installed.stop(hook)
+        return dict(hook.arena.statistics().fallbacks) if is_owner else {}
+
+
+def statistics() -> Statistics:
+    """Return the statistics of the arena in use; see `Arena.statistics`.
+
+    Raises
+    ------
+    ArenaError
+        If this process is not inside `enabled`, and `install` was not called. In a child process
+        without arena there are zeros instead.
+    """
+    hook = running()
+    if hook is not None:
+        return hook.arena.statistics()
+    if _absences or mp_process.parent_process() is not None:  # perhaps the parent has to do without
+        return _statistics.nothing()
+    raise ArenaError(
+        "oobpickle is not enabled in this process. Call it inside enabled(); after the block, "
+        "call statistics() of the arena that it yielded."
+    )

@@ -1,0 +1,79 @@
+"""Why a message travels in-band: every reason, its text, and how it is counted.
+
+**What.** `REASONS`, and the counters of each in a participant's row; `Fallback`, which shows them,
+and `describe_fallbacks`, the text of the warning at the end of the block.
+
+**How it works.** Where memory cannot be had an `ArenaFullError` carries the reason; where a channel
+must not be used, the hook names it. ``Hook.count_fallback`` counts both.
+
+**Lifetime.** See `_statistics`.
+
+**When it cannot.** A reason that is not in `REASONS` is a `ValueError`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from oobpickle._errors import format_nbytes
+
+#: Why a message travels in-band, and what its user can do about it.
+REASONS: Final[dict[str, str]] = {
+    "full": "the arena was full; pass enabled(capacity=...) or drop received objects earlier",
+    "memory": "the machine or the memory cgroup had too little memory left; run fewer workers",
+    "space": "the system refused to reserve pages; see the limits of the mount",
+    "table": "the table of blocks was full; send fewer, larger arrays",
+    "busy": "the ledger's lock could not be had in time; is a worker stopped?",
+    "channel": "a process that can read there does not take part: it is older than enabled(), or "
+    "another program; make pools, queues and managers inside the block",
+    "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
+    "damaged": "a process of the arena has written over its ledger; look for a faulty extension",
+}
+
+_FIRST_COUNTER: Final = 16  # before it are those of `_statistics`
+COUNTERS_END: Final = _FIRST_COUNTER + 2 * len(REASONS)
+
+
+def fallback_counters(reason: str) -> tuple[int, int]:
+    """Return the two counters of a reason: messages, and their nbytes."""
+    at = _FIRST_COUNTER + 2 * list(REASONS).index(reason)
+    return at, at + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fallback:
+    """Messages that travelled in-band for one reason.
+
+    Attributes
+    ----------
+    n_messages : int
+        How many.
+    nbytes : int
+        Their total size, bytes: streams and buffers.
+    """
+
+    n_messages: int
+    nbytes: int
+
+
+def fallbacks_of(counters: Sequence[int]) -> dict[str, Fallback]:
+    """Return the fallbacks in a list of counters, without the reasons that never occurred."""
+    found = {}
+    for reason in REASONS:
+        at, at_nbytes = fallback_counters(reason)
+        if counters[at]:
+            found[reason] = Fallback(counters[at], counters[at_nbytes])
+    return found
+
+
+def describe_fallbacks(fallbacks: Mapping[str, Fallback]) -> str:
+    """Say in one sentence each how many, how large, why, and what to change."""
+    parts = [
+        f"{fallback.n_messages} ({format_nbytes(fallback.nbytes)}) because {REASONS[reason]}"
+        for reason, fallback in fallbacks.items()
+    ]
+    n_messages = sum(fallback.n_messages for fallback in fallbacks.values())
+    plural = "message" if n_messages == 1 else "messages"
+    return f"{n_messages} {plural} travelled in-band, none was lost: {'; '.join(parts)}"

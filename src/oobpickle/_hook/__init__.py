@@ -1,0 +1,1 @@
+"""What is put under multiprocessing while oobpickle is installed: one file for each thing."""

@@ -1,0 +1,431 @@
+"""Connections: what a message goes through on its way into a channel and out of it.
+
+**What.** Replacements for the name ``_ForkingPickler`` (its ``dumps`` and ``loads``) in
+``multiprocessing.connection`` and ``.queues``, and for ``Connection._send_bytes`` and ``._recv``.
+
+**How it works.** On the class, since pools bind the methods early. ::
+
+    dumps        serialize; below the threshold that is the message; else pack it into the arena and
+                 return an envelope; if that cannot be, an ordinary pickle of the same payload,
+                 and count why, with an offer to take part for a reader that is older than the
+                 arena; also before a small one, after a large one from such a process
+    loads        load; if that fails in a pool, hand on the error in the place of the message
+    _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
+                 in-band message is given back as it is written
+    _recv        while a message has left its channel and is not claimed, nobody may reclaim its
+                 blocks; a large in-band message is read straight, and counted if it comes from a
+                 process that does not take part
+
+**Lifetime.** Each replacement asks at call time whether the hook is in, and else does what it
+replaced.
+
+**When it cannot.** A message travels in-band, as it would have without the hook.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import multiprocessing.connection as mp_connection
+import multiprocessing.queues as mp_queues
+import multiprocessing.reduction as mp_reduction
+import os
+import pickle
+import sys
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any, Final
+
+from oobpickle import _envelope, _faults, _statistics
+from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
+from oobpickle._errors import ArenaError, ArenaFullError, ResizedError
+from oobpickle._foreign import ignoring, pass_on_foreign
+from oobpickle._hook import installed, invitations, loading
+from oobpickle._hook.installed import Hook, running
+from oobpickle._hook.readers import is_read_as_object
+from oobpickle._memory.arena import users
+from oobpickle._memory.layout import H_CLOSED
+from oobpickle._memory.pipes import is_readable, widened
+from oobpickle._pickling import in_band
+from oobpickle._pickling.in_band import Received
+from oobpickle._pickling.payload import Payload
+from oobpickle._pickling.serializer import serialize
+from oobpickle._pickling.snapshot import Snapshot
+
+_LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
+_TICK_S: Final = 0.02
+_N_ASKING: Final = 64  # small messages that may ask after a large one that came uncounted
+_LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
+_PROTO: Final = pickle.PROTO[0]
+_NONE: Final = object()
+_codes: Final[set[CodeType]] = set()  # of the `dumps` that take messages apart here
+#: After the end of an in-band message whose sender has counted it, or could not join to count it.
+_COUNTED: Final = b"\0oobpickle: counted"
+_DETACHED: Final = b"\0oobpickle: no slot"
+_TAIL_NBYTES: Final = len(_COUNTED)
+
+
+def hooked_pickler(original: Any) -> Any:
+    if not isinstance(original, type):
+        return original  # a module with `dumps` and `loads` is enough
+    while original.__module__ == __name__:  # ours, put back by somebody who had found it there
+        original = original.__base__
+    namespace = original.__dict__
+    own = namespace.get("dumps")
+    standard = own if is_standard(own) else _NONE
+
+    class HookedPickler(original):  # type: ignore[misc]
+        """The pickler of multiprocessing, with large messages out of band."""
+
+        @classmethod
+        def dumps(cls, obj: object, protocol: int | None = None) -> Any:
+            # Every message comes here: what is above `_send` is all that it costs a small one.
+            hook = installed.current
+            if protocol is not None or hook is None or (arena := hook.arena).words[H_CLOSED]:
+                running()
+                return super().dumps(obj, protocol)
+            if cls is not HookedPickler or namespace.get("dumps") is not standard:
+                return super().dumps(obj)  # by a pickler of somebody else, below or on top of ours
+            if arena.holdings.dropped:
+                _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
+            undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
+            table = original._extra_reducers
+            is_lost = False
+            if hook.spawned:
+                is_lost = hook.channels.is_spawned(_descriptor_in(sys._getframe(1)))
+            try:
+                payload = serialize(
+                    obj, table, hook.threshold, by_value=True, is_main_lost=is_lost, undo=undo
+                )
+                small = payload.written
+                if type(small) is bytes and len(small) < hook.threshold and not payload.sizes:
+                    if hook.n_asking:
+                        return _asking(hook, small, sys._getframe(1))
+                    return small
+                return _send(hook, payload, sys._getframe(1))
+            except ResizedError:
+                payload = serialize(
+                    *(obj, table, hook.threshold),
+                    by_value=True,
+                    is_main_lost=is_lost,
+                    copying=True,
+                    undo=undo,
+                )
+            if payload.sizes or payload.stream_nbytes >= hook.threshold:
+                return _send(hook, payload, sys._getframe(1))
+            return payload.stream
+
+        @staticmethod
+        def loads(data: Any, /, **options: Any) -> Any:
+            try:
+                return original.loads(data, **options) if options else original.loads(data)
+            except Exception as error:
+                # The error refers to this frame: it may not refer to the error or the message.
+                substitute = loading.Substitute.of(data, sys._getframe(1))
+                data = None
+                if substitute is None:
+                    raise
+                return substitute.with_error(error)
+
+    _codes.add(vars(HookedPickler)["dumps"].__func__.__code__)
+    return HookedPickler
+
+
+def undo_list_of_message(frame: FrameType | None) -> list[Callable[[], Any]] | None:
+    """Return what is called before the reducers of the message at hand run a second time.
+
+    Parameters
+    ----------
+    frame : frame
+        Of a reducer, or below one.
+    """
+    while frame is not None:
+        if frame.f_code in _codes:
+            return frame.f_locals["undo"]  # type: ignore[no-any-return]
+        frame = frame.f_back
+    return None
+
+
+def is_standard(function: Any) -> bool:
+    """Tell whether it is the standard library's, of ``multiprocessing.reduction``."""
+    function = getattr(function, "__func__", function)  # of a class method
+    return getattr(function, "__globals__", None) is vars(mp_reduction)
+
+
+def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
+    """Return the bytes to write for a payload at or above the threshold."""
+    token = object()
+    try:
+        users.add(token)
+        if running() is hook:
+            return _send_through(hook, payload, frame)
+    finally:
+        users.discard(token)
+    return _in_band(payload)
+
+
+def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
+    fd = _descriptor_in(frame)
+    channel = 0 if fd is None else hook.channels.known(fd)
+    tail = _COUNTED if hook.arena.membership.joined else _DETACHED
+    if fd is None or not channel:
+        # Who takes part cannot be asked without the lock.
+        lost = hook.arena.membership.has_lost_lock
+        hook.count_fallback("detached" if lost else "channel", payload.nbytes)
+        older = fd is not None and hook.channels.is_older(fd) and hook.arena.can_be_inherited()
+        head = invitations.prefix(hook.arena.name) if older else b""
+        return _in_band(payload, head, tail, frame if fd is not None else None)
+    hook.channels.backlog.wait(fd, channel, payload.nbytes)
+    envelope = pack(hook, payload, hook.channels.marked(channel))
+    if envelope is None:
+        return _in_band(payload, b"", tail, frame)
+    if envelope.lease.blocks:
+        block, n_in_channel = envelope.lease.blocks[0], _LENGTH_NBYTES + len(envelope)
+        hook.channels.backlog.note(channel, block, payload.nbytes, n_in_channel)
+    if installed.current is not hook:
+        envelope.lease.depart()  # uninstalled meanwhile: nobody will say when it has left
+    return envelope
+
+
+def _asking(hook: Hook, message: bytes, frame: FrameType) -> bytes:
+    """Put an offer to take part before a small message, if one of its readers is to be asked."""
+    hook.n_asking = max(0, hook.n_asking - 1)
+    token = object()
+    try:
+        users.add(token)
+        if running() is hook:
+            fd, head = _descriptor_in(frame), invitations.prefix(hook.arena.name)
+            if fd is not None and len(head) + len(message) < hook.threshold:
+                with ignoring(OSError):  # closed: the write will say so
+                    return head + message if hook.channels.asks(fd) else message
+    finally:
+        users.discard(token)
+    return message
+
+
+def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
+    """Put a payload into the arena and count it.
+
+    Returns
+    -------
+    Envelope or None
+        ``None`` if it has to travel in-band; that is counted, too.
+    """
+    arena = hook.arena
+    try:
+        envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
+    except ArenaFullError as error:
+        hook.count_fallback(error.reason, payload.nbytes)
+        return None
+    except OSError as error:
+        pass_on_foreign(error)
+        detached = isinstance(error, ArenaError)
+        hook.count_fallback("detached" if detached else "space", payload.nbytes)
+        return None
+    arena.membership.count(
+        (_statistics.N_MESSAGES, 1),
+        (_statistics.N_BUFFERS, len(envelope.lease.destinations)),
+        (_statistics.NBYTES, payload.nbytes),
+    )
+    return envelope
+
+
+def _writes_at_once(frame: FrameType) -> bool:
+    """Tell whether the caller of ``dumps`` gives the bytes to a connection, and to nobody else."""
+    senders: Any = (mp_connection.Connection.send, mp_queues.SimpleQueue.put)
+    return _is_feeder(frame) or frame.f_code in [sender.__code__ for sender in senders]
+
+
+def _is_feeder(frame: FrameType) -> bool:
+    return frame.f_code is mp_queues.Queue._feed.__code__  # type: ignore[attr-defined]
+
+
+def _in_band(
+    payload: Payload, head: bytes = b"", tail: bytes = _COUNTED, frame: FrameType | None = None
+) -> memoryview | bytes:
+    """Return a pickle that every Python can load, and whose tail says who has counted it.
+
+    `frame` is that of the caller of ``dumps``, if it is known where the message goes.
+    """
+    is_large = payload.nbytes >= in_band.LEAST_NBYTES
+    is_for_one = is_large and frame is not None and _writes_at_once(frame)
+    if not is_for_one and not payload.sizes:
+        return head + payload.stream + tail
+    message = payload.to_pickle(head=head, tail=tail)
+    if is_for_one and type(message.obj) is Snapshot:
+        message.obj.is_for_one = True
+    return message
+
+
+def _drain(hook: Hook, nbytes: int = 0) -> None:
+    """Give back what has died, if it is at least so many bytes."""
+    token = object()
+    try:
+        users.add(token)
+        if running() is hook and (not nbytes or hook.arena.holdings.owes(nbytes)):
+            hook.arena.drain()
+    finally:
+        users.discard(token)
+
+
+def hooked_send_bytes(original: Any) -> Any:
+    most = _envelope.MAX_NBYTES
+
+    def _send_bytes(self: Any, buf: Any) -> None:
+        n = len(buf)
+        if n % MODULUS != MARK or n > most:
+            if n >= in_band.LEAST_NBYTES:
+                snapshot = getattr(buf, "obj", None)
+                if type(snapshot) is Snapshot and snapshot.is_for_one and n == len(snapshot):
+                    snapshot.write_to(self._send)
+                    return
+            original(self, buf)
+            return
+        envelope = getattr(buf, "obj", buf)
+        token = object()
+        if type(envelope) is not Envelope:
+            if bytes(buf[:PREFIX_NBYTES]) == PREFIX:
+                _send_on(original, self, buf)
+            else:
+                original(self, buf)
+            return
+        try:
+            users.add(token)
+            envelope.lease.depart()
+            _faults.reach("connections.departing")
+            original(self, buf)
+            _faults.reach("connections.written")
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                envelope.lease.release()  # no reader is left
+            raise
+        finally:
+            try:
+                # After any other error a reader may have it: its blocks are reclaimed.
+                envelope.lease.settle()
+            finally:
+                users.discard(token)
+
+    return _send_bytes
+
+
+def _send_on(write: Any, connection: Any, message: Any) -> None:
+    """The bytes of an envelope are sent on as they are: it waits in another channel from now on."""
+    token = object()
+    try:
+        users.add(token)
+        hook = running()
+        if hook is not None:
+            head = bytes(message[: _envelope.HEAD_NBYTES])
+            block = _envelope.head_of(head, hook.arena.identity)
+            if block is not None:
+                channel = hook.channels.marked(hook.channels.known(connection._handle))
+                hook.arena.intake.send_on(*block, channel, write, connection, message)
+                return
+        write(connection, message)
+    finally:
+        users.discard(token)
+
+
+def hooked_recv(original: Any) -> Any:
+    most = _envelope.MAX_NBYTES
+
+    def _recv(self: Any, size: int, *args: Any) -> Any:
+        # Comes after the length of the message was read, with the message itself still unread in
+        # the channel; so a process that waits for a message does not count as reading one.
+        if size % MODULUS != MARK or size > most:
+            # Before the length of the next message comes there is time.
+            if (
+                size == _LENGTH_NBYTES
+                and (hook := installed.current) is not None
+                and hook.arena.holdings.held
+            ):
+                _wait_draining(self._handle)
+            if size < in_band.LEAST_NBYTES or args or installed.current is None:
+                message = original(self, size, *args)
+            else:
+                with widened(self._handle):
+                    message = in_band.receive(self._handle, size)
+            if size > most:
+                _count_uncounted(size, message, sys._getframe(1))
+            return message
+        token = object()
+        try:
+            users.add(token)
+            hook = running()
+            if hook is None:
+                return original(self, size, *args)
+            arena = hook.arena
+            return arena.intake.receive(_read, arena.identity, original, self, size, *args)
+        finally:
+            users.discard(token)
+
+    return _recv
+
+
+def _read(identity: bytes, original: Any, *args: Any) -> tuple[Any, tuple[int, int] | None]:
+    """Read a message; return it, and its first block if it is an envelope of the arena."""
+    message = original(*args)
+    with message.getbuffer() as view:
+        head = bytes(view[: _envelope.HEAD_NBYTES])
+    return message, _envelope.head_of(head, identity)
+
+
+def _count_uncounted(nbytes: int, message: io.BytesIO, frame: FrameType) -> None:
+    """Count a large message that came in-band from a process that does not take part.
+
+    `frame` is that of the caller of ``_recv``.
+    """
+    hook = installed.current
+    with message.getbuffer() as view:
+        tail = message.tail if type(message) is Received else bytes(view[-_TAIL_NBYTES:])
+        if hook is None or nbytes < hook.threshold or tail == _COUNTED:
+            return
+        # What `send_bytes` was given is none of our business.
+        is_pickle = view[0] == _PROTO and view[1] == pickle.DEFAULT_PROTOCOL
+        is_pickle = is_pickle and tail[-1:] == pickle.STOP and is_read_as_object(frame)
+    token = object()
+    try:
+        users.add(token)
+        if (is_pickle or tail == _DETACHED) and running() is hook:
+            # What was started without our descriptors could not attach.
+            is_detached = tail == _DETACHED or not hook.arena.can_be_inherited()
+            hook.count_fallback("detached" if is_detached else "channel", nbytes)
+            if not is_detached:
+                hook.channels.ask_again()
+                hook.n_asking = _N_ASKING
+    finally:
+        users.discard(token)
+
+
+def _wait_draining(fd: int) -> None:
+    """Wait for the next message, giving back what dies meanwhile: others may wait for the room.
+
+    It is done here because a finalizer in Python would swallow a Ctrl-C.
+    """
+    while (hook := installed.current) is not None and hook.arena.holdings.held:
+        _drain(hook)
+        if not os.get_blocking(fd) or is_readable(fd, _TICK_S):
+            return
+
+
+def _descriptor_in(frame: FrameType | None) -> int | None:
+    """Return the descriptor of the connection that the caller of ``dumps`` is about to use.
+
+    ``None`` if somebody has put a `_send_bytes` on top of ours: what we are given there need not be
+    the envelope, so nobody would know when it has left.
+    """
+    names = {} if frame is None else frame.f_locals
+    connection = names.get("self")
+    if connection is None:
+        connection = getattr(names.get("send_bytes"), "__self__", None)  # Queue._feed
+        if frame is not None and _is_feeder(frame) and type(names) is dict:
+            # Before CPython 3.13 the frame keeps this copy of its variables, and so the object that
+            # was sent: until the next large message, since a feeder does not return. Another
+            # function may have got the very same from `locals`, and use it.
+            names.clear()
+    connection = getattr(connection, "_writer", connection)  # SimpleQueue.put
+    handle = getattr(connection, "_handle", None)
+    send_bytes = getattr(type(connection), "_send_bytes", None)
+    knows = getattr(send_bytes, "__globals__", None) is globals()
+    return handle if isinstance(handle, int) and knows else None

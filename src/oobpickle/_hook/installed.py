@@ -1,0 +1,196 @@
+"""The hook of this process: which arena its messages go through, and what was replaced for it.
+
+**What.** `Hook`, the one that is in (`current`), and `start` and `stop`.
+
+**How it works.** Whoever sends or receives looks at `current`; `running` is the same after a look
+whether the owner has closed the arena meanwhile, and if so takes the hook out.
+
+**Lifetime.** The process that installs owns the arena and closes it with the last exit. Children
+inherit the hook; they take it out when they see the arena closed. An arena that is still needed by
+an object lingers until a `sweep` finds that it is not.
+
+**When it cannot.** It cannot fail.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any, Final, TypeVar
+
+from oobpickle import _envelope, _fallback
+from oobpickle._hook.channels import Channels
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.options import Options
+
+T = TypeVar("T")
+
+#: Who has the object, its name there, and what makes its replacement from it.
+Replacement = tuple[Any, str, Callable[[Any], Any]]
+
+current: Hook | None = None
+_MOST_INTERRUPTS: Final = 100
+lingering: Final[list[Arena]] = []
+guard: Final = threading.RLock()
+
+
+class Block:
+    """An `enabled` block."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Hook:
+    """One arena in place under multiprocessing in this process.
+
+    Parameters
+    ----------
+    arena : Arena
+        What messages go through.
+    channels : Channels
+        Where they may go.
+    said : Options
+        What later uses are compared with: what was said here, with the defaults filled in.
+    is_owner : bool
+        Whether this process made the arena and closes it.
+    inherit : callable
+        What a child that is being started calls to take part: with the arena's descriptors, and
+        `Channels.to_bytes`.
+    """
+
+    def __init__(
+        self,
+        arena: Arena,
+        channels: Channels,
+        said: Options,
+        *,
+        is_owner: bool,
+        inherit: Callable[..., None],
+    ) -> None:
+        self.arena = arena
+        self.said = said
+        self.channels = channels
+        self.spawned = channels.spawned  # mostly empty; every message asks
+        self.threshold = arena.options.threshold or 0
+        self.n_asking = 0  # how many small messages to come may ask an older process to take part
+        # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.
+        self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()
+        self.installed = False  # install() was called
+        self.leaving = False
+        self.inherit = inherit
+        self._is_owner = is_owner
+        self._epoch = arena.holdings.epoch
+        self._replaced: list[tuple[Any, str, Any, Any]] = []
+
+    @property
+    def is_owner(self) -> bool:
+        """Whether this very process, not one that was forked from it, made the arena."""
+        return self._is_owner and self.arena.holdings.epoch == self._epoch
+
+    def put_in(self, replacements: Iterable[Replacement]) -> None:
+        """Replace objects of the standard library; `take_out` is the undo."""
+        for owner, name, make in replacements:
+            original = getattr(owner, name)
+            ours = make(original)
+            self._replaced.append((owner, name, ours, original))
+            setattr(owner, name, ours)
+
+    def take_out(self) -> None:
+        """Restore what was there, unless somebody has put something else in its place since."""
+        while self._replaced:
+            owner, name, ours, original = self._replaced[-1]
+            if getattr(owner, name) is ours:
+                setattr(owner, name, original)
+            self._replaced.pop()
+
+    def count_fallback(self, reason: str, nbytes: int) -> None:
+        """Count a message of that many bytes that travels in-band for one of the reasons.
+
+        Not one that met the closing of the arena: it travels as without oobpickle, as it would
+        have a moment later, and there is nothing to warn of.
+        """
+        if reason == "detached" and self.arena.closed:
+            return
+        n_messages_at, nbytes_at = _fallback.fallback_counters(reason)
+        self.arena.membership.count((n_messages_at, 1), (nbytes_at, nbytes))
+
+
+def running() -> Hook | None:
+    """Return the hook, if its arena is open; take it out if the owner has closed the arena."""
+    hook = current
+    if hook is None or not hook.arena.closed:
+        return hook
+    if guard.acquire(blocking=False):  # else somebody is putting it in or taking it out
+        try:
+            stop(hook)
+        finally:
+            guard.release()
+    return None
+
+
+def start(hook: Hook, replacements: Iterable[Replacement]) -> None:
+    """Put the hook in."""
+    global current
+    try:
+        _envelope.introduce(hook.arena)
+        hook.put_in(replacements)
+        current = hook
+    except BaseException:  # a Ctrl-C
+        current = hook
+        stop(hook)
+        raise
+
+
+def stop(hook: Hook) -> None:
+    """Take the hook out, if it is in, and close the arena if this process owns it.
+
+    Whatever interrupts it, it is done when this returns or raises.
+    """
+    if current is not hook or hook.leaving:
+        return
+    uninterrupted(_leave, hook)
+
+
+def uninterrupted(call: Callable[..., T], *args: Any) -> T:
+    """Return ``call(*args)``, made again for as long as something interrupts it.
+
+    A Ctrl-C that came meanwhile is raised when it is done.
+    """
+    interrupt: BaseException | None = None
+    for _ in range(_MOST_INTERRUPTS):
+        try:
+            result = call(*args)
+            break
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
+    return result
+
+
+def _leave(hook: Hook) -> None:
+    """Do what is still to do."""
+    global current
+    hook.leaving = True
+    arena = hook.arena
+    if arena not in lingering:
+        # While it is closed the hook still says which messages this process is about to read.
+        if hook.is_owner:
+            arena.close()
+        elif not arena.closed:
+            # It goes on receiving without saying when: so nothing is reclaimed while it lives.
+            arena.membership.read_for_ever()
+        current = None
+        arena.detach()
+        hook.take_out()
+        lingering.append(arena)
+    sweep()
+
+
+def sweep() -> None:
+    """Unmap the arenas of earlier blocks that nobody needs any more."""
+    for arena in list(lingering):
+        if arena.try_destroy():
+            lingering.remove(arena)
+            _envelope.forget(arena)

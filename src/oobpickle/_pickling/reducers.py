@@ -1,0 +1,364 @@
+"""How objects are taken apart: the reducers of oobpickle, and those that users register.
+
+**What.** `Sink` collects the buffers of one message, with a reducer for exact ``numpy.ndarray``
+and the callback that the pickler asks about each ``PickleBuffer``. `register` adds a reducer for
+a user's own class.
+
+**How it works.** NumPy's own reducer keeps strided and datetime arrays in the stream, and
+read-only arrays arrive read-only. Ours hands the pickler a *stand-in*: an empty writable
+PickleBuffer, for which the array itself goes into the list of buffers. It is rebuilt by
+``numpy.ndarray(shape, dtype, buffer[, 0, strides])``, so a receiver needs only NumPy.
+
+A message below the threshold costs nothing extra: buffers stay in the stream until their sum
+reaches the threshold, and what is in-band by then stays there. No reducer runs twice.
+
+**Lifetime.** A sink lives for one ``dumps``. Registered reducers live until `unregister`.
+
+**When it cannot.** Arrays with Python objects in them and empty arrays take NumPy's way. Other
+classes: `numpy_subclasses` for those of arrays, `byte_types` for Python's own memory,
+`arrow_types` for slices of pyarrow's arrays."""
+
+from __future__ import annotations
+
+import sys
+from array import array as _array
+from collections.abc import Callable, Mapping
+from functools import partial
+from itertools import pairwise
+from operator import attrgetter, methodcaller
+from pickle import PickleBuffer
+from typing import TYPE_CHECKING, Any, Final
+
+from oobpickle._pickling import arrow_types, byte_types, numpy_subclasses
+from oobpickle._pickling.rebuild import Rebuild
+from oobpickle._pickling.resizable import Resizable
+from oobpickle._pickling.snapshot import taken
+from oobpickle._pickling.stream import LEAST_UNCOPIED_NBYTES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    Array = np.ndarray[Any, Any]
+    Source = Array | PickleBuffer
+
+Reducer = Callable[[Any], Any]
+
+#: Below this a buffer of its own costs more than its bytes in the stream.
+MIN_BUFFER_NBYTES: Final = 512
+_NOTHING: Final = bytearray()
+_KINDS: Final = frozenset("biufcmMSUV")
+#: Their dtypes the buffer protocol has in every byte order: not that of long doubles.
+EXPORTED_CHARS: Final = frozenset("?bBhHiIlLqQefdFDS")
+#: NumPy copies up to here when it loads; above, the array is made on what the pickle had.
+_MOST_OWNED_NBYTES: Final = 1000
+
+_registered: dict[type, Reducer] = {}
+
+
+def register(type: type, reducer: Reducer) -> None:
+    """Use `reducer` for instances of exactly `type`, in `dumps` and in every enabled block.
+
+    Parameters
+    ----------
+    type : type
+        The class; subclasses are not affected, as with ``copyreg.pickle``.
+    reducer : callable
+        ``reducer(obj)`` returns what ``__reduce_ex__(5)`` would, and may wrap memory in
+        ``pickle.PickleBuffer``, which then travels out of band. The rebuilding function receives
+        a bytes-like object in its place, writable if the wrapped memory is (PEP 574).
+
+    Raises
+    ------
+    TypeError
+        If `type` is no class or `reducer` not callable.
+
+    See Also
+    --------
+    unregister : the undo.
+
+    Examples
+    --------
+    >>> import pickle, oobpickle
+    >>> class Signal:
+    ...     def __init__(self, samples):
+    ...         self.samples = samples
+    >>> def rebuild_signal(samples):
+    ...     return Signal(bytearray(samples))
+    >>> def reduce_signal(signal):
+    ...     return rebuild_signal, (pickle.PickleBuffer(signal.samples),)
+    >>> oobpickle.register(Signal, reduce_signal)
+    >>> payload = oobpickle.dumps(Signal(bytearray(1000)))
+    >>> [memoryview(buffer).nbytes for buffer in payload.buffers]
+    [1000]
+    >>> oobpickle.unregister(Signal)
+    """
+    if not isinstance(type, _type):
+        raise TypeError(f"register() takes a class, not {type!r}")
+    if not callable(reducer):
+        raise TypeError(f"the reducer for {type.__qualname__} is not callable: {reducer!r}")
+    _registered[type] = reducer
+
+
+_type = type
+
+
+def unregister(type: type) -> None:
+    """Undo `register`; a class that is not registered is no error."""
+    _registered.pop(type, None)
+
+
+def has_reducer(type: type) -> bool:
+    """Whether `register` was called for the class."""
+    return type in _registered
+
+
+class DispatchTable(dict[type, Reducer]):
+    """A dispatch table that learns about a class when the first instance of it comes.
+
+    What is not special gets what the pickler itself would call; so the pickler, which asks for
+    each object, finds an entry, and no Python code runs. The sink has no reference to its table:
+    together they would be a cycle, and the user's arrays would live until the collector comes.
+
+    Attributes
+    ----------
+    sink : Sink
+        Of the message.
+    levels : tuple of mapping
+        Where a reducer is looked for before ours are; the first that has one wins.
+    """
+
+    __slots__ = ("levels", "sink")
+
+    levels: tuple[Mapping[type, Reducer], ...]
+    sink: Sink
+
+    def __missing__(self, kind: type) -> Reducer:
+        for level in self.levels:
+            if kind in level:
+                self[kind] = level[kind]
+                return level[kind]
+        reduce: Reducer
+        # None too while another thread is importing numpy.
+        if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
+            reduce = self.sink.reduce_array
+        elif kind is Rebuild:
+            reduce = _REDUCED
+        elif kind.__base__ is object and kind is not _array:
+            reduce = _AS_PICKLE  # most are such: derived from nothing that has memory
+        elif issubclass(kind, _type):
+            raise KeyError(kind)  # its instances are classes, pickled by their names
+        else:
+            found = (
+                module.reducer_of(kind) for module in (numpy_subclasses, byte_types, arrow_types)
+            )
+            special = next(filter(None, found), None)
+            reduce = _AS_PICKLE if special is None else partial(special, self.sink)
+        self[kind] = reduce
+        return reduce
+
+    def get(self, kind: type, default: Any = None) -> Any:
+        """Do what the pickler in C does; the one in Python asks in this way."""
+        try:
+            return self[kind]
+        except KeyError:
+            return default
+
+
+_AS_PICKLE: Final[Reducer] = methodcaller("__reduce_ex__", 5)
+_REDUCED: Final[Reducer] = attrgetter("reduced")
+
+
+def registered() -> dict[type, Reducer]:
+    """Return the reducers that `register` was given, by class."""
+    return dict(_registered)
+
+
+class Sink:
+    """The buffers of one message, as the pickler comes across them.
+
+    Parameters
+    ----------
+    threshold : int
+        Buffers stay in-band while their sum is below this, bytes.
+    copying : bool
+        Take each buffer's content at once, not when the payload is written.
+
+    Attributes
+    ----------
+    sources : list
+        Arrays and PickleBuffers to send out of band, in order.
+    sizes : list of int
+        Their nbytes.
+    settled : dict of int to bytes
+        What large PickleBuffers held that stay in the stream, by id: the next reducer may use their
+        memory again.
+    """
+
+    __slots__ = (
+        *("_in_band_nbytes", "_stand_ins", "copying", "settled", "sizes", "sources", "threshold"),
+    )
+
+    def __init__(self, threshold: int, copying: bool = False) -> None:
+        self.copying = copying
+        self.threshold = threshold
+        self.sources: list[Source] = []
+        self.sizes: list[int] = []
+        self.settled: dict[int, bytes] = {}
+        self._in_band_nbytes = 0
+        self._stand_ins: dict[int, tuple[Any, int]] = {}
+
+    def dispatch_table(
+        self, general: Mapping[type, Reducer], special: Mapping[type, Reducer]
+    ) -> DispatchTable:
+        """Return the table for a pickler: what users registered, both tables, and then ours."""
+        table = DispatchTable()
+        table.sink = self
+        table.levels = (_registered, special, general)
+        return table
+
+    def take(self, buffer: PickleBuffer) -> bool:
+        """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
+        source, nbytes = self._stand_ins.pop(id(buffer), (buffer, -1))
+        if source is buffer:
+            nbytes = memoryview(buffer).nbytes
+            if self.stays(nbytes):
+                if nbytes >= LEAST_UNCOPIED_NBYTES:
+                    self.settled[id(buffer)] = memoryview(buffer).tobytes("A")
+                return True
+        self.sources.append(_settled(source) if self.copying else source)
+        self.sizes.append(nbytes)
+        return False
+
+    def stand_in(self, source: Any, nbytes: int) -> PickleBuffer:
+        """Return what the pickler gets in the place of a source that leaves the stream."""
+        stand_in = PickleBuffer(_NOTHING)
+        self._stand_ins[id(stand_in)] = source, nbytes
+        return stand_in
+
+    def has_overlap(self) -> bool:
+        """Tell whether two buffers lie in the same memory.
+
+        Plain pickle takes the content when an object is reduced, we when all are. So a reducer that
+        fills one scratch memory for each of its objects would have all arrive as the last one.
+        """
+        owners = [id(_owner_of(source)) for source in self.sources]
+        if len(set(owners)) == len(owners):
+            return False  # before a list is made for each: those are work for the collector
+        groups: dict[int, list[Source]] = {}
+        for owner, source in zip(owners, self.sources, strict=True):
+            groups.setdefault(owner, []).append(source)
+        return any(_overlap(group) for group in groups.values() if len(group) > 1)
+
+    def stays(self, nbytes: int) -> bool:
+        """Decide about so many bytes: true if they stay in the stream."""
+        total = self._in_band_nbytes + nbytes
+        if total < self.threshold:
+            self._in_band_nbytes = total
+            return True
+        return False
+
+    def reduce_array(self, array: Array) -> Any:
+        """Reduce an exact ndarray: ``ndarray(shape, dtype, buffer[, 0, strides])``."""
+        dtype, nbytes = array.dtype, array.nbytes
+        if dtype.kind not in _KINDS or dtype.hasobject:
+            return array.__reduce_ex__(5)
+        if nbytes == 0:
+            return type(array), (array.shape, dtype)
+        # The name of a builtin dtype is much cheaper to send and to load than the object.
+        kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
+        strides = kept_strides(array)
+        order = () if strides is None else (0, strides)
+        if nbytes >= MIN_BUFFER_NBYTES and not self.stays(nbytes):
+            return type(array), (array.shape, kind, self.stand_in(array, nbytes), *order)
+        if nbytes <= _MOST_OWNED_NBYTES:
+            if dtype.names is not None and (strides is None or array.flags.f_contiguous):
+                # In the copy below, what is between the fields would be anything.
+                return array.__reduce__()
+            ordered = array if strides is None else in_memory_order(array)
+            arguments = (array.shape, kind, ordered.tobytes(), *order)
+            # A copy, because a small array that arrives owns its memory, as it does without us.
+            return sys.modules["numpy"].array, (Rebuild(type(array), arguments),)
+        if strides is None and dtype.char in EXPORTED_CHARS and array.flags.c_contiguous:
+            memory = bytearray(array)
+        else:
+            memory = bytearray(in_memory_order(array).tobytes())
+        return type(array), (array.shape, kind, memory, *order)
+
+
+def kept_strides(array: Array) -> tuple[int, ...] | None:
+    """Return the strides if the memory has no gaps in some order of axes but C's, else ``None``."""
+    if array.flags.c_contiguous:
+        return None
+    if array.flags.f_contiguous:
+        return array.strides
+    axes = _axes_by_stride(array)
+    return array.strides if array.transpose(axes).flags.c_contiguous else None
+
+
+def _axes_by_stride(array: Array) -> list[int]:
+    strides = array.strides
+    return sorted(range(array.ndim), key=lambda axis: -strides[axis])
+
+
+def in_memory_order(array: Array) -> Array:
+    """Return a view whose C order is the order of the bytes that are sent."""
+    if kept_strides(array) is None:
+        return array
+    return array.transpose(_axes_by_stride(array))
+
+
+def _settled(source: Any) -> Any:
+    """Return a copy in the order in which its bytes are sent."""
+    return PickleBuffer(taken([part_of(source)]))
+
+
+def part_of(source: Any) -> Any:
+    """Return a source as a part of a snapshot."""
+    if isinstance(source, Resizable):
+        return source
+    if isinstance(source, PickleBuffer):
+        return source.raw()
+    if isinstance(source, memoryview):
+        return source.cast("B")
+    flat = in_memory_order(source)
+    if flat.flags.c_contiguous:
+        return memoryview(flat.reshape(-1).view("u1"))
+    return with_gaps(flat)
+
+
+def with_gaps(array: Array) -> Array:
+    """Return the array with the bytes between its fields, or the receiver would see others."""
+    return array if array.dtype.names is None else array.view(f"V{array.itemsize}")
+
+
+def _owner_of(source: Any) -> object:
+    """Return the object whose memory it is, as far as that can be seen."""
+    if isinstance(source, Resizable):
+        return source.owner
+    if isinstance(source, PickleBuffer):
+        source = source.raw()
+    while True:
+        owner = source.obj if isinstance(source, memoryview) else getattr(source, "base", None)
+        if owner is None or owner is source:
+            return source
+        source = owner
+
+
+def _overlap(sources: list[Source]) -> bool:
+    bounds = sorted(byte_bounds(source) for source in sources)
+    return any(start < end for (_, end), (start, _) in pairwise(bounds))
+
+
+def byte_bounds(source: Any) -> tuple[int, int]:
+    """Return the addresses of the first byte of an array or other memory, and after its last."""
+    if isinstance(source, (PickleBuffer, Resizable, memoryview)):
+        import numpy as np
+
+        raw = source.cast("B") if isinstance(source, memoryview) else source.raw()
+        source = np.frombuffer(raw, np.uint8)
+    start: int = source.__array_interface__["data"][0]
+    if source.nbytes == 0:
+        return start, start
+    steps = [(n - 1) * stride for n, stride in zip(source.shape, source.strides, strict=True)]
+    low = start + sum(step for step in steps if step < 0)
+    return low, start + sum(step for step in steps if step > 0) + source.itemsize
