@@ -74,7 +74,7 @@ def _replacements() -> list[Replacement]:
 
 
 def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
-    """In a child that is being started: take part in the parent's arena."""
+    """In a child that is being started: join the parent's arena."""
     descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
@@ -93,9 +93,9 @@ def _take_part(arena: Arena, channels: bytes = b"", *, is_spawned: bool = False)
 
 
 def accept(name: bytes) -> None:
-    """Take part in the arena of the process whose message is being loaded; see `_hook.invitations`.
+    """Join the arena of the process whose message is being loaded; see `_hook.invitations`.
 
-    Not if this process takes part in one already. Nothing that goes wrong here loses the message.
+    Not if this process has joined one already. Nothing that goes wrong here loses the message.
     """
     with ignoring(Exception), installed.guard:
         if running() is None and name[:16] not in _declined and not _system.lacking():
@@ -150,7 +150,7 @@ def install(
     Arena
         The arena; the same one if it is installed already. In a process that is only just being
         started (the top level of a spawned child's main module) it is one without memory, since
-        that process takes part in its parent's.
+        that process has joined its parent's.
 
     Raises
     ------

@@ -20,7 +20,7 @@ collected before. The receiver's arrays are the blocks; if loading the stream ra
 released as the exception is handled.
 
 **When it cannot.** `EnvelopeError` for bytes that are truncated, altered, or of an arena that
-this process does not take part in; `StaleEnvelopeError` if the message was loaded before."""
+this process has not joined; `StaleEnvelopeError` if the message was loaded before."""
 
 from __future__ import annotations
 
@@ -215,7 +215,7 @@ def unpack_envelope(data: bytes) -> Any:
     Raises
     ------
     EnvelopeError
-        If `data` is truncated, altered, or of an arena that this process does not take part in.
+        If `data` is truncated, altered, or of an arena that this process has not joined.
     StaleEnvelopeError
         If the message was loaded already, or taken back.
     """
@@ -260,8 +260,8 @@ def _arena_named(name: bytes) -> Arena:
         except (ArenaError, OSError) as error:
             pass_on_foreign(error)
             raise EnvelopeError(
-                f"this message lies in arena {name.hex()[:8]}, which process {os.getpid()} does "
-                f"not take part in and cannot reach: {error}. Receive it in a process that was "
+                f"this message lies in arena {name.hex()[:8]}, which process {os.getpid()} has "
+                f"not joined and cannot reach: {error}. Receive it in a process that was "
                 "started inside enabled()."
             ) from error
         arena.membership.read_for_ever()  # there is no hook to say when this process reads

@@ -26,7 +26,7 @@ REASONS: Final[dict[str, str]] = {
     "space": "the system refused to reserve pages; see the limits of the mount",
     "table": "the table of blocks was full; send fewer, larger arrays",
     "busy": "the ledger's lock could not be had in time; is a worker stopped?",
-    "channel": "a process that can read there does not take part: it is older than enabled(), or "
+    "channel": "a process that can read there has not joined: it is older than enabled(), or "
     "another program; make pools, queues and managers inside the block",
     "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
     "damaged": "a process of the arena has written over its ledger; look for a faulty extension",

@@ -55,7 +55,7 @@ class Statistics:
         Blocks whose entry in the ledger is damaged, and which are not used any more. Anything but
         0 says that some process writes where it should not.
     n_participants : int
-        Processes that take part; a dead one counts until somebody has needed what it left.
+        Processes that have joined; a dead one counts until somebody has needed what it left.
     fallbacks : mapping of str to Fallback
         Messages at or above the threshold that travelled in-band, by reason.
     n_blocks, nbytes : mapping of str to int

@@ -45,7 +45,7 @@ _SAMPLE_NBYTES = 64
 
 class Armed(str):
     """The name of a process that arms a fault point in the child as soon as it is unpickled there:
-    before the child takes part in the arena."""
+    before the child joins the arena."""
 
     def __new__(cls, name, fault):
         self = super().__new__(cls, name)
@@ -122,7 +122,7 @@ REACHED_BY = {
 
 
 class Victim:
-    """A process that takes part, and its ends of the channels to the owner."""
+    """A participant, and its ends of the channels to the owner."""
 
     def __init__(self, fault, from_owner, to_owner, clogged):
         self._of_children = fault if fault.startswith("fork.after_in_child") else None

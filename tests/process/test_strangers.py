@@ -1,4 +1,4 @@
-"""Who does not take part, or cannot: every message arrives, in-band where it must, and counted."""
+"""Who has not joined, or cannot: every message arrives, in-band where it must, and counted."""
 
 import shutil
 import subprocess

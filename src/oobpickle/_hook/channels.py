@@ -1,12 +1,12 @@
 """Channels: which of them may carry envelopes.
 
 **What.** `Channels` knows the pipes and socket pairs that were made inside an enabled block, and
-where older processes may be asked to take part.
+where older processes may be asked to join.
 
 **How it works.** An envelope is of use only to a participant, and a load that fails can hang a
 pool for ever, so the sender decides. Whoever has an end of a channel made while the arena was
 there was started while it was there, and inherited it. Of any other channel (an older one, the
-connection of a manager) the kernel says which processes can read there; if all of them take part,
+connection of a manager) the kernel says which processes can read there; if all of them have joined,
 and so does every descendant of a participant that hides what it has open, so will all that they
 start, so that one look is enough, until somebody passes an end on: to a process that runs already,
 or to a program that it starts.
@@ -42,17 +42,17 @@ class Channels:
     def __init__(self, arena: Arena, known: bytes = b"") -> None:
         self._arena = arena
         numbers = array("Q", known)
-        self._n_handed = numbers.pop(0) if numbers else arena.handed.n
+        self._n_passed = numbers.pop(0) if numbers else arena.passed_ends.n
         # From the end that writes to the end that reads.
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
-        self._found: OrderedDict[int, int] = OrderedDict()  # like `_made`: all readers take part
+        self._found: OrderedDict[int, int] = OrderedDict()  # like `_made`: all readers have joined
         self._handed: OrderedDict[int, None] = OrderedDict()  # ends of which that cannot be known
         # By token of the thread: since which fork, and the ends that a program is inheriting.
         self._passing: dict[object, tuple[object, set[int]]] = {}
         self._vain: dict[int, tuple[int, float]] = {}  # ends: looks in vain, when to look again
         #: Ends of which the other one is in a child that cannot import the main module; 0: all are.
         self.spawned: set[int] = set()
-        # Ends: how many can read there, and how many of them do not take part, but could.
+        # Ends: how many can read there, and how many of them have not joined, but could.
         self._older: dict[int, tuple[int, int]] = {}
         # Ends: the same when they were last asked, how often since, and what was uncounted by then.
         self._asked: dict[int, tuple[tuple[int, int] | None, int, int]] = {}
@@ -61,9 +61,9 @@ class Channels:
 
     def to_bytes(self) -> bytes:
         """Return what a spawned child needs to know."""
-        n_handed = self._n_handed  # first: what is out of date there is only looked up again
+        n_passed = self._n_passed  # first: what is out of date there is only looked up again
         pairs = list(self._made.items())
-        return array("Q", [n_handed, *(number for pair in pairs for number in pair)]).tobytes()
+        return array("Q", [n_passed, *(number for pair in pairs for number in pair)]).tobytes()
 
     def note(self, one_fd: int, other_fd: int) -> None:
         """Remember both ends of a pipe that was made while the arena was there."""
@@ -86,13 +86,13 @@ class Channels:
         return fd is not None and (0 in self.spawned or channel_id(fd) in self.spawned)
 
     def forget(self, fd: int) -> None:
-        """An end is handed to a process that may not take part: messages stay in-band."""
+        """An end is handed to a process that may not have joined: messages stay in-band."""
         ends = self._ends(fd)
         self._doubt(ends)
         for end in ends:
             self._handed[end] = None
         _bound(self._handed)
-        self._arena.handed.note(ends)
+        self._arena.passed_ends.note(ends)
 
     def _doubt(self, ends: Iterable[int]) -> None:
         """From now on the system is asked who can read there."""
@@ -119,10 +119,10 @@ class Channels:
         token = object()
         try:
             self._passing[token] = self._arena.holdings.epoch, ends
-            self._arena.handed.note(ends)
+            self._arena.passed_ends.note(ends)
             yield
         finally:
-            self._arena.handed.note(ends)
+            self._arena.passed_ends.note(ends)
             self._passing.pop(token, None)
             for end in ends:
                 self._vain.pop(end, None)
@@ -136,28 +136,28 @@ class Channels:
         return own, self._made.get(own) or reading_end(fd)
 
     def known(self, fd: int) -> int:
-        """Return the channel in which a message written to `fd` is read, if all readers take part.
+        """Return the channel where what is written to `fd` is read, if all readers have joined.
 
         Else 0.
         """
         self._catch_up()
-        n_handed, own = self._n_handed, channel_id(fd)
+        n_passed, own = self._n_passed, channel_id(fd)
         channel = self._made.get(own) or self._found.get(own)
         if channel is None:
             channel = self._look(fd, own)
             self._catch_up()
-            if n_handed != self._n_handed:
+            if n_passed != self._n_passed:
                 return 0  # somebody has passed something on during the look
         return channel
 
     def _catch_up(self) -> None:
         """Doubt what other participants have passed on."""
-        n_handed = self._arena.handed.n
-        if n_handed == self._n_handed:
+        n_passed = self._arena.passed_ends.n
+        if n_passed == self._n_passed:
             return
-        ends = self._arena.handed.since(self._n_handed)
+        ends = self._arena.passed_ends.since(self._n_passed)
         self._doubt([*self._made, *self._found] if ends is None else ends)
-        self._n_handed = n_handed
+        self._n_passed = n_passed
 
     def _look(self, fd: int, own: int) -> int:
         start = time.monotonic()
@@ -193,7 +193,7 @@ class Channels:
     def is_older(self, fd: int) -> bool:
         """Tell whether all who can read what is written to `fd` were started by participants.
 
-        Only of a channel that is not known. Those who do not take part may be asked to.
+        Only of a channel that is not known. Those who have not joined may be asked to.
         """
         return channel_id(fd) in self._older
 
@@ -202,14 +202,14 @@ class Channels:
         # Who reads there may never have had a connection: that it is empty proves nothing.
         return channel if channel in self._made or not channel else channel | UNPROVEN
 
-    # --- asking older processes to take part
+    # --- asking older processes to join
 
     def ask_again(self) -> None:
-        """A process that does not take part has sent a large message."""
+        """A process that has not joined has sent a large message."""
         self._n_uncounted += 1
 
     def asks(self, fd: int) -> bool:
-        """Tell whether whoever reads what is written to `fd` is to be asked to take part.
+        """Tell whether whoever reads what is written to `fd` is to be asked to join.
 
         Not for ever, if nobody there follows.
         """

@@ -7,14 +7,14 @@
 
     dumps        serialize; below the threshold that is the message; else pack it into the arena and
                  return an envelope; if that cannot be, an ordinary pickle of the same payload,
-                 and count why, with an offer to take part for a reader that is older than the
+                 and count why, with an invitation to join for a reader that is older than the
                  arena; also before a small one, after a large one from such a process
     loads        load; if that fails in a pool, hand on the error in the place of the message
     _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
                  in-band message is given back as it is written
     _recv        while a message has left its channel and is not claimed, nobody may reclaim its
-                 blocks; a large in-band message is read straight, and counted if it comes from a
-                 process that does not take part
+                 blocks; a large in-band message is read into the memory of its arrays, and
+                 counted if it comes from a process that has not joined
 
 **Lifetime.** Each replacement asks at call time whether the hook is in, and else does what it
 replaced.
@@ -169,7 +169,7 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
     channel = 0 if fd is None else hook.channels.known(fd)
     tail = _COUNTED if hook.arena.membership.joined else _DETACHED
     if fd is None or not channel:
-        # Who takes part cannot be asked without the lock.
+        # Who has joined cannot be asked without the lock.
         lost = hook.arena.membership.has_lost_lock
         hook.count_fallback("detached" if lost else "channel", payload.nbytes)
         older = fd is not None and hook.channels.is_older(fd) and hook.arena.can_be_inherited()
@@ -188,7 +188,7 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
 
 
 def _asking(hook: Hook, message: bytes, frame: FrameType) -> bytes:
-    """Put an offer to take part before a small message, if one of its readers is to be asked."""
+    """Put an invitation to join before a small message, if one of its readers is to be asked."""
     hook.n_asking = max(0, hook.n_asking - 1)
     token = object()
     try:
@@ -372,7 +372,7 @@ def _read(identity: bytes, original: Any, *args: Any) -> tuple[Any, tuple[int, i
 
 
 def _count_uncounted(nbytes: int, message: io.BytesIO, frame: FrameType) -> None:
-    """Count a large message that came in-band from a process that does not take part.
+    """Count a large message that came in-band from a process that has not joined.
 
     `frame` is that of the caller of ``_recv``.
     """

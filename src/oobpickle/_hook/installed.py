@@ -55,7 +55,7 @@ class Hook:
     is_owner : bool
         Whether this process made the arena and closes it.
     inherit : callable
-        What a child that is being started calls to take part: with the arena's descriptors, and
+        What a child that is being started calls to join: with the arena's descriptors, and
         `Channels.to_bytes`.
     """
 
@@ -73,7 +73,7 @@ class Hook:
         self.channels = channels
         self.spawned = channels.spawned  # mostly empty; every message asks
         self.threshold = arena.options.threshold or 0
-        self.n_asking = 0  # how many small messages to come may ask an older process to take part
+        self.n_asking = 0  # how many small messages to come may ask an older process to join
         # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.
         self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()
         self.installed = False  # install() was called

@@ -1,4 +1,4 @@
-"""Offers: how a process that is older than the block comes to take part.
+"""Invitations: how a process that is older than the block comes to join.
 
 **What.** `prefix` makes the bytes to put before an ordinary pickle.
 
@@ -9,7 +9,7 @@ object behind it is loaded as ever. ::
 
     GLOBAL builtins.exec | (code, {}) | REDUCE | POP | the pickle
 
-**Lifetime.** The offer names the process that made it; it is good while that lives.
+**Lifetime.** The invitation names the process that made it; it is good while that lives.
 
 **When it cannot.** The receiver goes on as it is, and gets its messages in-band.
 """
@@ -44,7 +44,7 @@ _END: Final = b"}\x86R0"
 
 
 def without_prefix(message: memoryview) -> memoryview:
-    """Return the pickle behind an offer, or the message, if it is none."""
+    """Return the pickle behind an invitation, or the message, if it is none."""
     if bytes(message[: len(_START)]) != _START:
         return message
     (nbytes,) = struct.unpack_from("<I", message, len(_START))

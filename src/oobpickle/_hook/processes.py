@@ -1,15 +1,15 @@
-"""Processes and pipes: who has an end of a channel, and how a child that is started takes part.
+"""Processes and pipes: who has an end of a channel, and how a child that is started joins.
 
 **What.** Replacements for ``connection.Pipe``, ``reduction.dump`` and ``reduction.DupFd``, for
 ``Popen._launch`` of spawned processes, and for ``subprocess.Popen._execute_child``.
 
 **How it works.** A pipe that is made while the hook is in is a known channel. Its ends go to
 children with their process objects; an end that is handed to a process that runs already, or to a
-program that is started, may be in one that does not take part. A process object that is spawned
+program that is started, may be in one that has not joined. A process object that is spawned
 brings the arena's descriptors along, and is a message itself. What the child loads::
 
-    take part in the arena | POP | the process object
-    take part in the arena | POP | its envelope | close the guard | POP
+    join the arena | POP | the process object
+    join the arena | POP | its envelope | close the guard | POP
 
 The *guard* is the channel of that envelope: a pipe with an unread byte, of which the child has an
 end until it has loaded the envelope. If it dies before, the blocks come back as those of any

@@ -45,7 +45,7 @@ from oobpickle._memory.lease import Lease
 from oobpickle._memory.ledger import Ledger
 from oobpickle._memory.membership import HURRIED_S, Membership
 from oobpickle._memory.options import Options
-from oobpickle._memory.passed_ends import HandedEnds
+from oobpickle._memory.passed_ends import PassedEnds
 from oobpickle._memory.retention import Retention
 from oobpickle._memory.room import Room
 from oobpickle._memory.rows import Shortage
@@ -84,7 +84,7 @@ users: Final[set[object]] = set()
 
 
 class Arena:
-    """Shared memory for the messages between the processes that take part.
+    """Shared memory for the messages between the processes that have joined.
 
     Made by `oobpickle.install` or `oobpickle.enabled`; not by its constructor.
 
@@ -106,7 +106,7 @@ class Arena:
         self.membership = Membership(self.ledger, files.locks.fd, self._repair)
         self.room = Room(self.ledger, self.data, self.holdings, self.membership)
         self.retention = Retention(self.ledger, self.holdings, self.membership, self.room)
-        self.handed = HandedEnds(words, self.membership)
+        self.passed_ends = PassedEnds(words, self.membership)
         self._table = files.table
         self.words = words
         self.identity = files.identity
@@ -167,7 +167,7 @@ class Arena:
 
     @classmethod
     def attach(cls, data_fd: int, ledger_fd: int, locks_fd: int) -> Arena:
-        """Take part in the arena behind inherited descriptors.
+        """Join the arena behind inherited descriptors.
 
         Raises
         ------
@@ -185,7 +185,7 @@ class Arena:
 
     @classmethod
     def find(cls, name: bytes) -> Arena:
-        """Take part in the arena with the given `name`, through the process that sent it.
+        """Join the arena with the given `name`, through the process that sent it.
 
         Raises
         ------
@@ -214,7 +214,7 @@ class Arena:
         """Tell whether the `descriptors` are still those of the arena.
 
         If somebody has closed one, this process sends nothing through the arena any more: what it
-        starts from now on cannot take part.
+        starts from now on cannot join.
         """
         is_whole = self.data.is_ours() and self._table.is_ours() and self.membership.has_handle
         self._has_lost_files = self._has_lost_files or not is_whole
@@ -571,7 +571,7 @@ class Arena:
         fork.unwatch(self)
         # Other threads may still look: whoever starts a program is in no operation of the arena.
         self.words = memoryview(bytearray(bytes(self.words[:HEADER_WORDS]))).cast("Q")
-        self.handed.words = self.words
+        self.passed_ends.words = self.words
         self.membership.close()
         self.ledger.close()
         self.data.close()

@@ -3,7 +3,7 @@
 **What.** `FileWords` stands in for the memoryview of 64-bit words that a mapping would give.
 
 **How it works.** Each item is read or written by a system call. That is enough to load messages,
-and not to take part: a store is not atomic for those who have the file mapped.
+and not to join: a store is not atomic for those who have the file mapped.
 
 **Lifetime.** As long as the file is open.
 

@@ -1,4 +1,4 @@
-"""The three files of an arena: made by its owner, opened by everybody else who takes part.
+"""The three files of an arena: made by its owner, opened by everybody else who joins.
 
 **What.** `Files` has the data, the ledger and the locks. A *name* tells another process of the same
 user where it finds them.

@@ -1,6 +1,6 @@
 """The fork hooks: one registration for the life of the process, asked by each arena.
 
-**What.** `watch` makes an arena take part in every later fork of this process.
+**What.** `watch` has an arena told of every later fork of this process.
 
 **How it works.** ``os.register_at_fork`` cannot be undone, so one set of hooks is registered with
 the first arena and looks at a weak set of arenas from then on. *before* keeps other threads out
@@ -45,7 +45,7 @@ _registered = False
 
 
 def watch(arena: Forked) -> None:
-    """Let the arena take part in every fork from now on."""
+    """Tell the arena of every fork from now on."""
     global _registered
     _arenas.add(arena)
     if not _registered:

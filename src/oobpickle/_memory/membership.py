@@ -75,7 +75,7 @@ class Membership:
             If the lock or a slot cannot be had.
         """
         if self.retired:
-            raise ArenaFullError("this process takes no part in the arena any more", "detached")
+            raise ArenaFullError("this process has left the arena", "detached")
         if self._mutex is None:
             locks = LockFile(self.handle, self._file)
             try:
@@ -116,21 +116,21 @@ class Membership:
 
     @property
     def has_lost_lock(self) -> bool:
-        """Whether this process takes part, and somebody has closed its descriptor of the lock."""
+        """Whether this process has joined, and somebody has closed its descriptor of the lock."""
         return self._mutex is not None and not self._mutex.locks.is_intact()
 
     @property
     def slot(self) -> int:
         """This process's number among the participants."""
         if self._own is None:
-            raise ArenaFullError("this process does not take part in the arena", "detached")
+            raise ArenaFullError("this process has not joined the arena", "detached")
         return self._own.slot
 
     @property
     def incarnation(self) -> int:
         """What tells this participant from all others that there were."""
         if self._own is None:
-            raise ArenaFullError("this process does not take part in the arena", "detached")
+            raise ArenaFullError("this process has not joined the arena", "detached")
         return self._own.incarnation
 
     def run(self, step: Callable[..., Any], *args: Any) -> Any:
@@ -162,7 +162,7 @@ class Membership:
     def mutex(self) -> LedgerMutex:
         """The mutex around the ledger; only after `join` was tried with success once."""
         if self._mutex is None:
-            raise ArenaFullError("this process does not take part in the arena", "detached")
+            raise ArenaFullError("this process has not joined the arena", "detached")
         return self._mutex
 
     @property
@@ -193,13 +193,13 @@ class Membership:
         return len(self.others())
 
     def living(self) -> set[int]:
-        """Return the pids of all that take part, this process among them, by the proof of life."""
+        """Return the pids of all participants, this process among them, by the proof of life."""
         if self._own is None:
             return set()
         return self._participants.living(self.mutex.locks, self._own.slot)
 
     def sees_all(self) -> bool:
-        """Tell whether /proc shows this process all that take part.
+        """Tell whether /proc shows this process all that have joined.
 
         Not if it is in another pid namespace than one of them, or /proc is hidden from it.
         """

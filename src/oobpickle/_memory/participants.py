@@ -1,4 +1,4 @@
-"""Who takes part in an arena: one slot each, with its proof of life and its counters.
+"""The participants of an arena: one slot each, with its proof of life and its counters.
 
 **What.** The table of participants in the ledger file. Methods named as steps run under
 `LedgerMutex`.
@@ -165,7 +165,7 @@ class Participants:
         return [self.words[row + P_PID] for row in rows if self.words[row + P_STATE] == JOINED]
 
     def living(self, locks: LockFile, own_slot: int) -> set[int]:
-        """Return the pids, as /proc has them, of all that take part and are alive.
+        """Return the pids, as /proc has them, of all that have joined and are alive.
 
         Those of other pid namespaces are left out.
         """
@@ -183,7 +183,7 @@ class Participants:
         return found
 
     def are_visible(self, locks: LockFile, own_slot: int) -> bool:
-        """Tell whether /proc shows all that take part and are alive."""
+        """Tell whether /proc shows all that have joined and are alive."""
         namespace = pid_namespace()
         for slot in range(self.n_slots):
             row = self._row(slot)

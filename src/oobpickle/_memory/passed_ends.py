@@ -1,6 +1,6 @@
 """Which ends of channels participants have passed on: what others know of those is out of date.
 
-**What.** `HandedEnds` counts them in the ledger's header, and lists the last ones.
+**What.** `PassedEnds` counts them in the ledger's header, and lists the last ones.
 
 **How it works.** A ring of ends and a number that only grows. A reader compares the number with the
 one it has seen, reads the ends between, and looks at the number again: what was overwritten
@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING
 
 from oobpickle._errors import ArenaFullError
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._memory.layout import H_HANDED, H_HANDED_ENDS, N_HANDED_ENDS
+from oobpickle._memory.layout import H_HANDED, H_HANDED_ENDS, N_PASSED_ENDS
 from oobpickle._memory.membership import Membership
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
 
-class HandedEnds:
+class PassedEnds:
     """The list of passed-on ends in the ledger's header.
 
     Parameters
@@ -53,19 +53,19 @@ class HandedEnds:
         except (ArenaFullError, OSError) as error:
             pass_on_foreign(error)
             # Too many to be listed: they look again at all.
-            jump = N_HANDED_ENDS + 1 + secrets.randbits(62)
+            jump = N_PASSED_ENDS + 1 + secrets.randbits(62)
             self.words[H_HANDED] = (self.words[H_HANDED] + jump) % (1 << 63)
 
     def _note(self, ends: Collection[int]) -> None:
         for end in ends:
             n = self.words[H_HANDED]
-            self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] = end
+            self.words[H_HANDED_ENDS + n % N_PASSED_ENDS] = end
             self.words[H_HANDED] = (n + 1) % (1 << 63)
 
     def since(self, n_seen: int) -> list[int] | None:
         """Return the ends that were passed on since there were `n_seen`; ``None`` for "any"."""
         numbers = range(n_seen, self.words[H_HANDED])
-        ends = [self.words[H_HANDED_ENDS + n % N_HANDED_ENDS] for n in numbers[-N_HANDED_ENDS:]]
+        ends = [self.words[H_HANDED_ENDS + n % N_PASSED_ENDS] for n in numbers[-N_PASSED_ENDS:]]
         # Read first, then looked whether they were overwritten meanwhile.
         n_new = self.words[H_HANDED] - n_seen
-        return ends if 0 <= n_new <= N_HANDED_ENDS else None
+        return ends if 0 <= n_new <= N_PASSED_ENDS else None

@@ -1,4 +1,4 @@
-"""Straight: large in-band messages from the pipe into the memory of the arrays that arrive.
+"""Zero-copy in-band: large messages from the pipe into the memory of the arrays that arrive.
 
 **What.** `receive` reads a message from a pipe into the memory where its arrays will be.
 
@@ -130,7 +130,8 @@ class Received(io.BytesIO):
             self.write(whole)
 
 
-_TAKE: Final = b"\x80\x04coobpickle._pickling.in_band\ntake\n\x8a\x08"  # and a number of eight bytes
+#: Behind it is a number of eight bytes.
+_TAKE: Final = b"\x80\x04coobpickle._pickling.in_band\ntake\n\x8a\x08"
 _STUB: Final = struct.Struct(f"<{len(_TAKE)}sq3s")
 _START_NBYTES: Final = 40  # of the stream, after the end of the stub
 

@@ -464,7 +464,7 @@ for seed in {seeds}:
 
 
 def programs(_method):
-    """The first message asks the program to take part, and travels in-band."""
+    """The first message asks the program to join, and travels in-band."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oobpickle.FallbackWarning)
         with oobpickle.enabled() as arena:

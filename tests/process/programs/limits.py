@@ -541,7 +541,7 @@ def _raising(number):
 
 
 def limits_between_messages():
-    """None of these stands in the way of a process that takes part already."""
+    """None of these stands in the way of a process that has joined already."""
     for which, value in (
         (resource.RLIMIT_NOFILE, 0),
         (resource.RLIMIT_FSIZE, 0),

@@ -109,7 +109,7 @@ def pools_go_on(method):
 
 
 def pools_go_on_in_band(method):
-    """There is no room: large messages travel straight."""
+    """There is no room: large messages travel in-band."""
     context = multiprocessing.get_context(method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -122,7 +122,7 @@ def pools_go_on_in_band(method):
 
 
 def older_pools_go_on():
-    """The first large messages are offers to take part."""
+    """The first large messages are invitations to join."""
     context = multiprocessing.get_context("fork")
     with context.Pool(1) as pool, warnings.catch_warnings():
         warnings.simplefilter("ignore")

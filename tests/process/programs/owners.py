@@ -230,7 +230,7 @@ def _send_next(connection):
 
 
 def pipe_to_a_process_of_loky():
-    """It was started inside the block, but not by multiprocessing: it does not take part."""
+    """It was started inside the block, but not by multiprocessing: it has not joined."""
     from loky.backend import get_context
 
     with _enabled_in_silence() as arena:

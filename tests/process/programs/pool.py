@@ -283,11 +283,11 @@ def program_that_a_worker_lets_inherit_a_connection(method):
 def programs_without_connections_change_nothing():
     with oobpickle.enabled() as arena:
         read, write = multiprocessing.Pipe(duplex=False)
-        handed, pipe = arena.handed.n, subprocess.PIPE
+        handed, pipe = arena.passed_ends.n, subprocess.PIPE
         for more in ({"stderr": subprocess.STDOUT}, {"close_fds": False}, {"stdin": pipe}):
             command = [sys.executable, "-c", "print(1)"]
             subprocess.run(command, stdout=pipe, check=True, **more)
-        assert arena.handed.n == handed
+        assert arena.passed_ends.n == handed
         write.send(message(1))
         verify(read.recv(), 1)
         assert arena.statistics().n_messages_out_of_band == 1
@@ -539,7 +539,7 @@ def pool_before_inside_and_after_a_block(method):
             for seed in range(4):
                 assert older.apply(_echo, (Model(seed),)).check().seed == seed
                 done = arena.statistics()
-                # The first task brings an offer to take part; its result is out of band already.
+                # The first task brings an invitation to join; its result is out of band already.
                 assert done.n_messages_out_of_band == 1 + 2 * seed, done
                 (fallback,) = done.fallbacks.values()
                 assert fallback.n_messages == 1, done
@@ -585,13 +585,13 @@ _Library.register("Shelf", _Shelf)
 
 
 def queues_older_than_the_block(method):
-    """They are used as soon as all who can read there take part: this process and its children."""
+    """They are used once all who can read there have joined: this process, its children."""
     context = multiprocessing.get_context(method)
     tasks, results = context.Queue(), context.SimpleQueue()
     with oobpickle.enabled() as arena:
         process = context.Process(target=_work_on_queues, args=(tasks, results))
         process.start()
-        assert results.get() == "ready"  # a child that is only being started does not take part yet
+        assert results.get() == "ready"  # a child that is only being started has not joined yet
         for seed in range(3):
             tasks.put(Model(seed))
             assert results.get().check().seed == seed
@@ -700,7 +700,7 @@ def _until_all_out_of_band(arena, *ways):
 
 
 def older_workers_that_only_return(method):
-    """Their tasks are small: the next one after a large result asks them to take part."""
+    """Their tasks are small: the next one after a large result asks them to join."""
     context = multiprocessing.get_context(method)
     with context.Pool(2) as pool, ProcessPoolExecutor(2, context) as executor:
         pool.map(_make_slowly, range(4))

@@ -343,7 +343,7 @@ def a_raw_reader_that_ends():
 
 
 def _join_only_after(token):
-    """Let the next child of this process take long to take part."""
+    """Let the next child of this process take long to join."""
     join = membership.Membership.join
 
     def late(self):
@@ -355,7 +355,7 @@ def _join_only_after(token):
 
 
 def children_of_a_reader_that_ends():
-    """They have its bytes, as with plain pickle; also one that does not take part yet by then."""
+    """They have its bytes, as with plain pickle; also one that has not joined yet by then."""
     arena = oobpickle.install(capacity=32 * MIB)
     for has_asked, is_late in ((False, False), (False, True), (True, False), (True, True)):
         read, write = _pipe()

@@ -62,7 +62,7 @@ def work(kind, where, user):
 
 @contextlib.contextmanager
 def _stranger(kind, where, *, user=None, prefix=(), fds=(), orphan=False):
-    """A program that does not take part, until the block is left."""
+    """A program that has not joined, until the block is left."""
     code = f"{_STRANGER}\nwork({kind!r}, {where!r}, {user!r})"
     command = [*prefix, sys.executable, "-c", code]
     if orphan:  # no descendant of ours either
@@ -136,7 +136,7 @@ def _enabled(**options):
 
 
 def tcp_within_one_tree():
-    """Both ends take part, but nobody can say who reads from a TCP connection."""
+    """Both ends have joined, but nobody can say who reads from a TCP connection."""
     with _enabled() as arena, Listener(("127.0.0.1", 0), authkey=b"key") as listener:
         pid = fork(_echo_over, listener.address)
         with listener.accept() as connection:
@@ -231,7 +231,7 @@ def _other_block(address):
 
 
 def older_worker_with_another_version(method):
-    """It declines the offer, and goes on in-band."""
+    """It declines the invitation, and goes on in-band."""
     with multiprocessing.get_context(method).Pool(1, _become_another_version) as pool:
         pool.apply(int)
         with _enabled() as arena:

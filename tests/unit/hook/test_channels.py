@@ -15,7 +15,7 @@ from oobpickle._memory.layout import (
     H_N_SLOTS,
     HEADER_WORDS,
     JOINED,
-    N_HANDED_ENDS,
+    N_PASSED_ENDS,
     P_PID,
     P_PID_NAMESPACE,
     P_STATE,
@@ -54,7 +54,7 @@ def ends(request):
 
 @pytest.fixture
 def foreign(ends):
-    """A process that does not take part and has the reading end open."""
+    """A process that has not joined and has the reading end open."""
     with process_with(ends[0].fileno()):
         yield
 
@@ -246,20 +246,20 @@ def test_what_cannot_be_listed_makes_all_doubtful(
 
     if stuck:
         monkeypatch.setattr(arena.membership, "run", run)
-        arena.handed.note([1])
+        arena.passed_ends.note([1])
     else:
-        arena.handed.note(range(N_HANDED_ENDS + 1))
+        arena.passed_ends.note(range(N_PASSED_ENDS + 1))
 
     assert 0 == channels.known(ends[1].fileno())
 
 
 def test_descriptors_that_are_no_channels_matter_to_nobody(arena, channels):
-    before = arena.handed.n
+    before = arena.passed_ends.n
 
     with open("/dev/null") as file, channels.passing_on([1 << 20, file.fileno()]):
         pass
 
-    assert before == arena.handed.n
+    assert before == arena.passed_ends.n
 
 
 def test_one_that_is_not_open_does_not_hide_the_others(channels, ends):
@@ -298,7 +298,7 @@ def test_what_is_passed_on_when_the_arena_has_gone_is_nobodys_business(arena, en
 
     with channels.passing_on([ends[0].fileno()]):
         channels.forget(ends[1].fileno())
-    assert arena.handed.since(arena.handed.n) == []
+    assert arena.passed_ends.since(arena.passed_ends.n) == []
 
 
 def test_older_processes_are_asked_as_long_as_they_follow(channels, ends, foreign):

@@ -1,4 +1,4 @@
-"""Offers: whatever becomes of them, the message behind them arrives."""
+"""Invitations: whatever becomes of them, the message behind them arrives."""
 
 import pickle
 import subprocess

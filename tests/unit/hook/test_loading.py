@@ -32,7 +32,7 @@ def envelope(obj):
     return bytes(_envelope.pack(oobpickle.dumps(obj), FakeLease, bytes(32)))
 
 
-def straight(obj):
+def in_band(obj):
     data = bytes(oobpickle.dumps(obj).to_pickle(tail=b"tail"))
     read, write = os.pipe()
     if fork() == 0:
@@ -56,11 +56,13 @@ WAYS = {
     "plain, protocol 2": lambda obj: pickle.dumps(obj, 2),
     "small": lambda obj: oobpickle.dumps(obj).stream,
     "in-band": lambda obj: oobpickle.dumps(obj).to_pickle(tail=b"\0tail"),
-    "with an offer": lambda obj: oobpickle.dumps(obj).to_pickle(head=invitations.prefix(bytes(32))),
-    "small, with an offer": lambda obj: invitations.prefix(bytes(32)) + pickle.dumps(obj),
+    "with an invitation": lambda obj: oobpickle.dumps(obj).to_pickle(
+        head=invitations.prefix(bytes(32))
+    ),
+    "small, with an invitation": lambda obj: invitations.prefix(bytes(32)) + pickle.dumps(obj),
     "envelope": envelope,
     "envelope of a large stream": lambda obj: envelope((*obj, "x" * 10_000)),
-    "straight": straight,
+    "in-band, read": in_band,
 }
 ENDS = {"result": ((True, BIG),), "task": (len, (BIG,), {})}
 
@@ -80,7 +82,7 @@ def test_the_numbers_are_found(way, end, numbers):
     "obj", [None, 5, (5,), ("a", 1, 2), (1, "a"), [1], {"a": 1}, (None, 1), (1.5, 2), b"", BIG]
 )
 def test_what_is_no_task_has_none(obj):
-    for way in ("plain, protocol 4", "small", "in-band", "envelope", "with an offer"):
+    for way in ("plain, protocol 4", "small", "in-band", "envelope", "with an invitation"):
         assert numbers_in(WAYS[way](obj)) is None
 
 

@@ -7,16 +7,16 @@ from process.harness import cases_of, run_program
 WITH_ARGUMENTS = {"takes_what_it_needs", "the_copy_goes_as_it_is_sent"}
 
 
-@pytest.mark.parametrize("case", [c for c in cases_of("straight") if c not in WITH_ARGUMENTS])
-def test_straight(case):
-    run_program("straight", case)
+@pytest.mark.parametrize("case", [c for c in cases_of("in_band") if c not in WITH_ARGUMENTS])
+def test_in_band(case):
+    run_program("in_band", case)
 
 
 @pytest.mark.parametrize("way", ["queue", "thread", "process"])
 def test_peak_memory_of_both_sides(way):
-    run_program("straight", "the_copy_goes_as_it_is_sent", way)
+    run_program("in_band", "the_copy_goes_as_it_is_sent", way)
 
 
 @pytest.mark.parametrize("way", ["result", "executor", "pipe", "SimpleQueue"])
 def test_peak_memory(way, start_method):
-    run_program("straight", "takes_what_it_needs", way, start_method)
+    run_program("in_band", "takes_what_it_needs", way, start_method)
