@@ -132,10 +132,10 @@ class LockFile:
         self._unlock = _system.flock_argument(lock=False, byte=_LEDGER_BYTE)
         self._steps = _Description(handle, file)
         try:
-            self._life = _Description(handle, self._steps.file)
             self.fd = self._steps.fd
             #: Arguments with which ``fcntl`` gives the ledger's lock back, in one C call.
             self.unlock_call = self.fd, _system.F_OFD_SETLK, self._unlock
+            self._life = _Description(handle, self._steps.file)  # last: nothing would close it
         except BaseException:  # a Ctrl-C
             self._steps.close()
             raise
