@@ -25,8 +25,8 @@ import os
 import subprocess
 import warnings
 from collections import deque
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from oobpickle import _statistics, _system
 from oobpickle._errors import ArenaError, FallbackWarning
@@ -51,6 +51,8 @@ from oobpickle._memory.absent import AbsentArena
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import Options
 from oobpickle._statistics import Statistics
+
+_F = TypeVar("_F", bound=Callable[..., Any])
 
 _declined: deque[bytes] = deque(maxlen=64)  # identities of arenas that were offered
 _absences: set[object] = set()  # of the blocks, and of an install(), that have to do without
@@ -188,14 +190,17 @@ def uninstall() -> None:
                 installed.stop(hook)
 
 
-@contextlib.contextmanager
-def enabled(
-    *,
-    capacity: int | None = None,
-    threshold: int | None = None,
-    wait_timeout: float | None = None,
-    copy_on_receive: bool | None = None,
-) -> Iterator[Arena]:
+class _CallMe(type):
+    """Says what is wrong with ``with oobpickle.enabled:``."""
+
+    def __enter__(cls) -> NoReturn:
+        raise TypeError("enabled has to be called: write `with oobpickle.enabled():`")
+
+    def __exit__(cls, *_: object) -> None:
+        """Never reached: there is no block."""
+
+
+class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
     """Send the large buffers of multiprocessing messages through shared memory inside the block.
 
     Parameters
@@ -230,6 +235,8 @@ def enabled(
     -----
     FallbackWarning
         Once, when the block is left, if messages travelled in-band although they were large enough.
+    RuntimeWarning
+        If what the call returns is dropped and was never entered: then nothing is enabled.
 
     Examples
     --------
@@ -240,15 +247,50 @@ def enabled(
     ...     arena.statistics().n_messages_out_of_band
     2
     """
-    options = Options(capacity, threshold, wait_timeout, copy_on_receive)
-    block = Block()
-    fallbacks: dict[str, Fallback] = {}
-    try:
-        yield _enter(options, block)
-    finally:
-        fallbacks = installed.uninterrupted(_leave, block)
+
+    def __init__(
+        self,
+        *,
+        capacity: int | None = None,
+        threshold: int | None = None,
+        wait_timeout: float | None = None,
+        copy_on_receive: bool | None = None,
+    ) -> None:
+        self._options = Options(capacity, threshold, wait_timeout, copy_on_receive)
+        self._blocks: list[Block] = []  # several if it is entered again, as by a decorated function
+        self._is_used = False
+
+    def __call__(self, function: _F) -> _F:
+        self._is_used = True
+        return super().__call__(function)
+
+    def __enter__(self) -> Arena:
+        self._is_used = True
+        block = Block()
+        self._blocks.append(block)
+        try:
+            return _enter(self._options, block)
+        except BaseException:
+            self._blocks.remove(block)
+            installed.uninterrupted(_leave, block)
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        fallbacks = installed.uninterrupted(_leave, self._blocks[-1])
+        self._blocks.pop()
         if fallbacks:
-            warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=3)
+            warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=2)
+
+    def __del__(self) -> None:
+        for block in getattr(self, "_blocks", ()):  # a Ctrl-C came before the first line inside
+            installed.uninterrupted(_leave, block)
+        if not getattr(self, "_is_used", True):  # not where the options were refused
+            warnings.warn(
+                "oobpickle.enabled() was called and not entered, so nothing is enabled: write "
+                "`with oobpickle.enabled():`, or call oobpickle.install()",
+                RuntimeWarning,
+                stacklevel=2,
+            )
 
 
 def _enter(options: Options, block: Block) -> Arena:
@@ -261,7 +303,7 @@ def _enter(options: Options, block: Block) -> Arena:
                 f"oobpickle is not in use: {str(error).rstrip('.')}. "
                 "Messages travel as without it.",
                 FallbackWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         if hook is not None:
             return hook.arena

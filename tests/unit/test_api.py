@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 
 import oobpickle
-from conftest import process_with
+from conftest import is_installed, process_with
 from oobpickle import ArenaError, ArenaFullError, Fallback, FallbackWarning, _api, _system
 from oobpickle._envelope import Envelope
 from oobpickle._hook import installed
@@ -53,6 +53,42 @@ def _uninstalled():
     yield
     oobpickle.uninstall()
     assert before == replaced_objects()
+
+
+def test_a_block_that_is_never_entered_is_a_mistake():
+    with pytest.warns(RuntimeWarning, match="called and not entered") as caught:
+        oobpickle.enabled()
+
+    assert caught[0].filename == __file__
+
+
+def test_a_block_without_parentheses_is_a_mistake():
+    with pytest.raises(TypeError, match=r"write `with oobpickle.enabled\(\):`"), oobpickle.enabled:
+        pass
+
+
+def test_a_block_whose_options_are_refused_says_nothing_more():
+    with pytest.raises(TypeError, match="4 GiB is 4 << 30"):
+        oobpickle.enabled(capacity="4GB")
+
+
+def test_a_function_can_be_decorated():
+    @oobpickle.enabled(capacity=16 * MIB)
+    def nested(n):
+        assert oobpickle.statistics().capacity == 16 * MIB
+        return nested(n - 1) + 1 if n else 0
+
+    assert nested(2) == nested(0) + 2
+    with pytest.raises(ArenaError):
+        oobpickle.statistics()
+
+
+def test_a_block_that_is_dropped_inside_is_left():
+    block = oobpickle.enabled()
+    block.__enter__()
+    del block
+
+    assert not is_installed()
 
 
 def test_enabled_replaces_twelve_objects_and_restores_them():

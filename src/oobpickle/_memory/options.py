@@ -108,7 +108,7 @@ def _check_int(name: str, value: object, low: int, high: int) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an int (bytes), not {value!r}")
+        raise TypeError(f"{name} must be an int (bytes), not {value!r}; 4 GiB is 4 << 30")
     if not low <= value <= high:
         raise ValueError(f"{name} must be {low} to {high} bytes, not {value}")
 
