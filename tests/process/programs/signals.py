@@ -23,7 +23,7 @@ MIB = 1 << 20
 LIBRARY = os.path.dirname(oobpickle.__file__)
 #: Between the last statement of a `try` and the first of its `finally` no signal is delivered; and
 #: after a call that opens something nothing can be done before it is stored.
-UNREACHABLE = {("segment.py", "create"), ("_api.py", "enabled"), ("mutex.py", "run")}
+UNREACHABLE = {("segment.py", "create"), ("mutex.py", "run")}
 
 
 def _pipe():
