@@ -19,6 +19,31 @@ import exploring  # noqa: F401  (registers hypothesis's profiles)
 START_METHODS = ("fork", "spawn", "forkserver")
 
 
+REPEATS = int(os.environ.get("OOBPICKLE_REPEATS", "1"))  # see `process.inside`
+
+
+def by_turns(cases):
+    """Return every second case; two versions of Python in a row do all, and the long runs each."""
+    return cases if REPEATS > 1 else cases[sys.version_info.minor % 2 :: 2]
+
+
+def by_start_method(cases):
+    """Return pairs of a case and a start method, for what does not turn on how a child begins.
+
+    Each case with fork, and with spawn or forkserver by turns, which change with the version of
+    Python: so two versions in a row do all of them. The long runs do so with each.
+    """
+    if REPEATS > 1:
+        return [(case, method) for case in cases for method in START_METHODS]
+    turn = sys.version_info.minor
+    others = [START_METHODS[1 + (n + turn) % 2] for n in range(len(cases))]
+    return [
+        pair
+        for case, other in zip(cases, others, strict=True)
+        for pair in ((case, "fork"), (case, other))
+    ]
+
+
 def eventually(condition, *, within_s=20.0):
     """Poll until `condition()` is true; fail with its last value at the deadline."""
     deadline = time.monotonic() + within_s

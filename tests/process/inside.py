@@ -33,6 +33,8 @@ from oobpickle._memory import layout, options
 # The programs send many messages of 70 to 100 KB; children take over the parent's.
 options.DEFAULT_THRESHOLD = 64 << 10
 
+#: How often what only repeats is repeated; the long runs (tests/long/again.py) set it higher.
+REPEATS = int(os.environ.get("OOBPICKLE_REPEATS", "1"))
 WATCHDOG_S = 150
 TOKEN_S = 20
 KILLED = -signal.SIGKILL

@@ -10,6 +10,7 @@ import re
 
 import pytest
 
+from conftest import by_start_method
 from process.harness import HERE, cases_of, run_program
 
 TO_CHILD, TO_PARENT = "to the child", "to the parent"
@@ -87,9 +88,9 @@ ONE_WAY = {
 NOT_FORKED = STARTING | {"ProcessPoolExecutor(max_tasks_per_child=1)"}
 
 CELLS = [
-    (family, channel, direction)
-    for family, channels in CHANNELS.items()
-    for channel in channels
+    (family, channel, direction, method)
+    for family, method in by_start_method(list(CHANNELS))
+    for channel in CHANNELS[family]
     for direction in (TO_CHILD, TO_PARENT)
     if (channel, direction) not in ONE_WAY
 ]
@@ -103,7 +104,7 @@ def _cells(family, method):
     return {(cell["channel"], cell["direction"]): cell for cell in cells}
 
 
-@pytest.mark.parametrize(("family", "channel", "direction"), CELLS)
+@pytest.mark.parametrize(("family", "channel", "direction", "start_method"), CELLS)
 def test_crosses(family, channel, direction, start_method):
     cell = _cells(family, start_method).get((channel, direction))
 

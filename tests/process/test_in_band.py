@@ -2,6 +2,7 @@
 
 import pytest
 
+from conftest import by_start_method
 from process.harness import cases_of, run_program
 
 WITH_ARGUMENTS = {"takes_what_it_needs", "the_copy_goes_as_it_is_sent"}
@@ -17,6 +18,8 @@ def test_peak_memory_of_both_sides(way):
     run_program("in_band", "the_copy_goes_as_it_is_sent", way)
 
 
-@pytest.mark.parametrize("way", ["result", "executor", "pipe", "SimpleQueue"])
+@pytest.mark.parametrize(
+    ("way", "start_method"), by_start_method(["result", "executor", "pipe", "SimpleQueue"])
+)
 def test_peak_memory(way, start_method):
     run_program("in_band", "takes_what_it_needs", way, start_method)

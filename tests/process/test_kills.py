@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from conftest import by_turns
 from process.harness import HERE, SOURCE, run_program
 
 LONG = HERE.parent / "long"
@@ -25,7 +26,8 @@ def load(name):
 
 
 POINTS = load("points").all_points()
-GROUPS = [POINTS[at : at + N_AT_A_TIME] for at in range(0, len(POINTS), N_AT_A_TIME)]
+CHOSEN = by_turns(POINTS)
+GROUPS = [CHOSEN[at : at + N_AT_A_TIME] for at in range(0, len(CHOSEN), N_AT_A_TIME)]
 
 
 def run(name, *args):

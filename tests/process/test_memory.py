@@ -4,7 +4,7 @@ import uuid
 
 import pytest
 
-from conftest import START_METHODS
+from conftest import by_start_method
 from process.harness import cases_of, eventually, run_program
 from process.test_limits import CGROUPS, _own_cgroup
 
@@ -13,8 +13,7 @@ WITHOUT_METHOD = {"forks_meanwhile"}
 WITH_METHOD = sorted(set(cases_of("memory")) - WITH_ARGUMENTS - WITHOUT_METHOD)
 
 
-@pytest.mark.parametrize("method", START_METHODS)
-@pytest.mark.parametrize("case", WITH_METHOD)
+@pytest.mark.parametrize(("case", "method"), by_start_method(WITH_METHOD))
 def test_memory(case, method):
     run_program("memory", case, method)
 

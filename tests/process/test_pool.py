@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from conftest import by_start_method
 from process.harness import PROGRAMS, cases_of, environment, run_program
 
 PRELOADING_PATH = os.pathsep.join([environment()["PYTHONPATH"], str(PROGRAMS)])
@@ -16,7 +17,9 @@ def _takes_a_start_method(case):
 CASES = cases_of("pool")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if _takes_a_start_method(case)])
+@pytest.mark.parametrize(
+    ("case", "start_method"), by_start_method([c for c in CASES if _takes_a_start_method(c)])
+)
 def test_pool_with(case, start_method):
     run_program("pool", case, start_method)
 

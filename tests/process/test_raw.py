@@ -2,6 +2,7 @@
 
 import pytest
 
+from conftest import by_start_method
 from process.harness import PROGRAMS, cases_of, run_program
 
 
@@ -12,7 +13,9 @@ def _takes_a_start_method(case):
 CASES = cases_of("raw")
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if _takes_a_start_method(case)])
+@pytest.mark.parametrize(
+    ("case", "start_method"), by_start_method([c for c in CASES if _takes_a_start_method(c)])
+)
 def test_raw_with(case, start_method):
     run_program("raw", case, start_method)
 

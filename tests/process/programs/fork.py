@@ -592,7 +592,7 @@ def arrays_that_die_in_another_thread_during_forks():
     thread = threading.Thread(target=drop)
     thread.start()
     kept = _received(1, 2_000_000)
-    for _ in range(40):
+    for _ in range(14 * inside.REPEATS):
         for n in range(64):
             shelf[n] = _received(n, 66_000)
 

@@ -119,7 +119,7 @@ def storm_over_sending_and_receiving():
         write.send(messages)
         kept = [*kept[-4:], *read.recv()]
 
-    while weather.n_struck < 600:
+    while weather.n_struck < 200 * inside.REPEATS:
         n_rounds += weather.expose(round)
         while len(ends) > 4:
             for end in ends.pop(0):
@@ -153,7 +153,7 @@ def partner_of_an_interrupted_sender():
     report.close()
     weather = _Weather(longest_s=0.002)
     sent, attempted = set(), 0
-    while weather.n_struck < 600:
+    while weather.n_struck < 200 * inside.REPEATS:
         if weather.expose(write.send, message(attempted, 200_000)):
             sent.add(attempted)
         attempted += 1
@@ -229,7 +229,7 @@ def storm_over_forks():
         children.append(pid)
         n_forks += 1
 
-    while weather.n_struck < 100:
+    while weather.n_struck < 35 * inside.REPEATS:
         weather.expose(forks)
         for one in kept:
             verify(one)

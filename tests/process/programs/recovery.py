@@ -21,7 +21,7 @@ import inside
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
-from oobpickle._memory import intake, layout
+from oobpickle._memory import intake, layout, membership
 
 MIB = 1 << 20
 
@@ -637,7 +637,13 @@ def _echo_once(read, back):
 # --- stopped in the worst place
 
 
+def _wait_less():
+    """A quarter of the patience with a holder of the lock; one case below has all of it."""
+    membership.BUSY_S = 0.5
+
+
 def a_stopped_holder_of_the_ledger():
+    _wait_less()
     arena = oobpickle.install(capacity=64 * MIB)
     read, write = _pipe()
     echo_read, from_echo = _pipe()
@@ -709,6 +715,7 @@ def sending_while_the_ledger_is_held_by_a_stopped_process():
 
 
 def a_fork_while_the_ledger_is_held_by_a_stopped_process():
+    _wait_less()
     arena = oobpickle.install(capacity=64 * MIB)
     read, write = _pipe()
     received = Token()
@@ -738,6 +745,7 @@ def a_fork_while_the_ledger_is_held_by_a_stopped_process():
 
 
 def leaving_the_block_while_the_ledger_is_held_by_a_stopped_process():
+    _wait_less()
     started = time.monotonic()
     with oobpickle.enabled(capacity=64 * MIB) as arena:
         read, write = _pipe()
