@@ -51,8 +51,11 @@ _OF_C: Final = (
     *(types.GetSetDescriptorType, types.MemberDescriptorType),
 )
 _DROPPED: Final = frozenset(
-    # copyreg finds the last one again.
-    ("__dict__", "__weakref__", "__module__", "__slots__", "__slotnames__")
+    # copyreg finds the last one but one again; CPython 3.15 leaves the last in named tuples.
+    (
+        *("__dict__", "__weakref__", "__module__", "__slots__"),
+        *("__slotnames__", "__classdictcell__"),
+    )
 )
 _DROPPED_IN_314: Final = frozenset(("__annotate_func__", "__annotations_cache__"))
 #: What the metaclass of an enumeration makes anew.
@@ -173,7 +176,7 @@ def reduce_step(step: Step) -> Reduced:
 def _state(parts: Parts, cls: type, dropped: frozenset[str]) -> tuple[Step, ...]:
     making = {name: Step(cls) for name in _MAKING_INSTANCES if name in vars(cls)}
     methods, others = Step(cls), Step(cls)
-    for name, value in vars(cls).items():
+    for name, value in list(vars(cls).items()):  # as of 3.14 looking at annotations adds to them
         is_made_anew = isinstance(value, types.MemberDescriptorType) and value.__objclass__ is cls
         if name in dropped or name == "_abc_impl" or is_made_anew:
             continue

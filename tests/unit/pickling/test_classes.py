@@ -5,6 +5,7 @@ import ctypes
 import dataclasses
 import enum
 import gc
+import inspect
 import pickle
 import sys
 import threading
@@ -223,7 +224,14 @@ def enumerations():
 
 CLASSES = classes()
 #: Where an enumeration keeps what it looks up; and what differs from process to process.
-APART = {"_abc_impl", "__weakref__", "__dict__", "__parameters__", "__orig_bases__"}
+APART = {
+    "__classdictcell__",
+    "_abc_impl",
+    "__weakref__",
+    "__dict__",
+    "__parameters__",
+    "__orig_bases__",
+}
 APART |= {"__type_params__", "__slotnames__"}
 VERSION_TAG = 1 << 19  # of a cache
 
@@ -256,8 +264,15 @@ def said_of(value):
     return repr(value)
 
 
+#: Where a class has its annotations, by the version of Python.
+ANNOTATIONS = {"__annotations__", "__annotate_func__", "__annotations_cache__"}
+
+
 def described(cls):
-    return [(name, said_of(v)) for name, v in sorted(vars(cls).items()) if name not in APART]
+    found = {name: v for name, v in vars(cls).items() if name not in {*APART, *ANNOTATIONS}}
+    found["__annotations__"] = inspect.get_annotations(cls)
+    found["__doc__"] = cls.__doc__  # of a data class an object that makes it, in CPython 3.15
+    return [(name, said_of(v)) for name, v in sorted(found.items())]
 
 
 @pytest.mark.parametrize("name", CLASSES)

@@ -112,5 +112,7 @@ class FailsFrozen:
 
 
 def test_an_error_that_takes_no_notes_is_raised_as_it_is():
-    with pytest.raises(FrozenError, match="no"):
+    with pytest.raises(Exception, match="no") as plain:  # CPython 3.15 adds notes of its own
+        pickle.dumps([FailsFrozen()])
+    with pytest.raises(plain.type, match="no"):
         serialize([FailsFrozen()], {}, 0, by_value=True)
