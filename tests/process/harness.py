@@ -30,8 +30,12 @@ HERE = Path(__file__).parent
 PROGRAMS = HERE / "programs"
 SOURCE = HERE.parents[1] / "src"
 
-#: Warnings are errors, but for the one that CPython gives about what these tests are about.
-FLAGS = ("-W", "error", "-W", "ignore:This process:DeprecationWarning")
+#: Warnings are errors, but for the one that CPython gives about what these tests are about, and the
+#: one that CPython 3.15 gives when it shows a traceback of a spawned child's main module.
+FLAGS = (
+    *("-W", "error", "-W", "ignore:This process:DeprecationWarning"),
+    *("-W", "ignore:Module globals is missing a __spec__.loader:DeprecationWarning"),
+)
 
 
 def cases_of(name):
