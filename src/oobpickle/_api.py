@@ -80,10 +80,10 @@ def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
     descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
-        _take_part(Arena.attach(*descriptors), channels, is_spawned=True)
+        _join(Arena.attach(*descriptors), channels, is_spawned=True)
 
 
-def _take_part(arena: Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
+def _join(arena: Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
     known = Channels(arena, channels)
     if is_spawned and is_absent():
         known.spawned.add(0)  # the parent has a main module that is not ours
@@ -102,7 +102,7 @@ def accept(name: bytes) -> None:
     with ignoring(Exception), installed.guard:
         if running() is None and name[:16] not in _declined and not _system.lacking():
             _declined.append(name[:16])  # asked for once: what has failed would fail again
-            _take_part(Arena.find(name))
+            _join(Arena.find(name))
 
 
 @functools.cache

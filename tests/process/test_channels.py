@@ -1,4 +1,4 @@
-"""The table: every channel of multiprocessing, under every start method, in both directions.
+"""The table: every channel of multiprocessing, in both directions, under the start methods.
 
 What stands here is what the documents promise: ``docs/reference/channels.md`` has the same rows,
 and a reason for each cell that cannot be.

@@ -1,4 +1,4 @@
-"""The documentation: every Python block runs, under every start method, and prints what it says.
+"""The documentation: every Python block runs, by turns under each start method, and prints it.
 
 The blocks of a file run in order, as one program. A block marked ``python no-run`` does not run. A
 ``text`` block after ``<!-- output -->`` is what the block before it prints.
