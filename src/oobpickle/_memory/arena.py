@@ -352,8 +352,9 @@ class Arena:
         shortage = self.ledger.lease(needs, slot, taken)
         for index, _ in taken[start:]:
             generation = self.ledger.generation[index]
-            self.holdings.leased[index] = generation
+            # First what gives it back: an interrupt can come in between.
             lease.blocks.append((index, generation))
+            self.holdings.leased[index] = generation
         return shortage
 
     def _full(self, shortage: Shortage, *, again: bool = False) -> ArenaFullError:

@@ -287,8 +287,9 @@ class Room:
         self._ledger.take_idle(nbytes, self._membership.slot, taken, above=above)
         for index in taken:
             generation = self._ledger.generation[index]
-            self._holdings.leased[index] = generation
+            # First what gives it back: an interrupt can come in between.
             blocks.append((index, generation))
+            self._holdings.leased[index] = generation
 
     def _punch(self, index: int) -> None:
         # Where the mount cannot punch, the pages stay, and the account is wrong by them.
