@@ -7,7 +7,6 @@ import subprocess
 import sys
 import threading
 import time
-import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -52,13 +51,6 @@ def eventually(condition, *, within_s=20.0):
             pytest.fail(f"not within {within_s} s: {condition} is still {value!r}")
         time.sleep(0.005)
     return value
-
-
-def fork():
-    """Fork in a test: the process may have threads of the test runner, which only wait."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "This process", DeprecationWarning)
-        return os.fork()
 
 
 @pytest.fixture(params=START_METHODS)

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 import oobpickle
-from conftest import fork
 from oobpickle import _envelope
 from oobpickle._hook import invitations, loading
 from oobpickle._hook.loading import Substitute, numbers_in
@@ -35,7 +34,7 @@ def envelope(obj):
 def in_band(obj):
     data = bytes(oobpickle.dumps(obj).to_pickle(tail=b"tail"))
     read, write = os.pipe()
-    if fork() == 0:
+    if os.fork() == 0:
         with open(write, "wb") as writer:
             writer.write(data)
         os._exit(0)

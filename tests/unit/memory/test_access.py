@@ -5,7 +5,6 @@ import os
 
 import pytest
 
-from conftest import fork
 from oobpickle import _system
 from oobpickle._memory.segment import Segment
 
@@ -92,7 +91,7 @@ def test_where_no_further_mapping_is_allowed_everything_is_opened(segment, monke
 
 def test_a_child_can_touch_what_its_parent_has_opened_and_more(segment):
     segment.bytes(0, 10)[:1] = b"1"
-    pid = fork()
+    pid = os.fork()
     if pid == 0:
         segment.bytes(0, 10)[:1] = b"2"
         segment.bytes(10 * UNIT, 10)[:1] = b"3"

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import oobpickle
-from conftest import eventually, fork
+from conftest import eventually
 from ledger_tools import assert_in_order
 from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError, _copying
 from oobpickle._memory import arena as arena_module
@@ -960,7 +960,7 @@ def test_what_a_child_inherits_is_kept_and_not_taken_apart(arena):
     lease = arena.acquire([100])
     books = arena.holdings.leased, arena.room._touched
     before = [dict(book) for book in books]
-    pid = fork()
+    pid = os.fork()
     if pid == 0:
         try:
             is_anew = arena.holdings.leased == {} and arena.room._touched == {}

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 
 import pytest
 
-from conftest import fork
 from oobpickle import _system
 from oobpickle._errors import ArenaError
 from oobpickle._memory import descriptors
@@ -129,7 +128,7 @@ def test_closing_the_handle_or_another_description_kills_nobody(handle, make):
 def test_a_killed_participant_is_dead_and_has_no_lock(handle, make):
     survivor = make()
     reader, writer = os.pipe()
-    child = fork()
+    child = os.fork()
     if child == 0:
         lock = LockFile(handle)
         os.write(writer, bytes([lock.hold(3), lock.try_lock()]))
@@ -155,7 +154,7 @@ def in_a_forked_child(work):
     """Run `work` in a forked child that waits to be told; return how to end it."""
     ready_reader, ready_writer = os.pipe()
     end_reader, end_writer = os.pipe()
-    child = fork()
+    child = os.fork()
     if child == 0:
         os.close(end_writer)
         work()

@@ -11,7 +11,6 @@ from collections import deque
 import numpy as np
 import pytest
 
-from conftest import fork
 from ledger_tools import assert_in_order
 from oobpickle._memory import headroom, layout, retention
 from oobpickle._memory.arena import Arena
@@ -330,7 +329,7 @@ def test_a_child_frees_nothing_of_its_parent(arena, monkeypatch, in_child):
     held = [receive(arena, value) for value in range(9)]
     assert going(arena)
     monkeypatch.setattr(Segment, "privatize", refuse)
-    pid = fork()
+    pid = os.fork()
     if pid == 0:
         status = 1
         try:
@@ -379,7 +378,7 @@ def test_a_child_that_c_code_has_forked_frees_nothing(arena):
 
 def test_private_memory_of_a_fork_goes_back_too(arena):
     held = [receive(arena, value) for value in range(9)]
-    pid = fork()
+    pid = os.fork()
     if pid == 0:
         os._exit(0 if all((a == value).all() for value, a in enumerate(held)) else 1)
     assert os.waitpid(pid, 0)[1] == 0

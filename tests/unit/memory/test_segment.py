@@ -14,7 +14,6 @@ import weakref
 import numpy as np
 import pytest
 
-from conftest import fork
 from oobpickle import _system
 from oobpickle._errors import ArenaError
 from oobpickle._memory import backing as backing_module
@@ -498,7 +497,7 @@ def test_a_forked_child_and_its_parent_do_not_share_a_privatized_range(segment):
     array[:] = 7
     segment.privatize(MIB, PAGE_NBYTES)
     reader, writer = os.pipe()
-    child = fork()
+    child = os.fork()
     if child == 0:
         array[0] = 9
         os.write(writer, bytes(array[:2]))
