@@ -14,8 +14,29 @@ import pytest
 from hypothesis import given, strategies
 
 import exploring  # noqa: F401  (registers hypothesis's profiles)
+from oobpickle._native import core, reason
 
 START_METHODS = ("fork", "spawn", "forkserver")
+#: What can be tested without the extension module, where nothing could be compiled; but for files
+#: that use an arena for what they show.
+WITHOUT_CORE = ("unit/pickling", "unit/test_delegate.py", "unit/test_errors.py")
+NEED_CORE = ("test_byte_types.py", "test_numpy_subclasses.py", "test_resizable.py")
+HERE = Path(__file__).parent
+
+
+def pytest_ignore_collect(collection_path, config):
+    """Without the extension module, leave out what needs it."""
+    if core is not None or collection_path in (HERE, HERE / "unit"):
+        return None
+    chosen = [HERE / place for place in WITHOUT_CORE]
+    is_chosen = any(collection_path == one or one in collection_path.parents for one in chosen)
+    return None if is_chosen and collection_path.name not in NEED_CORE else True
+
+
+def pytest_report_header(config):
+    if core is None:
+        return f"only {', '.join(WITHOUT_CORE)}: no extension module ({reason})"
+    return None
 
 
 REPEATS = int(os.environ.get("OOBPICKLE_REPEATS", "1"))  # see `process.inside`

@@ -7,6 +7,7 @@ The checksums are mended after most mutations, or nothing would get past them.
 
 import contextlib
 import io
+import os
 import pickle
 import struct
 import zlib
@@ -15,17 +16,16 @@ from types import SimpleNamespace
 import numpy as np
 
 import oobpickle
-from ledger_tools import FakeLocks, make_words
 from oobpickle import _envelope
-from oobpickle._errors import EnvelopeError, OobPickleError, PayloadError
-from oobpickle._memory import layout
+from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, PayloadError
 from oobpickle._memory.arena import Arena
-from oobpickle._memory.ledger import Ledger
 from oobpickle._memory.options import Options
-from oobpickle._memory.participants import OwnRow, Participants
-from oobpickle._memory.rows import Shortage
+from oobpickle._memory.plan import plan
+from oobpickle._memory.plan import views as views_of
+from oobpickle._native import core
 from oobpickle._pickling import payload as payload_module
 from oobpickle._pickling.payload import Payload
+from table import Table, commit_word, place_word, resident_word, rows_word
 
 MIB = 1 << 20
 #: What `pickle` raises for a stream that makes no sense.
@@ -138,7 +138,6 @@ class EnvelopeFuzzer:
             assert payload.stream == stream
             assert [bytes(b.raw()) for b in payload.buffers] == [bytes(b) for b in buffers]
             del buffers, stream
-        self._arena.drain()
         statistics = self._arena.statistics()
         assert {**statistics.n_blocks, "free": 0} == dict.fromkeys(statistics.n_blocks, 0)
         assert statistics.n_quarantined == 0
@@ -149,9 +148,9 @@ class EnvelopeFuzzer:
 
     def _send(self, payload):
         envelope = _envelope.pack(payload, self._arena.acquire, self._arena.name)
-        blocks = list(envelope.lease.blocks)
+        numbers = struct.unpack(f"<{len(envelope.lease.pairs) // 8}Q", envelope.lease.pairs)
         envelope.lease.settle()
-        return bytes(envelope), blocks
+        return bytes(envelope), list(zip(numbers[::2], numbers[1::2], strict=True))
 
     @staticmethod
     def _load(call, argument):
@@ -196,11 +195,12 @@ class EnvelopeFuzzer:
         self._replace_what_was_taken()
 
     def _replace_what_was_taken(self):
-        ledger = self._arena.ledger
-        for at, (_, blocks) in enumerate(self._sent):
-            if not all(ledger.is_in_flight(*block) for block in blocks):
-                left = [(i, ledger.word[i]) for i, g in blocks if ledger.is_in_flight(i, g)]
-                self._arena.membership.run(ledger.free_unread, left)
+        blocks = self._arena.blocks
+        for at, (_, sent) in enumerate(self._sent):
+            if not all(blocks.is_in_flight(*block) for block in sent):
+                for block in sent:  # as if somebody had read it, and given it up
+                    blocks.adopt(*block)
+                    blocks.discard(*block)
                 self._sent[at] = self._send(self._payloads[at])
 
 
@@ -208,37 +208,44 @@ def _load_pickle(data):
     return _Known(io.BytesIO(data)).load()
 
 
-class LedgerFuzzer:
-    """A table that is written over while participants lease, pass on, hold, die and give back.
+class TableFuzzer:
+    """A table that is written over while participants lease, send, hold, die and give back.
 
-    Whatever is written without a right check, nobody gets a range that somebody else uses. With
-    one, no step raises, and each ends.
+    Whatever is written without a right check, nobody's memory is somebody else's: each has content
+    of its own. With one, no call raises or hangs.
     """
 
-    N_SLOTS = 3
+    N_PARTICIPANTS = 3
     N_ROWS = 24
 
     def __init__(self):
-        self._words = make_words(64 * MIB)
-        self._columns = [
-            layout.BLOCKS_AT + column * layout.MAX_BLOCKS for column in range(layout.N_COLUMNS)
-        ]
-        self._empty = bytes(self._words[: layout.HEADER_WORDS])
         self.n_inputs = self.n_quarantined = 0
-        self._anew(None)
+        self._arenas = []
+        core.wait_for_the_lock(3_000)
+
+    def close(self):
+        self._bury()
+        core.wait_for_the_lock(2_000_000)
+
+    def _bury(self):
+        self._mine, self._sent = [], []
+        for arena in self._arenas:
+            arena.blocks.abandon()
+            arena._files.close()
+        self._arenas = []
 
     def _anew(self, rng):
-        words = self._words
-        words.cast("B")[: len(self._empty)] = self._empty
-        participants = layout.MAX_PARTICIPANTS * layout.PARTICIPANT_WORDS
-        for start, n in ((layout.HEADER_WORDS, participants), *((c, 64) for c in self._columns)):
-            words[start : start + n] = memoryview(bytes(8 * n)).cast("Q")
-        self._ledgers = [Ledger(words) for _ in range(self.N_SLOTS)]
-        self._locks = FakeLocks()
-        self._participants = Participants(self._ledgers[0])
-        self._slots = [self._participants.join(self._locks) for _ in range(self.N_SLOTS)]
-        self._used = {}  # index to (who, generation, nbytes, state)
+        self._bury()
+        first = Arena.create(Options(capacity=64 * MIB))
+        self._arenas = [first]
+        while len(self._arenas) < self.N_PARTICIPANTS:
+            self._arenas.append(self._attached())
+        self._table = Table.of(first)
+        self._words = np.frombuffer(self._table.bytes, np.uint64)
         self._forged = False
+
+    def _attached(self):
+        return Arena.attach(*(os.dup(fd) for fd in self._arenas[0].descriptors))
 
     def one(self, rng):
         if self.n_inputs % 16 == 0:
@@ -249,161 +256,187 @@ class LedgerFuzzer:
         self._damage(rng)
         for _ in range(3):
             self._step(rng)
+        if not self._forged:
+            for _, view, content in self._mine:
+                assert bytes(view[:8]) + bytes(view[-8:]) == content, "somebody else wrote there"
 
     def _damage(self, rng):
-        words = self._words
+        words, layout = self._words, core.LAYOUT
+        rows, participants = layout["table.rows"] // 8, layout["table.participants"] // 8
+        first, last = layout["header.lock"] // 8, layout["header.totals"] // 8 + 98
         index = rng.randrange(self.N_ROWS)
         if rng.random() < 0.3:
-            at = rng.choice(
-                (
-                    *range(layout.H_DIRTY, layout.H_INCARNATION + 1),
-                    *(layout.H_CLOSED, layout.H_STRANGERS, layout.H_HANDED),
-                    layout.H_WARM + rng.randrange(256),
-                    layout.H_TOTALS + rng.randrange(256),
-                    layout.HEADER_WORDS + rng.randrange(4 * layout.PARTICIPANT_WORDS),
-                )
-            )
+            at = rng.choice((rng.randrange(first, last), participants + rng.randrange(4 * 128)))
         else:
-            at = rng.choice(self._columns) + index
+            at = rows + 8 * index + rng.randrange(8)
         kind = rng.random()
         if kind < 0.1:
-            words[at] = words[rng.choice(self._columns) + rng.randrange(self.N_ROWS)]
+            words[at] = words[rows + rng.randrange(8 * self.N_ROWS)]
         elif kind < 0.15:  # a stray memset
-            for word in range(at, at + rng.randrange(2, 12)):
-                words[word] = 0
+            words[at : at + rng.randrange(2, 12)] = 0
         elif kind < 0.25:
             self._forge(rng, index)
         else:
-            words[at] = some_number(rng, words[at])
+            words[at] = some_number(rng, int(words[at]))
 
     def _forge(self, rng, index):
         """Write what is wrong with a check that is right."""
         self._forged = True
-        generation, number = self._columns[layout.C_GENERATION] + index, some_number(rng)
-        words, kind = self._words, rng.randrange(4)
+        table, number, kind = self._table, some_number(rng), rng.randrange(4)
+        row = table.rows[index : index + 1]
         if kind == 0:
-            low = rng.randrange(7) | rng.choice((0, 1, 2, 5000, layout.OWNER_MASK)) << 8
-            words[self._columns[layout.C_WORD] + index] = layout.checked_word(
-                index, low, words[generation]
-            )
+            state, slot = rng.randrange(9), rng.choice((0, 1, 2, 5000, 0xFFFFFF))
+            row["commit"] = commit_word(index, state, slot, table.generation(index))
         elif kind == 1:
-            offset, size_class = number // 4096 * 4096, rng.randrange(layout.N_CLASSES)
-            for column, value in (
-                (layout.C_OFFSET, offset),
-                (layout.C_CLASS, size_class),
-                (layout.C_CHECK, layout.row_check(index, offset, size_class)),
-            ):
-                words[self._columns[column] + index] = value
+            offset = number % (1 << 44) // 4096 * 4096
+            row["place"] = place_word(index, offset, rng.randrange(128))
         elif kind == 2:
-            number &= layout.RESIDENT_MASK
-            words[self._columns[layout.C_RESIDENT] + index] = layout.resident_word(index, number)
+            row["resident"] = resident_word(index, number % (1 << 48))
         else:
             n_rows = rng.randrange(self.N_ROWS + 2)
-            words[layout.H_ROWS], words[layout.H_N_BLOCKS] = layout.rows_word(n_rows), n_rows
+            table["n_rows"], table["n_rows_again"] = rows_word(n_rows), n_rows
 
     # --- the participants go on
 
     def _step(self, rng):
-        who = rng.randrange(self.N_SLOTS)
-        if rng.random() < 0.1:
-            self._ledgers[who] = Ledger(self._words)  # as a process that comes later sees it
+        if rng.random() < 0.1:  # one dies, and another one comes
+            who = rng.randrange(1, self.N_PARTICIPANTS)
+            gone = self._arenas[who]
+            self._mine = [one for one in self._mine if one[0] is not gone]
+            gone.blocks.abandon()
+            gone._files.close()
+            with contextlib.suppress(ArenaError):
+                self._arenas[who] = self._attached()
+        arena = rng.choice(self._arenas)
         steps = (
-            *(self._lease, self._lease, self._pass_on, self._give_back, self._give_back),
-            *(self._look, self._repair, self._others),
+            *(self._send, self._send, self._receive, self._receive, self._drop, self._drop),
+            *(self._look, self._reclaim),
         )
-        rng.choice(steps)(rng, who, self._ledgers[who], self._slots[who])
+        rng.choice(steps)(rng, arena)
 
-    def _lease(self, rng, who, ledger, slot):
-        if ledger.rows.n_rows > self.N_ROWS:
+    def _send(self, rng, arena):
+        if self._table.n_rows > self.N_ROWS:
             return
-        needs = [rng.choice((100, 70_000, MIB, 3 * MIB)) for _ in range(rng.randint(1, 3))]
-        taken = []
-        shortage = ledger.lease(needs, slot, taken)
-        assert shortage is None or isinstance(shortage, Shortage)
-        for (index, present), nbytes in zip(taken, needs, strict=False):
-            row = ledger.rows.get(index)
-            assert row.offset + nbytes <= row.end <= 1 << 40
-            assert 0 <= present
-            if not self._forged:
-                assert index not in self._used, f"block {index} is somebody else's"
-                for other in self._used:
-                    found = self._place(other)
-                    assert found is None or found.end <= row.offset or row.end <= found.offset
-            generation = ledger.generation[index]
-            self._used[index] = (who, generation, nbytes, layout.LEASED, row)
-
-    def _place(self, index):
-        return self._used[index][4]
-
-    def _pass_on(self, rng, who, ledger, slot):
-        mine = [(i, u) for i, u in self._used.items() if u[0] == who and u[3] == layout.LEASED]
-        if not mine:
+        sizes = [rng.choice((100, 70_000, MIB, 3 * MIB)) for _ in range(rng.randint(1, 3))]
+        try:
+            lease = arena.acquire(sizes, wait_timeout=0)
+        except ArenaFullError:
             return
-        index, (_, generation, nbytes, _, row) = rng.choice(mine)
-        ledger.seal([(index, generation)], slot, some_number(rng))
+        contents = [rng.randbytes(16) for _ in sizes]
+        for view, content in zip(lease.destinations, contents, strict=True):
+            view[:8], view[-8:] = content[:8], content[8:]
+        pairs, needs = lease.pairs, lease.needs
+        if rng.random() < 0.2:
+            self._mine += [
+                (arena, view, content)
+                for view, content in zip(lease.destinations, contents, strict=True)
+            ]
+            return
+        lease.seal(some_number(rng))
+        lease.depart()
+        lease.settle()
+        self._sent.append((pairs, needs, sizes, contents))
+
+    def _receive(self, rng, arena):
+        if not self._sent:
+            return
+        pairs, needs, sizes, contents = self._sent.pop(rng.randrange(len(self._sent)))
         if rng.random() < 0.5:
             self._damage(rng)
-        other = rng.randrange(self.N_SLOTS)
-        reader = self._ledgers[other]
-        reader.adopt(index, generation, self._slots[other])
+        block = struct.unpack_from("<2Q", pairs)
+        if rng.random() < 0.5:
+            arena.blocks.adopt(*block)
+        if rng.random() < 0.2:
+            arena.blocks.settle(arena.blocks.send_on(*block, some_number(rng)))
+        if rng.random() < 0.1:
+            arena.blocks.discard(*block)
+        try:
+            views = arena.receiving.claim(pairs, needs)
+        except EnvelopeError:
+            return
+        found = views_of(views, plan(sizes), sizes)
+        for view, content in zip(found, contents, strict=True):
+            assert self._forged or bytes(view[:8]) + bytes(view[-8:]) == content
+            self._mine.append((arena, view, bytes(view[:8]) + bytes(view[-8:])))
+
+    def _drop(self, rng, arena):
+        if self._mine:
+            del self._mine[rng.randrange(len(self._mine))]
+
+    def _look(self, rng, arena):
+        statistics = arena.statistics()
+        self.n_quarantined += statistics.n_quarantined
+        assert all(n >= 0 for n in statistics.n_blocks.values())
+        arena.blocks.participants()
+        arena.blocks.sources()
+        arena.blocks.passed_since(some_number(rng))
+        arena.blocks.pass_on([some_number(rng)])
+
+    def _reclaim(self, rng, arena):
+        arena.reclaim.reap()
+        arena.blocks.free_lost(arena.blocks.unowned())
         if rng.random() < 0.3:
-            reader.readdress(index, generation, self._slots[other], some_number(rng))
-        if reader.claim([(index, generation)], [nbytes], self._slots[other]) is None:
-            found = reader.rows.get(index)
-            assert nbytes <= found.nbytes
-            assert self._forged or found == row, "another range than the message's"
-            self._used[index] = (other, generation, nbytes, layout.HELD, row)
-        else:
-            del self._used[index]  # refused: nobody has it any more
-            word = reader.word[index]
-            reader.free_unread([(index, word)])
+            arena.reclaim.punch_idle(some_number(rng))
 
-    def _give_back(self, rng, who, ledger, slot):
-        mine = [i for i, used in self._used.items() if used[0] == who]
-        if mine:
-            index = rng.choice(mine)
-            generation = self._used.pop(index)[1]
-            if ledger.rows.get(index):
-                ledger.pages_of(index)
-            ledger.release([(index, generation)], slot)
 
-    def _look(self, rng, who, ledger, slot):
-        census = ledger.census()
-        assert 0 <= census.n_quarantined <= ledger.rows.n_rows
-        self.n_quarantined = max(self.n_quarantined, census.n_quarantined)
-        kept = Participants(ledger).kept()[0] | {some_number(rng)}
-        for _, word, _ in ledger.in_flight([slot], kept, keeps_all=rng.random() < 0.3):
-            assert word & layout.STATE_MASK == layout.IN_FLIGHT
-        for _, word in ledger.abandoned():
-            assert word & layout.STATE_MASK == layout.IN_FLIGHT
-        ledger.sources()
-        with contextlib.suppress(OobPickleError):
-            ledger.rows.offset(rng.choice((index_ := rng.randrange(64), index_, 1 << 63)))
+class CallFuzzer:
+    """The functions of the extension module, with arguments that nobody means."""
 
-    def _repair(self, rng, who, ledger, slot):
-        ledger.rebuild()
-        ledger.forget_unknown(slot, {i for i, used in self._used.items() if used[0] == who})
-        taken = []
-        ledger.take_idle(rng.choice((1, MIB, 1 << 62)), slot, taken)
-        ledger.mark_punched(taken)
-        if not self._forged:
-            assert not set(taken) & set(self._used), "pages in use were given back"
-        ledger.release([(index, ledger.generation[index]) for index in taken], slot)
+    ERRORS = (TypeError, ValueError, OverflowError, BufferError, OSError)
 
-    def _others(self, rng, who, ledger, slot):
-        """Counting, dying and joining."""
-        participants = Participants(ledger)
-        OwnRow(self._words, slot).count((0, 1), (3, MIB))
-        participants.counters()
-        list(participants.readers())
-        participants.pids()
-        dead = rng.randrange(self.N_SLOTS)
-        self._locks.alive.discard(self._slots[dead])
-        self._used = {i: used for i, used in self._used.items() if used[0] != dead}
-        participants.reap(self._locks, self._slots[dead - 1])
-        joined = participants.join(self._locks)
-        assert joined is None or 0 <= joined < layout.MAX_PARTICIPANTS
-        if joined is None:
-            joined = self._slots[dead]
-            self._locks.alive.add(joined)
-        self._slots[dead], self._ledgers[dead] = joined, Ledger(self._words)
+    def __init__(self):
+        self._arena = Arena.create(Options(capacity=16 * MIB))
+        self._blocks, self.n_accepted = [], 0
+        core.wait_for_the_lock(3_000)
+        spare = {"abandon", "close", "end", "read_for_ever", "say_that_it_reads", "keep_all"}
+        blocks = self._arena.blocks
+        self._calls = [
+            getattr(blocks, name)
+            for name in sorted(vars(type(blocks)))
+            if not name.startswith("_") and name not in spare and callable(getattr(blocks, name))
+        ]
+        self._calls += [core.copy, core.constants, core.header, core.epoch]
+
+    def close(self):
+        self._blocks.clear()
+        core.wait_for_the_lock(2_000_000)
+        self._arena.blocks.release([])
+        self._arena.close()
+        assert not any(self._arena.statistics().n_blocks[state] for state in ("leased", "held"))
+        self._arena.blocks.free_lost(self._arena.blocks.unowned())
+        self._arena.blocks.abandon()
+        self._arena._files.close()
+
+    def one(self, rng):
+        call = rng.choice(self._calls)
+        arguments = [self._argument(rng) for _ in range(rng.choice((0, 1, 1, 2, 2, 3)))]
+        if rng.random() < 0.3 and self._blocks:
+            call = rng.choice((self._blocks[-1].reserve, self._blocks[-1].empty))
+        try:
+            result = call(*arguments)
+        except self.ERRORS:
+            return
+        self.n_accepted += 1
+        if isinstance(result, list):
+            self._blocks += [one for one in result if isinstance(one, core.Block)]
+        del self._blocks[: -rng.randrange(1, 20)]
+
+    def _argument(self, rng):
+        kind = rng.randrange(9)
+        if kind == 0:
+            return some_number(rng)
+        if kind == 1:
+            return rng.choice((None, -1, 1.5, "text", (), {}, object(), True))
+        if kind == 2:
+            return [rng.choice((0, 1, 100, 70_000, MIB, some_number(rng))) for _ in range(3)]
+        if kind == 3:
+            return self._blocks[-rng.randrange(1, 4) :]
+        if kind == 4:
+            return [(rng.randrange(30), some_number(rng)), self._argument(rng)]
+        if kind == 5:
+            return rng.randbytes(rng.choice((0, 8, 16, 32, 4000)))
+        if kind == 6:
+            return struct.pack("<2Q", rng.randrange(30), rng.randrange(5))
+        if kind == 7:
+            return bytearray(rng.choice((0, 16, 100)))
+        return rng.randrange(40)

@@ -75,9 +75,9 @@ def _replacements() -> list[Replacement]:
     ]
 
 
-def _inherit(data: Any, ledger: Any, locks: Any, channels: bytes) -> None:
+def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
     """In a child that is being started: join the parent's arena."""
-    descriptors = [duplicate.detach() for duplicate in (data, ledger, locks)]
+    descriptors = [duplicate.detach() for duplicate in (data, table, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
         _join(Arena.attach(*descriptors), channels, is_spawned=True)

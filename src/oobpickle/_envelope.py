@@ -35,9 +35,9 @@ from typing import Any, Final, NamedTuple, Protocol
 from oobpickle import _faults
 from oobpickle._errors import ArenaError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._memory.arena import Arena, users
-from oobpickle._memory.layout import OWN_BLOCK_NBYTES, plan
+from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import FORCED
+from oobpickle._memory.plan import OWN_BLOCK_NBYTES, plan, views
 from oobpickle._pickling.payload import Payload
 from oobpickle._pickling.serializer import serialize
 from oobpickle._statistics import N_LOADED
@@ -46,6 +46,7 @@ _MAGIC: Final = b"OOBE"
 _HEADER: Final = struct.Struct("<4sI32sIIIQ")
 _CRC_FROM: Final = 8
 _INDIRECT: Final = 1
+_PAIR_NBYTES: Final = 16
 _INLINE_NBYTES: Final = 8 << 10
 PREFIX: Final = b"\x80\x04coobpickle._envelope\nunpack_envelope\n\x8e"
 _SUFFIX: Final = b"\x85R."
@@ -67,7 +68,7 @@ class Destinations(Protocol):
     def destinations(self) -> Sequence[memoryview]: ...
 
     @property
-    def blocks(self) -> list[tuple[int, int]]: ...
+    def pairs(self) -> bytes: ...
 
     def seal(self, channel: int) -> None: ...
 
@@ -76,6 +77,7 @@ class Envelope(bytes):
     """The bytes to send, with the lease of the blocks that they name."""
 
     lease: Any
+    is_indirect: bool
 
 
 def pack(
@@ -91,7 +93,7 @@ def pack(
     payload : Payload
         Its buffers are copied exactly once.
     acquire : callable
-        ``acquire(sizes)`` returns an object with ``destinations``, ``blocks`` and ``seal``.
+        ``acquire(sizes)`` returns an object with ``destinations``, ``pairs`` and ``seal``.
     name : bytes
         `Arena.name`.
     channel : int
@@ -107,23 +109,27 @@ def pack(
     if indirect:
         index_nbytes = _index_nbytes(sizes, n_stream)
         lease = acquire([index_nbytes, *sizes])
+        pairs = lease.pairs
         index, *destinations = lease.destinations
-        table = _table(lease.blocks, sizes)
+        table = pairs + _numbers(sizes)
         index[: len(table)] = table
         payload.write_stream_into(index[len(table) : len(table) + n_stream])
         payload.write_into(destinations)
         start = bytes(index[len(table) : len(table) + min(START_NBYTES, n_stream)])
-        body = _table(lease.blocks[:1], [index_nbytes]) + start.ljust(START_NBYTES, b"\0")
+        body = pairs[:_PAIR_NBYTES] + _numbers([index_nbytes]) + start.ljust(START_NBYTES, b"\0")
+        del index, destinations
     else:
         lease = acquire(sizes)
+        pairs = lease.pairs
         payload.write_into(lease.destinations)
-        body = _table(lease.blocks, sizes) + payload.stream
+        body = pairs + _numbers(sizes) + payload.stream
     _faults.reach("envelope.copied")
     lease.seal(channel)
-    counts = (len(lease.blocks), len(sizes), _INDIRECT if indirect else 0, n_stream)
-    framed = _framed(name, counts, body)
+    n_blocks = len(pairs) // _PAIR_NBYTES
+    framed = _framed(name, (n_blocks, len(sizes), _INDIRECT if indirect else 0, n_stream), body)
     envelope = Envelope(PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
     envelope.lease = lease
+    envelope.is_indirect = indirect
     return envelope
 
 
@@ -141,9 +147,8 @@ def sizes_of(payload: Payload) -> list[int]:
     return sizes
 
 
-def _table(blocks: Sequence[tuple[int, int]], sizes: Sequence[int]) -> bytes:
-    numbers = [number for block in blocks for number in block]
-    return struct.pack(f"<{len(numbers) + len(sizes)}Q", *numbers, *sizes)
+def _numbers(sizes: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(sizes)}Q", *sizes)
 
 
 def _index_nbytes(sizes: Sequence[int], n_stream: int) -> int:
@@ -219,14 +224,12 @@ def unpack_envelope(data: bytes) -> Any:
     StaleEnvelopeError
         If the message was loaded already, or taken back.
     """
-    token = object()
     parsed = buffers = stream = None
     try:
-        users.add(token)
         parsed = _parse(data)
         arena = _arena_named(parsed.name)
         buffers, stream = _claim(arena, parsed)
-        arena.membership.count((N_LOADED, 1))
+        arena.count(N_LOADED, 1)
         _faults.reach("envelope.claimed")
         return pickle.loads(stream, buffers=buffers)
     except BaseException:  # if of a signal handler, nobody has the message any more
@@ -234,14 +237,13 @@ def unpack_envelope(data: bytes) -> Any:
             _discard(data)
         raise
     finally:
-        users.discard(token)
         parsed = buffers = stream = None  # an error refers to this frame
 
 
 def _discard(data: bytes) -> None:
     arena = _arenas.get(data[_CRC_FROM : _CRC_FROM + 16])
     if arena is not None:
-        arena.intake.discard(*struct.unpack_from("<2Q", data, _HEADER.size))
+        arena.receiving.discard(*struct.unpack_from("<2Q", data, _HEADER.size))
 
 
 def _arena_named(name: bytes) -> Arena:
@@ -264,36 +266,32 @@ def _arena_named(name: bytes) -> Arena:
                 f"not joined and cannot reach: {error}. Receive it in a process that was "
                 "started inside enabled()."
             ) from error
-        arena.membership.read_for_ever()  # there is no hook to say when this process reads
+        arena.blocks.read_for_ever()  # there is no hook to say when this process reads
         introduce(arena)
     return arena
 
 
 def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:
-    rest, n_blocks = parsed.body, parsed.n_blocks
+    rest, n_pairs, claim = parsed.body, _PAIR_NBYTES * parsed.n_blocks, arena.receiving.claim
     if parsed.indirect:
-        index, generation, index_nbytes = struct.unpack_from("<3Q", rest)
-        n_table = 16 * n_blocks + 8 * parsed.n_buffers
-        if index_nbytes < n_table + parsed.n_stream or n_blocks < 1:
-            raise EnvelopeError(f"an index of {index_nbytes} bytes for {n_blocks} blocks")
-        (rest,) = arena.intake.claim([(index, generation)], [index_nbytes], is_index=True)
-    numbers = struct.unpack_from(f"<{2 * n_blocks + parsed.n_buffers}Q", rest)
-    pairs = list(zip(numbers[: 2 * n_blocks : 2], numbers[1 : 2 * n_blocks : 2], strict=True))
-    sizes = list(numbers[2 * n_blocks :])
-    start = 8 * len(numbers)
+        (index_nbytes,) = struct.unpack_from("<Q", rest, _PAIR_NBYTES)
+        if index_nbytes < n_pairs + 8 * parsed.n_buffers + parsed.n_stream:
+            raise EnvelopeError(f"an index of {index_nbytes} bytes for {parsed.n_blocks} blocks")
+        (rest,) = claim(bytes(rest[:_PAIR_NBYTES]), [index_nbytes], is_index=True)
+    sizes = list(struct.unpack_from(f"<{parsed.n_buffers}Q", rest, n_pairs))
+    start = n_pairs + 8 * parsed.n_buffers
     stream = rest[start : start + parsed.n_stream]
-    blocks = pairs[1:] if parsed.indirect else pairs
+    pairs = bytes(rest[_PAIR_NBYTES if parsed.indirect else 0 : n_pairs])
     layout = plan(sizes)
-    if len(layout.needs) != len(blocks):
-        raise EnvelopeError(f"{len(blocks)} blocks for buffers that need {len(layout.needs)}")
-    if len(blocks) > 1 and len({index for index, _ in blocks}) != len(blocks):
+    if len(layout.needs) * _PAIR_NBYTES != len(pairs):
+        raise EnvelopeError(
+            f"{len(pairs) // _PAIR_NBYTES} blocks for buffers that need {len(layout.needs)}"
+        )
+    if len(layout.needs) > 1 and len(set(struct.unpack(f"<{len(pairs) // 8}Q", pairs)[::2])) != len(
+        layout.needs
+    ):
         raise EnvelopeError("an envelope names a block twice")
-    views = arena.intake.claim(blocks, layout.needs)
-    buffers = [
-        views[block][at : at + nbytes] if block >= 0 else memoryview(bytearray())
-        for (block, at), nbytes in zip(layout.places, sizes, strict=True)
-    ]
-    return buffers, stream
+    return views(claim(pairs, layout.needs), layout, sizes), stream
 
 
 def introduce(arena: Arena) -> None:

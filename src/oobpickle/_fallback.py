@@ -25,11 +25,11 @@ REASONS: Final[dict[str, str]] = {
     "memory": "the machine or the memory cgroup had too little memory left; run fewer workers",
     "space": "the system refused to reserve pages; see the limits of the mount",
     "table": "the table of blocks was full; send fewer, larger arrays",
-    "busy": "the ledger's lock could not be had in time; is a worker stopped?",
+    "busy": "the lock of the arena could not be had in time; is a worker stopped?",
     "channel": "a process that can read there has not joined: it is older than enabled(), or "
     "another program; make pools, queues and managers inside the block",
     "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
-    "damaged": "a process of the arena has written over its ledger; look for a faulty extension",
+    "damaged": "a process of the arena has written over its table; look for a faulty extension",
 }
 
 _FIRST_COUNTER: Final = 16  # before it are those of `_statistics`

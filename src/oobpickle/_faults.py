@@ -3,8 +3,9 @@
 **What.** ``reach("name")`` stands at each step whose interruption must be survivable. In normal
 operation it looks its name up in an empty set.
 
-**How it works.** The environment variable ``OOBPICKLE_FAULT`` names a point and, after colons, at
-which hit the process dies and of which signal, for instance ``ledger.lease.committed:3:SEGV``. If
+**How it works.** The extension module has points of its own, in its steps; they are armed with the
+others. The environment variable ``OOBPICKLE_FAULT`` names a point and, after colons, at
+which hit the process dies and of which signal, for instance ``lease.committed:3:SEGV``. If
 neither is said, it dies at the first hit, by SIGKILL, at once: no handler, no ``finally``, no
 ``atexit`` runs. `arm` does the same from inside a process, so that one child of many can be chosen.
 
@@ -21,6 +22,8 @@ import os
 import signal
 from collections.abc import Callable
 from typing import Final
+
+from oobpickle._native import core
 
 VARIABLE: Final = "OOBPICKLE_FAULT"
 
@@ -46,6 +49,8 @@ def arm(point: str | None) -> None:
     _hits_left = int(hit or 1)
     _signal = signal.Signals[f"SIG{number or 'KILL'}"]
     reach = _reach if _armed else _nothing
+    if core is not None:
+        core.arm(_armed, _hits_left, _signal)
 
 
 def _reach(point: str) -> None:

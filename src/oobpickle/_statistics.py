@@ -52,7 +52,7 @@ class Statistics:
         Blocks that a fork left shared between parent and child, because the system allowed no
         further mapping (``vm.max_map_count``). Anything but 0 is a reason to worry.
     n_quarantined : int
-        Blocks whose entry in the ledger is damaged, and which are not used any more. Anything but
+        Blocks whose entry in the table is damaged, and which are not used any more. Anything but
         0 says that some process writes where it should not.
     n_participants : int
         Processes that have joined; a dead one counts until somebody has needed what it left.

@@ -89,7 +89,7 @@ class Record:
     Attributes
     ----------
     hits : dict
-        By kind and start method, e.g. ``"ledger.punched fork"``: kills by signal.
+        By kind and start method, e.g. ``"table.punched fork"``: kills by signal.
     sums : dict
         What adds up over all programs.
     figures : dict

@@ -2,7 +2,7 @@
 
 Each parent has a pool of two workers at work and results on their way, and two more processes that
 send each other messages. It is killed at a random moment. The pool's workers must end; the other
-two must go on without it, find all that it had back in the ledger, and end well. Prints JSON.
+two must go on without it, find all that it had back in the table, and end well. Prints JSON.
 """
 
 import contextlib
@@ -60,7 +60,7 @@ def partner(get, put, others, begins, path):
     for one in held:
         verify(one)
     inside.eventually(lambda: not blocks_of_the_dead(arena))
-    inside.assert_ledger_consistent(arena)
+    inside.assert_table_in_order(arena)
     with open(path, "a") as file:
         file.write(f"{n_verified}\n")
 

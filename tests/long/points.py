@@ -19,8 +19,8 @@ OF_VICTIMS = (
 ONCE = {
     "arena.mapped",
     "fork.after_in_child",
-    "participants.held",
-    "participants.joined",
+    "participant.held",
+    "participant.joined",
     "victim.copying",
     "victim.exiting",
     "victim.piping",
@@ -30,11 +30,11 @@ OF_OLDER = {"arena.mapped"}
 
 
 def of_library():
-    """Return the arguments of all calls of ``_faults.reach`` in the source."""
-    called = re.compile(r'_faults\.reach\("([^"]+)"\)')
-    return sorted(
-        {name for path in SOURCE.rglob("*.py") for name in called.findall(path.read_text())}
-    )
+    """Return the arguments of all calls of ``_faults.reach``, and of ``FAULT`` in C."""
+    called = re.compile(r'\b(?:_faults\.reach|FAULT)\("([^"]+)"\)')
+    files = [*SOURCE.rglob("*.py"), *SOURCE.rglob("*.c")]
+    names = {name for path in files for name in called.findall(path.read_text())}
+    return sorted(names - {"name"})
 
 
 def all_points():

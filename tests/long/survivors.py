@@ -5,7 +5,7 @@ the while; `look` says that nobody hangs, nothing wrong has arrived, and nothing
 dead.
 
 **How it works.** Each worker verifies every byte of every message, again when it drops it. `look`
-asks both how far they are, compares the ledger with a recomputation, and takes all room there is:
+asks both how far they are, compares the table with a recomputation, and takes all room there is:
 what is not to be had must belong to somebody who lives.
 
 **Lifetime.** From its making to `finish`, after which nothing may be left in this process.
@@ -14,6 +14,7 @@ what is not to be had must belong to somebody who lives.
 hang, and fails the run.
 """
 
+import contextlib
 import gc
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ import inside
 from inside import eventually, message, verify
 
 import oobpickle
-from oobpickle._memory import layout
+from table import Table
 
 WAIT_S = 10.0
 PAUSE_S = 0.5e-3  # so that the victims get a core now and then
@@ -50,7 +51,8 @@ def work(control, get, put, begins, seed):
             control.send(n_verified)
         time.sleep(PAUSE_S)
         put.send(message(received[0] + 1, chance.choice(SIZES)))
-    put.send(None)
+    with contextlib.suppress(BrokenPipeError):  # the other one has ended
+        put.send(None)
     control.send(n_verified)
 
 
@@ -100,13 +102,13 @@ class Survivors:
             control.send("report")
             assert control.poll(inside.TOKEN_S), f"{process} hangs"
             control.recv()
-        inside.assert_ledger_consistent(self.arena)
+        inside.assert_table_in_order(self.arena, [process.pid for process, _ in self.workers])
         eventually(lambda: not self._strays())
         self._take_all_room()
-        inside.assert_ledger_consistent(self.arena)
+        inside.assert_table_in_order(self.arena, [process.pid for process, _ in self.workers])
 
     def _strays(self):
-        used = self.arena.ledger.used
+        used = Table.of(self.arena).rows["used"]
         nbytes = sum(used[index] for index, _, _ in inside.owners(self.arena))
         return blocks_of_the_dead(self.arena) or nbytes > WORKERS_NBYTES
 
@@ -145,16 +147,12 @@ class Survivors:
 
 def blocks_of_the_dead(arena):
     """Return what is in use by nobody who lives, after a look for such."""
-    arena.drain()
-    arena.membership.reap()
-    arena.room.reclaim()
-    words = arena.ledger.words
-    rows = {
-        slot: layout.HEADER_WORDS + slot * layout.PARTICIPANT_WORDS
-        for slot in range(words[layout.H_N_SLOTS])
+    arena.reclaim.look()
+    living = {
+        slot
+        for slot, _, _ in arena.blocks.participants()
+        if slot == arena.blocks.slot or arena.blocks.is_alive(slot)
     }
-    pids = arena.membership.living()
-    living = {slot for slot, row in rows.items() if words[row + layout.P_PID] in pids}
     return [row for row in inside.owners(arena) if row[2] not in living]
 
 

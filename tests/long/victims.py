@@ -18,6 +18,7 @@ import contextlib
 import dataclasses
 import fcntl
 import gc
+import mmap
 import multiprocessing
 import os
 import resource
@@ -34,7 +35,8 @@ from inside import content, message, verify
 import oobpickle
 from oobpickle import _faults
 from oobpickle._hook import installed
-from oobpickle._memory import layout
+from oobpickle._memory import plan
+from table import LEASED, Table
 
 SIZES = (300_000, 1_500_000, 70_000)
 COPIED_NBYTES = 24 << 20
@@ -98,25 +100,24 @@ def live(fault, from_owner, to_owner, clogged):
 
 #: What is reached sooner than by the acts in their order.
 REACHED_BY = {
-    "lease_new_rows": {"ledger.row.written", "ledger.row.counted"},
+    "lease_new_rows": {"row.written", "row.numbered", "row.counted"},
     "prepare": {"arena.preallocated"},
-    "copy_on_receive": {"intake.copied"},
-    "send_on": {"intake.readdressed"},
+    "send_on": {"receiving.sent_on"},
     "load": {"victim.loading"},
     "finalize": {"victim.finalizing"},
-    "trim": {"room.reserved", "ledger.punched"},
+    "trim": {"block.reserved", "block.emptied", "row.emptied"},
     "fork_and_go_on": {
         "fork.after_in_child",
         "fork.after_in_parent",
         "fork.before",
         "fork.privatized",
-        "segment.populated",
+        "privatize.step",
     },
     "bury_a_child": {
-        "ledger.recover.had",
-        "participants.absorbed",
-        "participants.reaped",
-        "participants.summed",
+        "participant.recovered",
+        "participant.absorbed",
+        "participant.reaped",
+        "participant.summed",
     },
 }
 
@@ -205,10 +206,10 @@ class Victim:
         verify(self.own_read.recv(), 11)
 
     def lease_new_rows(self):
-        words, leases = self.arena.ledger.words, []
-        n_rows = words[layout.H_N_BLOCKS]
-        while words[layout.H_N_BLOCKS] < n_rows + 4:
-            leases.append(self.arena.acquire([layout.OWN_BLOCK_NBYTES]))
+        table, leases = Table.of(self.arena), []
+        n_rows = table.n_rows
+        while table.n_rows < n_rows + 4:
+            leases.append(self.arena.acquire([plan.OWN_BLOCK_NBYTES]))
         for lease in leases:
             lease.release()
 
@@ -223,7 +224,7 @@ class Victim:
         if pid == 0:
             self._take_and_die()
         self._follow(pid, signal.SIGKILL)
-        self.arena.membership.reap()
+        self.arena.reclaim.reap()
 
     def _take_and_die(self):
         for seed in range(3):
@@ -259,13 +260,14 @@ class Victim:
 
     def _strike_in_a_copy(self, data):
         first, last = data[:_SAMPLE_NBYTES].tobytes(), data[-_SAMPLE_NBYTES:].tobytes()
-        arena = self.arena
+        table = Table.of(self.arena)
+        data_file = mmap.mmap(self.arena.descriptors[0], 1 << 32)  # blocks lie at its beginning
         while True:
-            for index in list(arena.holdings.leased):
-                if arena.ledger.used[index] != COPIED_NBYTES:
+            for index, state, _ in table.owned():
+                if state != LEASED or table.rows["used"][index] != COPIED_NBYTES:
                     continue
-                start = arena.ledger.offset[index]
-                view = arena.data.bytes(start, COPIED_NBYTES)
+                start = table.offset(index)
+                view = memoryview(data_file)[start : start + COPIED_NBYTES]
                 if view[:_SAMPLE_NBYTES] == first and view[-_SAMPLE_NBYTES:] != last:
                     self._strike()
 

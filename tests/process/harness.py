@@ -24,11 +24,12 @@ from pathlib import Path
 
 import pytest
 
+import oobpickle
 from conftest import eventually
 
 HERE = Path(__file__).parent
 PROGRAMS = HERE / "programs"
-SOURCE = HERE.parents[1] / "src"
+SOURCE = Path(oobpickle.__file__).parents[1]  # as installed, if it is
 
 #: Warnings are errors, but for the one that CPython gives about what these tests are about, and the
 #: one that CPython 3.15 gives when it shows a traceback of a spawned child's main module.
@@ -105,7 +106,7 @@ def run_program(
 
 def environment(extra=None):
     """Return the environment of the programs: this tree, and no threads but their own."""
-    path = os.pathsep.join([str(SOURCE), str(HERE)])
+    path = os.pathsep.join([str(SOURCE), str(HERE), str(HERE.parent)])
     environment = {**os.environ, "PYTHONPATH": path, "OPENBLAS_NUM_THREADS": "1"}
     for name in ("OOBPICKLE_FAULT", "OOBPICKLE_BACKING"):
         environment.pop(name, None)

@@ -1,7 +1,7 @@
 """What the programs of this folder share: messages that verify themselves, watchdogs, the checker
-of the ledger.
+of the table.
 
-**What.** `message` / `verify`, `Model`, `fork` / `reap`, `Token`, `assert_ledger_consistent`,
+**What.** `message` / `verify`, `Model`, `fork` / `reap`, `Token`, `assert_table_in_order`,
 `assert_empty`, `main`.
 
 **How it works.** Importing it gives the process, and each of its forked children, an alarm that
@@ -9,7 +9,7 @@ kills it after `WATCHDOG_S`, and a SIGUSR1 handler that prints the tracebacks of
 
 **Lifetime.** Until the process ends.
 
-**When it cannot.** The checker knows the layout of the ledger; a new layout needs a new checker.
+**When it cannot.** The checker knows the layout of the table; a new layout needs a new checker.
 """
 
 import contextlib
@@ -20,15 +20,15 @@ import os
 import select
 import signal
 import sys
-import threading
 import time
 import traceback
 
 import numpy as np
 from numpy.random import default_rng
 
-from oobpickle import _copying, _faults
-from oobpickle._memory import layout, options
+from oobpickle import _faults
+from oobpickle._memory import options
+from table import HELD, LEASED, Table
 
 # The programs send many messages of 70 to 100 KB; children take over the parent's.
 options.DEFAULT_THRESHOLD = 64 << 10
@@ -139,22 +139,6 @@ class Token:
         assert os.read(self._read, 1) == b"x"
 
 
-def copy_with_slow_helpers(piece_nbytes):
-    """From 1 MiB on a helper thread takes some of the pieces, and is late with the last one."""
-    copyto = np.copyto
-
-    def slow_copyto(destination, source):
-        # Not to wait for something: to be slow, without the GIL. A helper is no thread of
-        # `threading`.
-        is_helper = threading.current_thread().name.startswith("Dummy")
-        time.sleep(0.004 if is_helper else 0.0003)
-        copyto(destination, source)
-
-    _copying._LEAST_NBYTES, _copying._PIECE_NBYTES = 1 << 20, piece_nbytes
-    _copying._is_a_core_idle = lambda: True
-    np.copyto = slow_copyto
-
-
 # --- data
 
 
@@ -233,9 +217,26 @@ def address(array):
 
 
 def is_in_arena(arena, array):
-    """Tell whether an array's memory is a block of the arena, as seen from this process."""
-    start = arena.data._address
-    return start <= address(array) < start + arena.data.nbytes
+    """Tell whether an array's memory is the arena's, as seen from this process."""
+    inode, at = str(os.fstat(arena.descriptors[0]).st_ino), address(array)
+    with open("/proc/self/maps") as file:
+        for line in file:
+            span, _, _, _, its_inode, *_ = line.split()
+            start, end = (int(part, 16) for part in span.split("-"))
+            if start <= at < end:
+                return its_inode == inode
+    return False
+
+
+def is_private(address):
+    """Tell whether the page at an address is private memory of this process."""
+    with open("/proc/self/maps") as file:
+        for line in file:
+            span, permissions, _ = line.split(" ", 2)
+            start, end = (int(part, 16) for part in span.split("-"))
+            if start <= address < end:
+                return permissions.endswith("p")
+    return False
 
 
 def our_descriptors():
@@ -251,31 +252,48 @@ def our_descriptors():
     return found
 
 
-# --- the ledger
+# --- the table
 
 
 def owners(arena):
     """Return ``(index, state, slot)`` of each block that is not free."""
-    ledger = arena.ledger
-    found = []
-    for index in range(ledger.words[layout.H_N_BLOCKS]):
-        word = ledger.word[index]
-        state = word & layout.STATE_MASK
-        if state != layout.FREE:
-            found.append((index, state, word >> layout.OWNER_SHIFT & layout.OWNER_MASK))
-    return found
+    return Table.of(arena).owned()
 
 
 def owned_by(arena, slot):
     """Return the blocks that a slot leases or holds."""
-    mine = (layout.LEASED, layout.HELD)
-    return [row for row in owners(arena) if row[2] == slot and row[1] in mine]
+    return [row for row in owners(arena) if row[2] == slot and row[1] in (LEASED, HELD)]
 
 
-def assert_ledger_consistent(arena):
-    """Take the mutex and compare every sum and every list with a recomputation from the columns."""
-    problems = arena.membership.run(_problems, arena.ledger)
-    assert not problems, "the ledger is inconsistent:\n" + "\n".join(problems[:20])
+def assert_table_in_order(arena, pids=()):
+    """Compare every sum and every list with a recomputation from the rows.
+
+    Nobody may be working with the arena, but those `pids`, who are stopped for moments. What a
+    death has left is mended by whoever comes next.
+    """
+    table = Table.of(arena)
+
+    def problems_now():
+        arena.blocks.reap()
+        try:
+            for pid in pids:
+                os.kill(pid, signal.SIGSTOP)
+            return table.problems()
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    # One that was stopped in the middle of something goes on.
+    problems = eventually_none(problems_now, within_s=10.0)
+    assert not problems, "the table is out of order:\n" + "\n".join(problems[:20])
+
+
+def eventually_none(look, within_s=2.0):
+    """Return what `look` finds, or nothing if it finds nothing once within that time."""
+    deadline = time.monotonic() + within_s
+    while (found := look()) and time.monotonic() < deadline:
+        time.sleep(0.002)
+    return found
 
 
 def assert_empty(arena):
@@ -291,113 +309,23 @@ def assert_empty(arena):
 
     gc.collect()
     eventually(is_empty)
-    assert_ledger_consistent(arena)
+    assert_table_in_order(arena)
 
 
-_ROWS_BEYOND = 4096
+def descriptors_of(arena):
+    """Return this process's descriptors of an arena, its own proof of life among them."""
+    locks = os.fstat(arena.descriptors[2])
+    found = set(arena.descriptors)
+    for fd in map(int, os.listdir("/proc/self/fd")):
+        with contextlib.suppress(OSError):
+            status = os.fstat(fd)
+            if (status.st_dev, status.st_ino) == (locks.st_dev, locks.st_ino):
+                found.add(fd)
+    return sorted(found)
 
 
-def _problems(ledger):
-    words = ledger.words
-    n = words[layout.H_N_BLOCKS]
-    columns = {
-        name: np.frombuffer(getattr(ledger, name), np.uint64)[:n].astype(np.int64)
-        for name in ("offset", "size_class", "used", "generation", "channel", "next")
-    }
-    columns["resident"] = np.array([ledger.resident_nbytes(i) for i in range(n)], np.int64)
-    # A copy: others seal and adopt meanwhile, without the lock.
-    word = np.frombuffer(ledger.word, np.uint64)[: n + _ROWS_BEYOND].copy()
-    state = (word[:n] & np.uint64(layout.STATE_MASK)).astype(np.int64)
-    return [
-        *_row_problems(ledger, columns, word, state),
-        *_list_problems(ledger, columns, state),
-        *_sum_problems(words, columns, state),
-        *_range_problems(words, columns),
-        *_owner_problems(words, word[:n], state),
-    ]
-
-
-def _row_problems(ledger, columns, word, state):
-    n = len(state)
-    known = (layout.FREE, layout.LEASED, layout.IN_FLIGHT, layout.HELD)
-    yield from (f"row {i}: state {state[i]}" for i in range(n) if state[i] not in known)
-    # One that is free was made by somebody who died before it was counted.
-    beyond = np.flatnonzero((word[n:] & np.uint64(layout.STATE_MASK)) > layout.FREE)
-    yield from (f"row {n + i} is in use beyond the {n} rows" for i in beyond)
-    low = word[:n] & np.uint64(layout.LOW_MASK)
-    index, generation = np.arange(n, dtype=np.uint64), columns["generation"].astype(np.uint64)
-    differ = np.flatnonzero(layout.checked_word(index, low, generation) != word[:n])
-    yield from (f"row {i}: the check of its word is wrong" for i in differ)
-    for i in range(n):
-        room = layout.class_nbytes(int(columns["size_class"][i]))
-        if state[i] != layout.FREE and columns["used"][i] > room:
-            yield f"row {i}: {columns['used'][i]} bytes used of {room}"
-        if columns["resident"][i] > ledger.pages_nbytes(room) or columns["resident"][i] % 4096:
-            yield f"row {i}: {columns['resident'][i]} bytes resident of {room}"
-
-
-def _list_problems(ledger, columns, state):
-    words, seen = ledger.words, {}
-    for first, warm in ((layout.H_WARM, True), (layout.H_EMPTY, False)):
-        for size_class in range(layout.N_CLASSES):
-            link = words[first + size_class]
-            while link:
-                index = link - 1
-                where = f"list {'warm' if warm else 'empty'} {size_class}"
-                if index >= len(state):
-                    yield f"{where}: block {index} of {len(state)}"
-                    break
-                if index in seen:
-                    yield f"{where}: block {index} is also in {seen[index]}"
-                    break
-                seen[index] = where
-                if state[index] != layout.FREE:
-                    yield f"{where}: block {index} has state {state[index]}"
-                if columns["size_class"][index] != size_class:
-                    yield f"{where}: block {index} is of class {columns['size_class'][index]}"
-                if (columns["resident"][index] > 0) != warm:
-                    yield f"{where}: block {index} has {columns['resident'][index]} bytes of pages"
-                link = ledger.next[index]
-    free = {int(i) for i in np.flatnonzero(state == layout.FREE)}
-    yield from (f"block {i} is free and in no list" for i in sorted(free - set(seen)))
-
-
-def _settled(columns, state):
-    free = (state == layout.FREE) & (columns["channel"] != layout.PREPARED)
-    return free | (state == layout.HELD) & (columns["next"] != layout.GOING)
-
-
-def _sum_problems(words, columns, state):
-    for name, at, sum_now in (
-        ("H_RESIDENT", layout.H_RESIDENT, columns["resident"].sum()),
-        ("H_HELD", layout.H_HELD, columns["used"][state == layout.HELD].sum()),
-        ("H_SETTLED", layout.H_SETTLED, columns["resident"][_settled(columns, state)].sum()),
-    ):
-        if words[at] != sum_now:
-            yield f"{name} is {words[at]}, the column adds up to {sum_now}"
-    if words[layout.H_RESIDENT] > words[layout.H_CAPACITY]:
-        yield f"{words[layout.H_RESIDENT]} bytes resident, capacity {words[layout.H_CAPACITY]}"
-
-
-def _range_problems(words, columns):
-    order = np.argsort(columns["offset"], kind="stable")
-    end, previous = 0, None
-    for i in order.tolist():
-        start = int(columns["offset"][i])
-        if start < end:
-            yield f"blocks {previous} and {i} overlap at {start}"
-        end = start + layout.class_stride(int(columns["size_class"][i]))
-        previous = i
-    if not end <= words[layout.H_DATA_NBYTES]:
-        yield f"last block ends at {end} of {words[layout.H_DATA_NBYTES]}"
-
-
-def _owner_problems(words, word, state):
-    slots = words[layout.H_N_SLOTS]
-    for i in np.flatnonzero(state != layout.FREE).tolist():
-        owner = int(word[i]) >> layout.OWNER_SHIFT & layout.OWNER_MASK
-        if state[i] == layout.IN_FLIGHT:
-            continue  # of somebody who has died, or a newcomer in the same slot
-        row = layout.HEADER_WORDS + owner * layout.PARTICIPANT_WORDS
-        if owner >= slots or words[row + layout.P_STATE] != layout.JOINED:
-            yield f"block {i} (state {state[i]}) belongs to slot {owner}, which nobody has"
+def stop_with_the_lock(arena):
+    """Be stopped while this process has the lock of the arena."""
+    _faults.arm("lock.taken:1:STOP")
+    arena.blocks.reap()
+    _faults.arm(None)

@@ -28,12 +28,12 @@ def test_what_was_sent_arrives_though_its_sender_was_killed(kind):
     run_program("recovery", "sender_killed_after_send", kind)
 
 
-@pytest.mark.parametrize("point", ["mutex.locked:2", "mutex.clean", "ledger.punched:3"])
+@pytest.mark.parametrize("point", ["lock.taken:2", "lock.clean", "row.emptied:3"])
 def test_others_go_on_if_the_owner_is_killed_while_it_closes(point):
     run_program("recovery", "owner_killed_while_it_closes", point)
 
 
-@pytest.mark.parametrize("point", ["participants.joined", "envelope.claimed", "lease.sealed"])
+@pytest.mark.parametrize("point", ["participant.joined", "envelope.claimed", "seal.committed"])
 def test_a_spawned_process_dies_where_its_environment_says(point):
     run_program("recovery", "process_with_a_fault_in_its_environment", point)
 

@@ -7,7 +7,7 @@ from process.harness import cases_of, run_program
 SPAWNING = ["spawn", "forkserver"]
 WITHOUT_METHOD = {"never_launched"}
 WITH_METHOD = set(cases_of("starting")) - WITHOUT_METHOD - {"killed_before_it_runs"}
-POINTS = ["participants.held", "participants.joined", "ledger.claim.committed", "envelope.claimed"]
+POINTS = ["participant.held", "participant.joined", "claim.committed", "envelope.claimed"]
 
 
 @pytest.mark.parametrize("method", SPAWNING)

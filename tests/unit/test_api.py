@@ -14,6 +14,7 @@ import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import popen_forkserver, popen_spawn_posix
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -342,11 +343,13 @@ def test_what_its_sender_could_not_count_is_counted_for_it(older, obj, monkeypat
     """It is detached; the receiver's own messages are counted by itself."""
     reader, writer = older
     with pytest.warns(FallbackWarning, match="^1 message"), oobpickle.enabled() as arena:
-        membership = arena.membership
-        monkeypatch.setattr(type(membership), "joined", False)
-        monkeypatch.setattr(membership, "count", lambda *_: None)
+        blocks = arena.blocks
+        closed = SimpleNamespace(joined=False, closed=False, n_passed=blocks.n_passed)
+        monkeypatch.setattr(arena, "blocks", closed)
+        monkeypatch.setattr(arena, "count", lambda *_: None)
         message = multiprocessing.connection._ForkingPickler.dumps(obj)
         monkeypatch.undo()
+        assert arena.blocks is blocks
         arrived = while_reading(reader.recv, lambda: writer.send_bytes(message))
         assert dict(arena.statistics().fallbacks) == {"detached": Fallback(1, len(message))}
 
@@ -381,9 +384,9 @@ def test_messages_unread_at_the_end_of_the_block_can_still_be_read():
         arrived = reader.recv()
 
     np.testing.assert_array_equal(BIG, arrived)
-    assert arena.data.resident_nbytes() >= BIG.nbytes
+    assert arena.statistics().nbytes_resident >= BIG.nbytes
     del arrived
-    assert 0 == arena.data.resident_nbytes()
+    assert 0 == arena.statistics().nbytes_resident
 
 
 def test_an_envelope_made_before_the_end_of_the_block_can_be_sent_after_it():

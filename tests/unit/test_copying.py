@@ -1,29 +1,25 @@
-import _thread
+"""Copying: all of it, on one core or two, and no thread afterwards."""
+
 import os
-import signal
 import threading
-import weakref
 
 import numpy as np
 import pytest
 
 import samples
 from oobpickle import _copying
-from oobpickle._copying import copy_array
+from oobpickle._copying import copy_array, copy_bytes
+from oobpickle._native import core
+
+MIB = 1 << 20
 
 
-@pytest.fixture(params=[1, 2], ids=["one core", "two cores"])
-def n_cores(request, monkeypatch):
-    """Whether there is a helper, whatever this machine is doing."""
-    monkeypatch.setattr(_copying, "_is_a_core_idle", lambda: request.param > 1)
-    monkeypatch.setattr(_copying, "_LEAST_NBYTES", 1 << 16)
-    monkeypatch.setattr(_copying, "_PIECE_NBYTES", 1 << 14)
-    return request.param
-
-
-@pytest.mark.parametrize("shape", [(1 << 20,), (7, 300, 211), (1, 1 << 18), (3000, 3, 97)])
+@pytest.mark.parametrize("shape", [(1 << 20,), (7, 300, 211), (1, 1 << 18), (3000, 3, 97), (3,)])
 @pytest.mark.parametrize("step", [1, 2, -1])
-def test_a_large_copy_is_whole(n_cores, shape, step):
+@pytest.mark.parametrize("has_core", [True, False])
+def test_a_copy_is_whole(shape, step, has_core, monkeypatch):
+    if not has_core:
+        monkeypatch.setattr(_copying, "core", None)
     source = samples.filled("f8", shape)[::step]
     destination = np.zeros(source.shape)
 
@@ -32,203 +28,56 @@ def test_a_large_copy_is_whole(n_cores, shape, step):
     assert (source == destination).all()
 
 
-@pytest.fixture
-def copyto(monkeypatch):
-    """Gives the helper its first piece, and holds it there until told to go on."""
-    gate, has_begun, main = threading.Event(), threading.Event(), threading.get_ident()
-    original = np.copyto
+@pytest.mark.parametrize("nbytes", [0, 1, 32 << 10, 100_000, 40 * MIB + 3, 64 * MIB])
+@pytest.mark.parametrize("has_core", [True, False])
+def test_bytes_of_any_size(nbytes, has_core, monkeypatch):
+    if not has_core:
+        monkeypatch.setattr(_copying, "core", None)
+    source = np.resize(np.arange(251, dtype="u1"), nbytes)
+    destination = np.zeros(nbytes, "u1")
 
-    def held(destination, source):
-        if threading.get_ident() == main:
-            assert has_begun.wait(20)
-            on_caller(destination)
-        else:
-            has_begun.set()
-            assert gate.wait(20)
-        original(destination, source)
-
-    def on_caller(destination):
-        pass
-
-    def fail_in_caller(error):
-        nonlocal on_caller
-
-        def on_caller(destination):
-            threading.Timer(0.05, gate.set).start()
-            raise error
-
-    def go_on():
-        nonlocal on_caller
-
-        def on_caller(destination):
-            gate.set()
-
-    monkeypatch.setattr(np, "copyto", held)
-    held.fail_in_caller, held.go_on = fail_in_caller, go_on
-    return held
-
-
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-def test_both_take_pieces(n_cores, copyto):
-    copyto.go_on()
-    source = samples.filled("u1", (1 << 18,))
-    destination = np.zeros_like(source)
-
-    copy_array(destination, source)
+    copy_bytes(memoryview(destination), memoryview(source))
 
     assert (source == destination).all()
 
 
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), MemoryError()], ids=repr)
-def test_nothing_is_written_after_an_interrupt(n_cores, copyto, error):
-    """The helper's piece is finished before the error leaves, and it takes no other."""
-    copyto.fail_in_caller(error)
-    source = np.ones(1 << 18, np.uint8)
-    destination = np.zeros_like(source)
-
-    with pytest.raises(type(error)):
-        copy_array(destination, source)
-
-    assert 1 << 14 == np.count_nonzero(destination)
+def test_no_thread_is_left():
+    source, destination = np.ones(64 * MIB, "u1"), np.zeros(64 * MIB, "u1")
+    n_threads = len(os.listdir("/proc/self/task"))
+    for _ in range(5):
+        core.copy(destination, source)
+        assert n_threads == len(os.listdir("/proc/self/task"))
 
 
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-def test_without_a_thread_the_caller_copies_all(n_cores, monkeypatch):
-    def refuse(*_):
-        raise RuntimeError("can't start new thread")
+def test_other_threads_run_meanwhile():
+    source, destination = np.ones(256 * MIB, "u1"), np.zeros(256 * MIB, "u1")
+    n_steps, done = 0, threading.Event()
 
-    monkeypatch.setattr(_copying._thread, "start_new_thread", refuse)
-    source = samples.filled("u1", (1 << 18,))
-    destination = np.zeros_like(source)
+    def count():
+        nonlocal n_steps
+        while not done.is_set():
+            n_steps += 1
 
-    copy_array(destination, source)
-
-    assert (source == destination).all()
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [("0.1 0.2 0.3 1/99 7\n", True), ("0.1 0.2 0.3 9999/9999 7\n", False), ("", False)],
-)
-def test_a_core_is_idle_while_fewer_run_than_there_are(monkeypatch, tmp_path, text, expected):
-    (tmp_path / "loadavg").write_text(text)
-    monkeypatch.setattr("builtins.open", lambda _: (tmp_path / "loadavg").open())
-    monkeypatch.setattr(_copying.os, "sched_getaffinity", lambda _: {0, 1})
-
-    assert expected == _copying._is_a_core_idle()
-
-
-# --- the helper's life
-
-
-def tasks():
-    return set(os.listdir("/proc/self/task"))
-
-
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-def test_the_helper_is_gone_when_the_copy_is_made(n_cores):
-    source = samples.filled("u1", (1 << 18,))
-    destination = np.zeros_like(source)
-    before = tasks()
-    for _ in range(100):
-        copy_array(destination, source)
-        assert tasks() == before
-
-
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-def test_a_helper_that_begins_late_is_waited_for_too(n_cores, monkeypatch):
-    source = samples.filled("u1", (1 << 18,))
-    destination = np.zeros_like(source)
-    go, help_ = threading.Event(), _copying._help
-    wait_for, before = _copying._wait_for, tasks()
-
-    def help_late(job):
-        assert go.wait(20)
-        help_(job)
-
-    def wait_after_the_last_piece(lock):
-        assert (source == destination).all()
-        go.set()
-        wait_for(lock)
-
-    monkeypatch.setattr(_copying, "_help", help_late)
-    monkeypatch.setattr(_copying, "_wait_for", wait_after_the_last_piece)
-    copy_array(destination, source)
-
-    assert tasks() == before
-
-
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-def test_an_interrupt_while_it_ends_is_raised_when_it_has_ended(n_cores, monkeypatch):
-    source = samples.filled("u1", (1 << 18,))
-    before, exists, n_calls = tasks(), os.path.exists, 0
-
-    def interrupted(path):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 1:
-            raise KeyboardInterrupt
-        return exists(path)
-
-    monkeypatch.setattr(_copying.os.path, "exists", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        copy_array(np.zeros_like(source), source)
-
-    assert n_calls > 1
-    assert tasks() == before
-
-
-def test_a_forked_child_does_not_wait_for_a_helper():
-    job = _copying._Job([])
-    _copying._jobs.add(weakref.ref(job, _copying._jobs.discard))
-    assert _copying.is_busy()
-    _copying.forget()
-
-    assert job.helping.acquire(blocking=False)
-    assert not job.has_helper
-    assert not _copying.is_busy()
-
-
-@pytest.fixture
-def helpers(monkeypatch):
-    """Counts them."""
-    started, start = [], _thread.start_new_thread
-
-    def start_new_thread(*args):
-        started.append(args)
-        return start(*args)
-
-    monkeypatch.setattr(_copying._thread, "start_new_thread", start_new_thread)
-    return started
-
-
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-@pytest.mark.parametrize(
-    ("handler", "expected"),
-    [(signal.SIG_IGN, 1), (signal.default_int_handler, 1), (lambda *_: None, 0)],
-    ids=["ignored", "Ctrl-C", "of the program"],
-)
-def test_where_a_handler_could_run_between_two_pieces_there_is_one(
-    n_cores, helpers, handler, expected
-):
-    source = samples.filled("u1", (1 << 18,))
-    before = signal.signal(signal.SIGUSR2, handler)
-    try:
-        copy_array(np.zeros_like(source), source)
-    finally:
-        signal.signal(signal.SIGUSR2, before)
-
-    assert len(helpers) == expected
-
-
-@pytest.mark.parametrize("n_cores", [2], indirect=True)
-def test_handlers_do_not_run_in_other_threads(n_cores, helpers):
-    source = samples.filled("u1", (1 << 18,))
-    before = signal.signal(signal.SIGUSR2, lambda *_: None)
-    thread = threading.Thread(target=copy_array, args=(np.zeros_like(source), source))
+    thread = threading.Thread(target=count)
     thread.start()
+    before = n_steps
+    core.copy(destination, source)
+    after = n_steps
+    done.set()
     thread.join()
-    signal.signal(signal.SIGUSR2, before)
 
-    assert len(helpers) == 1
+    assert after > before
+
+
+@pytest.mark.parametrize(
+    ("destination", "source", "error"),
+    [
+        (bytearray(3), b"four", ValueError),
+        (b"read", b"only", TypeError),
+        (np.zeros(10)[::2], np.zeros(5), TypeError),
+        (bytearray(3), "str", TypeError),
+    ],
+)
+def test_what_cannot_be_copied_is_refused(destination, source, error):
+    with pytest.raises((error, BufferError)):
+        core.copy(destination, source)

@@ -7,7 +7,7 @@ import pytest
 
 from oobpickle import Fallback, Statistics, _statistics
 from oobpickle._fallback import REASONS, fallback_counters
-from oobpickle._memory.layout import N_COUNTERS
+from oobpickle._native import core
 from oobpickle._statistics import summed
 
 #: Where each counter is shown.
@@ -36,7 +36,7 @@ KNOWN = {
 
 
 def counters(**amounts):
-    found = [0] * N_COUNTERS
+    found = [0] * core.N_COUNTERS
     for name, amount in amounts.items():
         found[getattr(_statistics, name)] = amount
     return found
@@ -47,7 +47,7 @@ def test_every_counter_has_its_place():
     places += [place for reason in REASONS for place in fallback_counters(reason)]
 
     assert len(set(places)) == len(places)
-    assert all(0 <= place < N_COUNTERS for place in places)
+    assert all(0 <= place < core.N_COUNTERS for place in places)
 
 
 def test_every_counter_is_listed_here():

@@ -22,6 +22,7 @@ from typing import Final, NamedTuple
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.pipes import is_broken, n_unread
+from oobpickle._native import core
 
 _FEW_CHANNELS: Final = 64
 _FEW_MESSAGES: Final = 16
@@ -43,7 +44,7 @@ class Backlog:
 
     def __init__(self, arena: Arena) -> None:
         self._arena = arena
-        self._epoch = arena.holdings.epoch
+        self._epoch = core.epoch()
         # Other threads send through the same channel at the same time: what is a list here is
         # replaced, or changed by one call. An entry that gets lost is not waited for, that is all.
         self._sent: dict[int, list[Sent]] = {}
@@ -66,8 +67,8 @@ class Backlog:
 
     def wait(self, fd: int, channel: int, nbytes: int) -> None:
         """Wait while too much is unread in the channel for a message of so many bytes more."""
-        if self._epoch != self._arena.holdings.epoch:  # inherited by fork: the parent's messages
-            self._epoch = self._arena.holdings.epoch
+        if self._epoch != core.epoch():  # inherited by fork: the parent's messages
+            self._epoch = core.epoch()
             self._sent, self._prune_at = {}, {}
         budget = max(2 * nbytes, (self._arena.options.capacity or 0) // 8, _LEAST_BUDGET_NBYTES)
         pause_s = _FIRST_PAUSE_S
@@ -83,7 +84,7 @@ class Backlog:
             pass_on_foreign(error)  # closed meanwhile
 
     def _is_unread(self, sent: Sent) -> bool:
-        return self._arena.ledger.is_unread(*sent.block)
+        return self._arena.blocks.is_unread(*sent.block)  # type: ignore[no-any-return]
 
     def _at_most(self, fd: int, channel: int) -> int:
         """Return a number of bytes that is not less than what is unread."""

@@ -28,8 +28,9 @@ from typing import Any, Final
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook.backlog import Backlog
 from oobpickle._memory.arena import Arena
-from oobpickle._memory.layout import UNPROVEN
 from oobpickle._memory.pipes import channel_id, is_related, readers, reading_end
+from oobpickle._memory.reclaim import UNPROVEN
+from oobpickle._native import core
 
 _MOST_CHANNELS: Final = 1 << 14
 _MOST_PAUSES: Final = 10  # a look in vain is soon not repeated for ten times as long as it took
@@ -42,7 +43,7 @@ class Channels:
     def __init__(self, arena: Arena, known: bytes = b"") -> None:
         self._arena = arena
         numbers = array("Q", known)
-        self._n_passed = numbers.pop(0) if numbers else arena.passed_ends.n
+        self._n_passed = numbers.pop(0) if numbers else arena.blocks.n_passed
         # From the end that writes to the end that reads.
         self._made = OrderedDict(zip(numbers[::2], numbers[1::2], strict=True))
         self._found: OrderedDict[int, int] = OrderedDict()  # like `_made`: all readers have joined
@@ -92,7 +93,7 @@ class Channels:
         for end in ends:
             self._handed[end] = None
         _bound(self._handed)
-        self._arena.passed_ends.note(ends)
+        self._arena.blocks.pass_on([*ends])
 
     def _doubt(self, ends: Iterable[int]) -> None:
         """From now on the system is asked who can read there."""
@@ -118,17 +119,17 @@ class Channels:
             return
         token = object()
         try:
-            self._passing[token] = self._arena.holdings.epoch, ends
-            self._arena.passed_ends.note(ends)
+            self._passing[token] = core.epoch(), ends
+            self._arena.blocks.pass_on([*ends])
             yield
         finally:
-            self._arena.passed_ends.note(ends)
+            self._arena.blocks.pass_on([*ends])
             self._passing.pop(token, None)
             for end in ends:
                 self._vain.pop(end, None)
 
     def _is_passed_on(self, end: int) -> bool:
-        epoch = self._arena.holdings.epoch
+        epoch = core.epoch()
         return any(since == epoch and end in ends for since, ends in tuple(self._passing.values()))
 
     def _ends(self, fd: int) -> tuple[int, int]:
@@ -152,10 +153,10 @@ class Channels:
 
     def _catch_up(self) -> None:
         """Doubt what other participants have passed on."""
-        n_passed = self._arena.passed_ends.n
+        n_passed = self._arena.blocks.n_passed
         if n_passed == self._n_passed:
             return
-        ends = self._arena.passed_ends.since(self._n_passed)
+        ends = self._arena.blocks.passed_since(self._n_passed)
         self._doubt([*self._made, *self._found] if ends is None else ends)
         self._n_passed = n_passed
 
@@ -170,7 +171,7 @@ class Channels:
         try:
             if channel:
                 able, hidden = readers(channel)
-                living = self._arena.membership.living()
+                living = self._arena.reclaim.living()
         except OSError as error:  # no /proc, or no descriptor to look into it
             pass_on_foreign(error)
             able = set()
@@ -198,7 +199,7 @@ class Channels:
         return channel_id(fd) in self._older
 
     def marked(self, channel: int) -> int:
-        """Return what the ledger is to hold for a known channel."""
+        """Return what the table is to hold for a known channel."""
         # Who reads there may never have had a connection: that it is empty proves nothing.
         return channel if channel in self._made or not channel else channel | UNPROVEN
 

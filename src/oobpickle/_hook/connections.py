@@ -29,7 +29,6 @@ import io
 import multiprocessing.connection as mp_connection
 import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
-import os
 import pickle
 import sys
 from collections.abc import Callable
@@ -43,9 +42,7 @@ from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook import installed, invitations, loading
 from oobpickle._hook.installed import Hook, running
 from oobpickle._hook.readers import is_read_as_object
-from oobpickle._memory.arena import users
-from oobpickle._memory.layout import H_CLOSED
-from oobpickle._memory.pipes import is_readable, widened
+from oobpickle._memory.pipes import widened
 from oobpickle._pickling import in_band
 from oobpickle._pickling.in_band import Received
 from oobpickle._pickling.payload import Payload
@@ -53,9 +50,7 @@ from oobpickle._pickling.serializer import serialize
 from oobpickle._pickling.snapshot import Snapshot
 
 _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
-_TICK_S: Final = 0.02
 _N_ASKING: Final = 64  # small messages that may ask after a large one that came uncounted
-_LARGE_NBYTES: Final = 8 << 20  # what is worth giving back before the next step on the ledger
 _PROTO: Final = pickle.PROTO[0]
 _NONE: Final = object()
 _codes: Final[set[CodeType]] = set()  # of the `dumps` that take messages apart here
@@ -81,13 +76,11 @@ def hooked_pickler(original: Any) -> Any:
         def dumps(cls, obj: object, protocol: int | None = None) -> Any:
             # Every message comes here: what is above `_send` is all that it costs a small one.
             hook = installed.current
-            if protocol is not None or hook is None or (arena := hook.arena).words[H_CLOSED]:
+            if protocol is not None or hook is None or hook.arena.blocks.closed:
                 running()
                 return super().dumps(obj, protocol)
             if cls is not HookedPickler or namespace.get("dumps") is not standard:
                 return super().dumps(obj)  # by a pickler of somebody else, below or on top of ours
-            if arena.holdings.dropped:
-                _drain(hook, _LARGE_NBYTES)  # the answer to this message can then use the room
             undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
             table = original._extra_reducers
             is_lost = False
@@ -154,23 +147,16 @@ def is_standard(function: Any) -> bool:
 
 def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
     """Return the bytes to write for a payload at or above the threshold."""
-    token = object()
-    try:
-        users.add(token)
-        if running() is hook:
-            return _send_through(hook, payload, frame)
-    finally:
-        users.discard(token)
-    return _in_band(payload)
+    return _send_through(hook, payload, frame) if running() is hook else _in_band(payload)
 
 
 def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
     fd = _descriptor_in(frame)
     channel = 0 if fd is None else hook.channels.known(fd)
-    tail = _COUNTED if hook.arena.membership.joined else _DETACHED
+    tail = _COUNTED if hook.arena.blocks.joined else _DETACHED
     if fd is None or not channel:
-        # Who has joined cannot be asked without the lock.
-        lost = hook.arena.membership.has_lost_lock
+        # Who has joined cannot be asked without the lock's descriptor.
+        lost = not hook.arena.can_be_inherited()
         hook.count_fallback("detached" if lost else "channel", payload.nbytes)
         older = fd is not None and hook.channels.is_older(fd) and hook.arena.can_be_inherited()
         head = invitations.prefix(hook.arena.name) if older else b""
@@ -179,9 +165,9 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
     envelope = pack(hook, payload, hook.channels.marked(channel))
     if envelope is None:
         return _in_band(payload, b"", tail, frame)
-    if envelope.lease.blocks:
-        block, n_in_channel = envelope.lease.blocks[0], _LENGTH_NBYTES + len(envelope)
-        hook.channels.backlog.note(channel, block, payload.nbytes, n_in_channel)
+    first, n_in_channel = envelope.lease.blocks[0], _LENGTH_NBYTES + len(envelope)
+    block = first.index, first.generation
+    hook.channels.backlog.note(channel, block, payload.nbytes, n_in_channel)
     if installed.current is not hook:
         envelope.lease.depart()  # uninstalled meanwhile: nobody will say when it has left
     return envelope
@@ -190,16 +176,11 @@ def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | 
 def _asking(hook: Hook, message: bytes, frame: FrameType) -> bytes:
     """Put an invitation to join before a small message, if one of its readers is to be asked."""
     hook.n_asking = max(0, hook.n_asking - 1)
-    token = object()
-    try:
-        users.add(token)
-        if running() is hook:
-            fd, head = _descriptor_in(frame), invitations.prefix(hook.arena.name)
-            if fd is not None and len(head) + len(message) < hook.threshold:
-                with ignoring(OSError):  # closed: the write will say so
-                    return head + message if hook.channels.asks(fd) else message
-    finally:
-        users.discard(token)
+    if running() is hook:
+        fd, head = _descriptor_in(frame), invitations.prefix(hook.arena.name)
+        if fd is not None and len(head) + len(message) < hook.threshold:
+            with ignoring(OSError):  # closed: the write will say so
+                return head + message if hook.channels.asks(fd) else message
     return message
 
 
@@ -222,10 +203,11 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
         detached = isinstance(error, ArenaError)
         hook.count_fallback("detached" if detached else "space", payload.nbytes)
         return None
-    arena.membership.count(
-        (_statistics.N_MESSAGES, 1),
-        (_statistics.N_BUFFERS, len(envelope.lease.destinations)),
-        (_statistics.NBYTES, payload.nbytes),
+    n_buffers = len(payload.sizes) + envelope.is_indirect
+    arena.count(
+        *(_statistics.N_MESSAGES, 1),
+        *(_statistics.N_BUFFERS, n_buffers),
+        *(_statistics.NBYTES, payload.nbytes),
     )
     return envelope
 
@@ -257,17 +239,6 @@ def _in_band(
     return message
 
 
-def _drain(hook: Hook, nbytes: int = 0) -> None:
-    """Give back what has died, if it is at least so many bytes."""
-    token = object()
-    try:
-        users.add(token)
-        if running() is hook and (not nbytes or hook.arena.holdings.owes(nbytes)):
-            hook.arena.drain()
-    finally:
-        users.discard(token)
-
-
 def hooked_send_bytes(original: Any) -> Any:
     most = _envelope.MAX_NBYTES
 
@@ -282,7 +253,6 @@ def hooked_send_bytes(original: Any) -> Any:
             original(self, buf)
             return
         envelope = getattr(buf, "obj", buf)
-        token = object()
         if type(envelope) is not Envelope:
             if bytes(buf[:PREFIX_NBYTES]) == PREFIX:
                 _send_on(original, self, buf)
@@ -290,7 +260,6 @@ def hooked_send_bytes(original: Any) -> Any:
                 original(self, buf)
             return
         try:
-            users.add(token)
             envelope.lease.depart()
             _faults.reach("connections.departing")
             original(self, buf)
@@ -300,31 +269,23 @@ def hooked_send_bytes(original: Any) -> Any:
                 envelope.lease.release()  # no reader is left
             raise
         finally:
-            try:
-                # After any other error a reader may have it: its blocks are reclaimed.
-                envelope.lease.settle()
-            finally:
-                users.discard(token)
+            # After any other error a reader may have it: its blocks are reclaimed.
+            envelope.lease.settle()
 
     return _send_bytes
 
 
 def _send_on(write: Any, connection: Any, message: Any) -> None:
     """The bytes of an envelope are sent on as they are: it waits in another channel from now on."""
-    token = object()
-    try:
-        users.add(token)
-        hook = running()
-        if hook is not None:
-            head = bytes(message[: _envelope.HEAD_NBYTES])
-            block = _envelope.head_of(head, hook.arena.identity)
-            if block is not None:
-                channel = hook.channels.marked(hook.channels.known(connection._handle))
-                hook.arena.intake.send_on(*block, channel, write, connection, message)
-                return
-        write(connection, message)
-    finally:
-        users.discard(token)
+    hook = running()
+    if hook is not None:
+        head = bytes(message[: _envelope.HEAD_NBYTES])
+        block = _envelope.head_of(head, hook.arena.identity)
+        if block is not None:
+            channel = hook.channels.marked(hook.channels.known(connection._handle))
+            hook.arena.receiving.send_on(*block, channel, write, connection, message)
+            return
+    write(connection, message)
 
 
 def hooked_recv(original: Any) -> Any:
@@ -334,13 +295,6 @@ def hooked_recv(original: Any) -> Any:
         # Comes after the length of the message was read, with the message itself still unread in
         # the channel; so a process that waits for a message does not count as reading one.
         if size % MODULUS != MARK or size > most:
-            # Before the length of the next message comes there is time.
-            if (
-                size == _LENGTH_NBYTES
-                and (hook := installed.current) is not None
-                and hook.arena.holdings.held
-            ):
-                _wait_draining(self._handle)
             if size < in_band.LEAST_NBYTES or args or installed.current is None:
                 message = original(self, size, *args)
             else:
@@ -349,16 +303,11 @@ def hooked_recv(original: Any) -> Any:
             if size > most:
                 _count_uncounted(size, message, sys._getframe(1))
             return message
-        token = object()
-        try:
-            users.add(token)
-            hook = running()
-            if hook is None:
-                return original(self, size, *args)
-            arena = hook.arena
-            return arena.intake.receive(_read, arena.identity, original, self, size, *args)
-        finally:
-            users.discard(token)
+        hook = running()
+        if hook is None:
+            return original(self, size, *args)
+        arena = hook.arena
+        return arena.receiving.receive(_read, arena.identity, original, self, size, *args)
 
     return _recv
 
@@ -384,29 +333,13 @@ def _count_uncounted(nbytes: int, message: io.BytesIO, frame: FrameType) -> None
         # What `send_bytes` was given is none of our business.
         is_pickle = view[0] == _PROTO and view[1] == pickle.DEFAULT_PROTOCOL
         is_pickle = is_pickle and tail[-1:] == pickle.STOP and is_read_as_object(frame)
-    token = object()
-    try:
-        users.add(token)
-        if (is_pickle or tail == _DETACHED) and running() is hook:
-            # What was started without our descriptors could not attach.
-            is_detached = tail == _DETACHED or not hook.arena.can_be_inherited()
-            hook.count_fallback("detached" if is_detached else "channel", nbytes)
-            if not is_detached:
-                hook.channels.ask_again()
-                hook.n_asking = _N_ASKING
-    finally:
-        users.discard(token)
-
-
-def _wait_draining(fd: int) -> None:
-    """Wait for the next message, giving back what dies meanwhile: others may wait for the room.
-
-    It is done here because a finalizer in Python would swallow a Ctrl-C.
-    """
-    while (hook := installed.current) is not None and hook.arena.holdings.held:
-        _drain(hook)
-        if not os.get_blocking(fd) or is_readable(fd, _TICK_S):
-            return
+    if (is_pickle or tail == _DETACHED) and running() is hook:
+        # What was started without our descriptors could not attach.
+        is_detached = tail == _DETACHED or not hook.arena.can_be_inherited()
+        hook.count_fallback("detached" if is_detached else "channel", nbytes)
+        if not is_detached:
+            hook.channels.ask_again()
+            hook.n_asking = _N_ASKING
 
 
 def _descriptor_in(frame: FrameType | None) -> int | None:

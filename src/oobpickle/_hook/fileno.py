@@ -23,7 +23,6 @@ from typing import Any, Final
 from oobpickle._foreign import ignoring
 from oobpickle._hook import installed
 from oobpickle._hook.installed import running
-from oobpickle._memory.arena import users
 from oobpickle._memory.pipes import channel_id
 
 _PACKAGES: Final = ("multiprocessing", "concurrent", "oobpickle")
@@ -64,12 +63,7 @@ def _is_asked_to_read(frame: FrameType | None) -> bool:
 
 
 def _note(fd: int) -> None:
-    token = object()
-    try:
-        users.add(token)
-        hook = running()
-        if hook is not None:
-            with ignoring(OSError):  # it is not open any more
-                hook.arena.intake.note_reader(channel_id(fd))
-    finally:
-        users.discard(token)
+    hook = running()
+    if hook is not None:
+        with ignoring(OSError):  # it is not open any more
+            hook.arena.unloaded.note(channel_id(fd))

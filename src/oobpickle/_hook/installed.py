@@ -23,6 +23,7 @@ from oobpickle import _envelope, _fallback
 from oobpickle._hook.channels import Channels
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import Options
+from oobpickle._native import core
 
 T = TypeVar("T")
 
@@ -80,13 +81,13 @@ class Hook:
         self.leaving = False
         self.inherit = inherit
         self._is_owner = is_owner
-        self._epoch = arena.holdings.epoch
+        self._epoch = core.epoch()
         self._replaced: list[tuple[Any, str, Any, Any]] = []
 
     @property
     def is_owner(self) -> bool:
         """Whether this very process, not one that was forked from it, made the arena."""
-        return self._is_owner and self.arena.holdings.epoch == self._epoch
+        return self._is_owner and core.epoch() == self._epoch
 
     def put_in(self, replacements: Iterable[Replacement]) -> None:
         """Replace objects of the standard library; `take_out` is the undo."""
@@ -113,7 +114,7 @@ class Hook:
         if reason == "detached" and self.arena.closed:
             return
         n_messages_at, nbytes_at = _fallback.fallback_counters(reason)
-        self.arena.membership.count((n_messages_at, 1), (nbytes_at, nbytes))
+        self.arena.count(n_messages_at, 1, nbytes_at, nbytes)
 
 
 def running() -> Hook | None:
@@ -180,7 +181,7 @@ def _leave(hook: Hook) -> None:
             arena.close()
         elif not arena.closed:
             # It goes on receiving without saying when: so nothing is reclaimed while it lives.
-            arena.membership.read_for_ever()
+            arena.blocks.read_for_ever()
         current = None
         arena.detach()
         hook.take_out()

@@ -48,7 +48,6 @@ from oobpickle._foreign import ignoring
 from oobpickle._hook.connections import is_standard, pack, undo_list_of_message
 from oobpickle._hook.installed import Hook, running
 from oobpickle._hook.main_module import is_lost
-from oobpickle._memory.arena import users
 from oobpickle._memory.descriptors import File, close_if, file_of
 from oobpickle._memory.pipes import channel_id
 from oobpickle._pickling.payload import Payload
@@ -93,23 +92,18 @@ def hooked_dump(original: Any) -> Any:
         if hook is None or popen is None or not isinstance(obj, mp_process.BaseProcess):
             original(obj, file, protocol)
             return
-        token = object()
-        try:
-            users.add(token)
-            can_attach = hook.arena.can_be_inherited()
-            if can_attach:
-                file.write(_dropped(Inheritance(hook)))
-            if is_standard(original) and _is_standard_pickler(mp_reduction.ForkingPickler):
-                for part in _parts(hook, obj, popen):
-                    file.write(part)
-            else:
-                original(obj, file, protocol)
-            if not can_attach:
-                passing = hook.channels.passing_on(popen._fds)
-                passing.__enter__()
-                _passing[popen] = passing
-        finally:
-            users.discard(token)
+        can_attach = hook.arena.can_be_inherited()
+        if can_attach:
+            file.write(_dropped(Inheritance(hook)))
+        if is_standard(original) and _is_standard_pickler(mp_reduction.ForkingPickler):
+            for part in _parts(hook, obj, popen):
+                file.write(part)
+        else:
+            original(obj, file, protocol)
+        if not can_attach:
+            passing = hook.channels.passing_on(popen._fds)
+            passing.__enter__()
+            _passing[popen] = passing
 
     return dump
 
@@ -233,7 +227,7 @@ def _execute_child(original: Any, /, *args: Any, **kwargs: Any) -> Any:
     bound.arguments["pass_fds"] = tuple(bound.arguments["pass_fds"])  # perhaps an iterator
     for fd in _named(bound.arguments):
         with ignoring(OSError), contextlib.suppress(OverflowError):  # not open
-            hook.arena.membership.unloaded.passed_on(channel_id(fd))
+            hook.arena.unloaded.passed_on(channel_id(fd))
     with hook.channels.passing_on(_inherited(bound.arguments)):
         return original(*bound.args, **bound.kwargs)
 

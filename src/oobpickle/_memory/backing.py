@@ -30,8 +30,8 @@ _F_ADD_SEALS: Final = 1033
 _SEALS: Final = 0x1 | 0x2 | 0x4  # SEAL, SHRINK, GROW: nobody can cut the file under a mapping
 
 
-def open_nameless(name: str) -> tuple[int, str]:
-    """Open an empty file without a name; return its descriptor, close-on-exec, and what it is.
+def open_nameless(name: str) -> int:
+    """Open an empty file without a name; return its descriptor, close-on-exec.
 
     Raises
     ------
@@ -47,7 +47,7 @@ def open_nameless(name: str) -> tuple[int, str]:
         if wanted and backing != wanted:
             continue
         try:
-            return opener(name), backing
+            return opener(name)
         except OSError as error:
             pass_on_foreign(error)
             problems.append(f"{backing}: {error.strerror}")
@@ -82,45 +82,23 @@ def _open_unlinked(directory: str) -> int:
         return fd
 
 
-def seal(fd: int) -> None:
-    """Let nobody change the size of a memfd any more: no mapping of it can be cut."""
+def seal(fd: int) -> bool:
+    """Let nobody change the size of a memfd any more: no mapping of it can be cut.
+
+    Returns ``False`` for a file of another kind.
+    """
     import fcntl
 
-    fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
+    try:
+        fcntl.fcntl(fd, _F_ADD_SEALS, _SEALS)
+    except OSError as error:
+        pass_on_foreign(error)
+        return False
+    return True
 
 
 def largest_file_nbytes(wanted: int) -> int:
-    """Return how large a sparse file may be here, at most `wanted` bytes.
-
-    Considers ``RLIMIT_FSIZE`` and a quarter of what ``RLIMIT_AS`` leaves.
-
-    Raises
-    ------
-    ArenaError
-        If the process locks its memory: a sparse mapping would become resident as a whole.
-    """
-    status = _own_status()
-    if locked_nbytes() > 0:
-        raise ArenaError(
-            f"this process locks {locked_nbytes()} bytes of memory (mlock): a sparse mapping could "
-            "become resident as a whole. Run without mlockall()."
-        )
-    nbytes = wanted
-    file_limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    if file_limit != resource.RLIM_INFINITY:
-        nbytes = min(nbytes, file_limit)
-    space_limit = resource.getrlimit(resource.RLIMIT_AS)[0]
-    if space_limit != resource.RLIM_INFINITY:
-        nbytes = min(nbytes, (space_limit - status.get("VmSize", 0)) // 4)
+    """Return how large a sparse file may be here, at most `wanted` bytes: see ``RLIMIT_FSIZE``."""
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    nbytes = wanted if limit == resource.RLIM_INFINITY else min(wanted, limit)
     return max(0, nbytes // _ALIGN_NBYTES * _ALIGN_NBYTES)
-
-
-def locked_nbytes() -> int:
-    """Return how much of its memory this process has locked; a mapping may then be locked too."""
-    return _own_status().get("VmLck", 0)
-
-
-def _own_status() -> dict[str, int]:
-    with open("/proc/self/status") as file:
-        pairs = (line.split(":", 1) for line in file)
-        return {key: int(text.split()[0]) * 1024 for key, text in pairs if text.endswith("kB\n")}

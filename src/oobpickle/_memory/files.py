@@ -1,20 +1,23 @@
 """The three files of an arena: made by its owner, opened by everybody else who joins.
 
-**What.** `Files` has the data, the ledger and the locks. A *name* tells another process of the same
+**What.** `Files` has the data, the table and the locks. A *name* tells another process of the same
 user where it finds them.
 
 **How it works.** Apart, so that a write past the end of an array cannot reach the table. The
-ledger's header says which the two others are and carries a check; it is read and compared before
-anything is mapped.
+table's header says which the two others are and carries a check; it is read and compared before
+anything is mapped. A file is known by device and inode: daemons and servers close all descriptors,
+also those that they did not open, and the next files get their numbers.
 
-**Lifetime.** Files that were created end with this object, unless somebody keeps them; inherited
-ones stay open.
+**Lifetime.** No name in the file system: the kernel frees a file with its last descriptor and
+mapping, however the processes end. Files that were created end with this object, unless somebody
+keeps them; inherited ones stay open.
 
 **When it cannot.** `ArenaError`. Nothing that `create` has made stays behind, whatever interrupts
-it; an interrupted `inherited` may leave mappings."""
+it."""
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 import stat
@@ -22,34 +25,17 @@ import struct
 from collections.abc import Sequence
 from typing import Final
 
-from oobpickle import _system
 from oobpickle._errors import ArenaError, format_nbytes
-from oobpickle._foreign import pass_on_foreign
+from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._memory import huge_pages
-from oobpickle._memory.backing import largest_file_nbytes, locked_nbytes
-from oobpickle._memory.layout import (
-    BLOCKS_AT,
-    H_CHECK,
-    H_DATA_INODE,
-    H_DATA_NBYTES,
-    H_HUGE,
-    H_IDENTITY,
-    H_LOCKS_INODE,
-    H_MAGIC,
-    H_ROWS,
-    H_VERSION,
-    HEADER_WORDS,
-    LEDGER_NBYTES,
-    MAGIC,
-    VERSION,
-    header_check,
-    rows_word,
-)
+from oobpickle._memory.backing import largest_file_nbytes, open_nameless, seal
+from oobpickle._memory.descriptors import File, close_if, file_of, is_file
 from oobpickle._memory.options import Options
-from oobpickle._memory.segment import Segment
+from oobpickle._native import core
 
 _DATA_NBYTES: Final = 1 << 44
 _MIN_DATA_NBYTES: Final = 64 << 20
+_LOCKS_NBYTES: Final = 4096
 _ADDRESS: Final = struct.Struct("<4I")
 _IDENTITY_NBYTES: Final = 16
 
@@ -57,83 +43,164 @@ _IDENTITY_NBYTES: Final = 16
 class Files:
     """The files of one arena, as this process has them.
 
-    Parameters
+    Attributes
     ----------
-    data, table, locks : Segment
-        The memory of the messages, the ledger, and the file whose bytes are locked; the last is
-        not mapped.
+    descriptors : tuple of int
+        Of data, table and locks: what a child must inherit.
+    identity : bytes
+        16 random bytes that name the arena.
+    options : Options
+        What is in the header.
+    huge : int
+        How huge pages are to be had: see `huge_pages.policy`.
+    kept : bool
+        Whether the files stay open when this is dropped.
     """
 
-    __slots__ = ("data", "locks", "table", "words")
+    __slots__ = ("_status", "descriptors", "huge", "identity", "kept", "options")
 
-    def __init__(self, data: Segment, table: Segment, locks: Segment) -> None:
-        self.data, self.table, self.locks = data, table, locks
-        self.words = table.words()
-        _check_header(self.words, data.nbytes)
-
-    @property
-    def identity(self) -> bytes:
-        """16 random bytes that name the arena."""
-        return bytes(self.words[H_IDENTITY : H_IDENTITY + 2])
+    def __init__(self, descriptors: tuple[int, int, int], head: bytes, *, kept: bool) -> None:
+        self.kept = True
+        self.descriptors = descriptors
+        self._status: list[File] = [file_of(fd) for fd in descriptors]
+        self.kept = kept
+        words = _constants(head)
+        self.identity, self.huge = words[0], words[6]
+        self.options = Options.read(words[1], words[3], words[4], words[5])
 
     @classmethod
     def create(cls, options: Options) -> Files:
-        """Create the files, with resolved options in the ledger's header.
+        """Create the files, with resolved options in the table's header.
 
         Raises
         ------
         OSError
             If the system cannot provide them; the text says why.
         """
-        made: list[Segment] = []
+        made: list[int] = []
         try:
-            data = _create_data(largest_file_nbytes(_DATA_NBYTES))
-            made.append(data)
-            table = Segment.create(LEDGER_NBYTES, "ledger")
-            made.append(table)
-            if table.backing != "memfd":  # a mount can be full: then its pages fault fatally
-                table.reserve(0, 8 * BLOCKS_AT)
-            locks = Segment.create(_system.PAGE_NBYTES, "locks", map_it=False)
-            made.append(locks)
-            _write_header(table.words(), options.within(data.nbytes), data, locks.fd)
-            return cls(data, table, locks)
+            nbytes = largest_file_nbytes(_DATA_NBYTES)
+            if nbytes < _MIN_DATA_NBYTES:
+                raise ArenaError(
+                    f"the limits of this process leave {format_nbytes(nbytes)} of file size, need "
+                    f"{format_nbytes(_MIN_DATA_NBYTES)}. See ulimit -f."
+                )
+            is_memfd = _create(made, "data", nbytes)
+            nbytes = os.fstat(made[0]).st_size
+            if not _create(made, "table", core.TABLE_NBYTES):
+                # A mount can be full: then its pages fault fatally.
+                os.posix_fallocate(made[1], 0, core.HEADER_NBYTES + (4 << 20))
+            _create(made, "locks", _LOCKS_NBYTES)
+            head = core.header(
+                secrets.token_bytes(_IDENTITY_NBYTES),
+                min(options.capacity or 0, nbytes // 2),
+                nbytes,
+                *options.words(),
+                huge_pages.policy() if is_memfd else huge_pages.NEVER,
+                os.fstat(made[0]).st_ino,
+                os.fstat(made[2]).st_ino,
+            )
+            os.pwrite(made[1], head, 0)
+            return cls((made[0], made[1], made[2]), head, kept=False)
         except BaseException:
-            for segment in made:
-                segment.close()
+            for fd in made:
+                os.close(fd)
             raise
 
     @classmethod
-    def inherited(cls, data_fd: int, ledger_fd: int, locks_fd: int) -> Files:
-        """Map the files behind inherited descriptors, as far as address space allows.
+    def inherited(cls, data: int, table: int, locks: int) -> Files:
+        """Take over inherited descriptors.
 
         Raises
         ------
         ArenaError
             If they are no files of one arena, or of another version.
         """
-        table_nbytes, data_nbytes = os.fstat(ledger_fd).st_size, os.fstat(data_fd).st_size
-        if table_nbytes != LEDGER_NBYTES or data_nbytes < _MIN_DATA_NBYTES:
+        for fd in (data, table, locks):
+            os.set_inheritable(fd, False)
+        table_nbytes, data_nbytes = os.fstat(table).st_size, os.fstat(data).st_size
+        if table_nbytes != core.TABLE_NBYTES or data_nbytes < _MIN_DATA_NBYTES:
             raise ArenaError(
                 f"these are no files of an arena: {table_nbytes} and {data_nbytes} bytes, expected "
-                f"{LEDGER_NBYTES} and at least {_MIN_DATA_NBYTES}"
+                f"{core.TABLE_NBYTES} and at least {_MIN_DATA_NBYTES}"
             )
-        head = memoryview(bytearray(os.pread(ledger_fd, 8 * HEADER_WORDS, 0))).cast("Q")
-        _check_header(head, data_nbytes)  # before anything is mapped
-        for word, fd in ((H_DATA_INODE, data_fd), (H_LOCKS_INODE, locks_fd)):
+        head = os.pread(table, core.HEADER_NBYTES, 0)
+        words = _constants(head)
+        if words[2] != data_nbytes:
+            raise ArenaError(
+                f"the inherited data file has {data_nbytes} bytes, the table speaks of {words[2]}"
+            )
+        for fd, expected in ((data, words[7]), (locks, words[8])):
             inode = os.fstat(fd).st_ino
-            if inode != head[word]:
+            if inode != expected:
                 raise ArenaError(
-                    f"descriptor {fd} is another file than the ledger's: inode {inode}, expected "
-                    f"{head[word]}"
+                    f"descriptor {fd} is another file than the table's: inode {inode}, expected "
+                    f"{expected}"
                 )
-        table = Segment.attach(ledger_fd)
-        locks = Segment.attach(locks_fd, map_it=False)
-        return cls(Segment.attach(data_fd, map_it=_may_map()), table, locks)
+        return cls((data, table, locks), head, kept=True)
+
+    def are_ours(self) -> bool:
+        """Tell whether the descriptors are still those files: others may have closed them."""
+        return all(map(is_file, self.descriptors, self._status))
+
+    def resident_nbytes(self) -> int | None:
+        """Return how many bytes of the data have pages; ``None`` if its descriptor was closed."""
+        with ignoring(OSError):
+            status = os.fstat(self.descriptors[0])
+            if (status.st_dev, status.st_ino) == self._status[0]:
+                return status.st_blocks * 512
+        return None
+
+    def huge_nbytes(self) -> int:
+        """Return how many bytes of the data this process has mapped in huge pages."""
+        return huge_pages.mapped_nbytes(*self._status[0]) if self.huge else 0
 
     def close(self) -> None:
-        """Unmap and close all of them."""
-        for segment in (self.data, self.table, self.locks):
-            segment.close()
+        """Close those that are ours still."""
+        for fd, status in zip(self.descriptors, self._status, strict=False):
+            close_if(fd, status)
+
+    def __del__(self) -> None:
+        if not getattr(self, "kept", True):
+            self.close()
+
+
+def _constants(head: bytes) -> tuple[bytes, int, int, int, int, int, int, int, int]:
+    words: tuple[bytes, int, int, int, int, int, int, int, int]
+    try:
+        words = core.constants(head)
+    except ValueError as error:
+        raise ArenaError(f"the inherited file is no table of an arena: {error}") from error
+    return words
+
+
+def _create(made: list[int], name: str, nbytes: int) -> bool:
+    """Create a file of so many bytes, all holes; tell whether it is a memfd."""
+    made.append(open_nameless(name))
+    try:
+        os.fchmod(made[-1], 0o600)
+        _set_size(made[-1], nbytes)
+    except OSError as error:
+        pass_on_foreign(error)
+        raise ArenaError(
+            error.errno,
+            f"cannot create the {name} file of {nbytes} bytes: {error.strerror}. Check ulimit -f, "
+            "or pass a smaller capacity.",
+        ) from error
+    return seal(made[-1])
+
+
+def _set_size(fd: int, nbytes: int) -> None:
+    while True:
+        try:
+            os.ftruncate(fd, nbytes)
+        except OSError as error:
+            # What a file system takes as a sparse file can be less.
+            if error.errno != errno.EFBIG or nbytes // 4 < _MIN_DATA_NBYTES:
+                raise
+            nbytes //= 4
+        else:
+            return
 
 
 def name_of(identity: bytes, descriptors: Sequence[int]) -> bytes:
@@ -142,7 +209,7 @@ def name_of(identity: bytes, descriptors: Sequence[int]) -> bytes:
 
 
 def open_by_name(name: bytes) -> tuple[int, int, int]:
-    """Open the files that a process of this user has; return descriptors of data, ledger, locks.
+    """Open the files that a process of this user has; return descriptors of data, table, locks.
 
     Raises
     ------
@@ -156,16 +223,15 @@ def open_by_name(name: bytes) -> tuple[int, int, int]:
             # To look is all that can be done with such a descriptor, and it disturbs nobody: the
             # sender's numbers may be other files by now.
             paths.append(os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC))
-        data, ledger, locks = (os.fstat(path) for path in paths)
-        for status in (data, ledger, locks):
+        data, table, locks = (os.fstat(path) for path in paths)
+        for status in (data, table, locks):
             _check_private(pid, status)
-        if ledger.st_size != LEDGER_NBYTES:
+        if table.st_size != core.TABLE_NBYTES:
             raise ArenaError(f"process {pid} has something else open now")
         fds.append(_open_again(paths[1]))
-        head = memoryview(bytearray(os.pread(fds[0], 8 * HEADER_WORDS, 0))).cast("Q")
-        if bytes(head[H_IDENTITY : H_IDENTITY + 2]) != name[:_IDENTITY_NBYTES] or (
-            (data.st_ino, locks.st_ino) != (head[H_DATA_INODE], head[H_LOCKS_INODE])
-        ):
+        words = _constants(os.pread(fds[0], core.HEADER_NBYTES, 0))
+        found = words[0], words[7], words[8]
+        if found != (name[:_IDENTITY_NBYTES], data.st_ino, locks.st_ino):
             raise ArenaError(f"process {pid} has not got it any more")
         fds += [_open_again(paths[0]), _open_again(paths[2])]
         return fds[1], fds[0], fds[2]
@@ -190,59 +256,3 @@ def _check_private(pid: int, status: os.stat_result) -> None:
 
 def _open_again(path_fd: int) -> int:
     return os.open(f"/proc/self/fd/{path_fd}", os.O_RDWR | os.O_CLOEXEC)
-
-
-def _may_map() -> bool:
-    """Tell whether a sparse mapping is safe: mlockall() would make all of it resident."""
-    try:
-        return locked_nbytes() == 0
-    except OSError as error:  # no /proc, or no descriptor
-        pass_on_foreign(error)
-        return True
-
-
-def _create_data(nbytes: int) -> Segment:
-    """Create the data file, as large as the address space allows: 128 TiB hold seven of 16."""
-    if nbytes < _MIN_DATA_NBYTES:
-        raise ArenaError(
-            f"the limits of this process leave {format_nbytes(nbytes)} of address space or file "
-            f"size, need {format_nbytes(_MIN_DATA_NBYTES)}. See ulimit -v and ulimit -f."
-        )
-    while True:
-        try:
-            return Segment.create(nbytes, "data")
-        except ArenaError:
-            if nbytes // 4 < _MIN_DATA_NBYTES:
-                raise
-            nbytes //= 4
-
-
-def _write_header(words: memoryview, options: Options, data: Segment, locks_fd: int) -> None:
-    identity = secrets.token_bytes(_IDENTITY_NBYTES)
-    words[H_IDENTITY] = int.from_bytes(identity[:8], "little")
-    words[H_IDENTITY + 1] = int.from_bytes(identity[8:], "little")
-    options.write(words)
-    words[H_DATA_NBYTES] = data.nbytes
-    words[H_DATA_INODE] = os.fstat(data.fd).st_ino
-    words[H_LOCKS_INODE] = os.fstat(locks_fd).st_ino
-    words[H_HUGE] = huge_pages.policy() if data.backing == "memfd" else huge_pages.NEVER
-    words[H_ROWS] = rows_word(0)
-    words[H_VERSION] = VERSION
-    words[H_MAGIC] = MAGIC
-    words[H_CHECK] = header_check(words)
-
-
-def _check_header(words: memoryview, data_nbytes: int) -> None:
-    if (words[H_MAGIC], words[H_VERSION]) != (MAGIC, VERSION):
-        raise ArenaError(
-            f"the inherited file is no ledger of this version: magic {words[H_MAGIC]:#x}, "
-            f"version {words[H_VERSION]}, expected {MAGIC:#x} and {VERSION}. "
-            "Use one version of oobpickle in all processes."
-        )
-    if words[H_CHECK] != header_check(words):
-        raise ArenaError("the header of the inherited ledger is damaged: its check does not match")
-    if words[H_DATA_NBYTES] != data_nbytes:
-        raise ArenaError(
-            f"the inherited data file has {data_nbytes} bytes, the ledger speaks of "
-            f"{words[H_DATA_NBYTES]}"
-        )

@@ -1,20 +1,21 @@
 """Huge pages for shared memory: how the system gives them, and whether they came.
 
 **What.** `policy` says whether pages of 2 MiB can be had for a memfd, and how; `mapped_nbytes` how
-much of a range is mapped in them.
+much of a file is mapped in them.
 
 **How it works.** ``shmem_enabled`` below ``/sys/kernel/mm/transparent_hugepage`` holds for all
 shared memory, and the one below ``hugepages-2048kB`` for this size, unless it says ``inherit``.
 With ``advise`` only a page fault in an advised mapping makes huge pages: ``fallocate(2)`` and
 ``pwrite(2)`` know no mapping, and make small ones. Source: the kernel's admin-guide/mm/transhuge.
 
-**Lifetime.** No state. Whoever creates an arena asks once, and writes the answer into the ledger.
+**Lifetime.** No state. Whoever creates an arena asks once, and writes the answer into the table.
 
 **When it cannot.** What cannot be read counts as ``NEVER``, and as no byte."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterable
 from typing import Final
 
 from oobpickle._foreign import pass_on_foreign
@@ -49,25 +50,25 @@ def _chosen(path: str) -> str:
     return text.partition("[")[2].partition("]")[0]
 
 
-def mapped_nbytes(address: int, nbytes: int) -> int:
-    """Return how many bytes of a range are mapped in huge pages by this process.
+def mapped_nbytes(device: int, inode: int) -> int:
+    """Return how many bytes of a file are mapped in huge pages by this process.
 
     Takes a walk over its page tables, milliseconds for each GB of small pages.
     """
     try:
         with open("/proc/self/smaps") as file:
-            return _sum(file, address, address + nbytes)
+            return _sum(file, [f"{os.major(device):02x}:{os.minor(device):02x}", str(inode)])
     except OSError as error:
         pass_on_foreign(error)
         return 0
 
 
-def _sum(lines: Iterator[str], start: int, end: int) -> int:
+def _sum(lines: Iterable[str], name: list[str]) -> int:
     total, is_inside = 0, False
     for line in lines:
-        key = line.split(maxsplit=1)[0]
-        if not key.endswith(":"):  # address-address permissions offset ...
-            is_inside = start <= int(key.partition("-")[0], 16) < end
-        elif is_inside and key == "ShmemPmdMapped:":
-            total += int(line.split()[1]) << 10
+        words = line.split(maxsplit=5)
+        if not words[0].endswith(":"):  # address-address permissions offset device inode path
+            is_inside = words[3:5] == name
+        elif is_inside and words[0] == "ShmemPmdMapped:":
+            total += int(words[1]) << 10
     return total

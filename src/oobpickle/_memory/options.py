@@ -5,7 +5,7 @@ defaults in.
 
 **How it works.** ``None`` means "not said": nested uses compare only what was said.
 
-**Lifetime.** The resolved values are written into the ledger's header, where children read them.
+**Lifetime.** The resolved values are written into the table's header, where children read them.
 
 **When it cannot.** A value out of range raises ``ValueError`` (``TypeError`` for the wrong type)
 with the value and the range."""
@@ -15,11 +15,10 @@ from __future__ import annotations
 import math
 import os
 import struct
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Final
 
 from oobpickle._memory import headroom
-from oobpickle._memory.layout import H_CAPACITY, H_COPY_ON_RECEIVE, H_THRESHOLD, H_WAIT_TIMEOUT
 
 #: Measured crossover of plain pickling and the arena for one message through a warm Pool.
 DEFAULT_THRESHOLD: Final = 192 << 10
@@ -79,29 +78,18 @@ class Options:
             threshold = DEFAULT_THRESHOLD
         return Options(capacity, threshold, self.wait_timeout, self.copy_on_receive)
 
-    def within(self, data_nbytes: int) -> Options:
-        """Return resolved options with a capacity that a data file of that size can serve."""
-        return replace(self, capacity=min(self.capacity or 0, data_nbytes // 2))
-
-    def write(self, words: memoryview) -> None:
-        """Store resolved options in a ledger's header."""
-        words[H_CAPACITY] = self.capacity or 0
-        words[H_THRESHOLD] = self.threshold or 0
-        said = self.wait_timeout is not None
-        words[H_WAIT_TIMEOUT] = (
-            struct.unpack("Q", struct.pack("d", self.wait_timeout))[0] if said else _NOT_SAID
-        )
-        words[H_COPY_ON_RECEIVE] = _COPY_CODES[self.copy_on_receive]
+    def words(self) -> tuple[int, int, int]:
+        """Return threshold, wait_timeout and copy_on_receive as numbers, for the table's header."""
+        wait = self.wait_timeout
+        said = _NOT_SAID if wait is None else struct.unpack("Q", struct.pack("d", wait))[0]
+        return self.threshold or 0, said, _COPY_CODES[self.copy_on_receive]
 
     @classmethod
-    def read(cls, words: memoryview) -> Options:
-        """Return what `write` stored."""
-        wait = words[H_WAIT_TIMEOUT]
+    def read(cls, capacity: int, threshold: int, wait: int, copies: int) -> Options:
+        """Return what was given to the header."""
         said = {code: copies for copies, code in _COPY_CODES.items()}
         wait_timeout = None if wait == _NOT_SAID else struct.unpack("d", struct.pack("Q", wait))[0]
-        return cls(
-            words[H_CAPACITY], words[H_THRESHOLD], wait_timeout, said[words[H_COPY_ON_RECEIVE]]
-        )
+        return cls(capacity, threshold, wait_timeout, said[copies])
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

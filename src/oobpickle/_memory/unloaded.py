@@ -1,12 +1,11 @@
 """What this process may have taken out of a channel unseen by us, and may load later.
 
-**What.** `Unloaded` is the list in a participant's row of messages in flight that are not to be
-reclaimed: all that were sent into one of these channels, or were read by one of these participants.
+**What.** `Unloaded` counts why the channels in this process's row are there: no message in flight
+that was sent into one of them is to be reclaimed.
 
 **How it works.** Whoever asks a connection for its descriptor can read the bytes there himself, as
-asyncio does: from then on its channel is in the list. A forked child has its parent's list, and its
-parent too, if that had messages which it had read and not loaded. Each entry is one aligned store,
-in a place of its own; only this process writes there.
+asyncio does: from then on its channel is in the row. A forked child has its parent's list, and its
+parent too, if that had messages which it had read and not loaded.
 
 **Lifetime.** That of the row: what a process has read is worth nothing when it has ended.
 
@@ -16,100 +15,59 @@ channel is taken for lost as long as this process lives."""
 from __future__ import annotations
 
 import threading
-from collections.abc import Collection
+from typing import Any
 
-from oobpickle._memory.layout import N_KEPT, P_KEEPS_ALL, P_KEEPS_SOME, P_KEPT
+from oobpickle._foreign import pass_on_foreign
+from oobpickle._memory.pipes import open_channels
 
 
 class Unloaded:
-    """The list of one process; not in the ledger before `show`.
+    """The list of one process.
 
     Parameters
     ----------
-    sources : iterable of int
-        Channels, and `adopted_by` of participants: inherited by fork.
-    is_any : bool
-        There were more.
+    blocks : Blocks
+        Has the row.
     """
 
-    def __init__(self, sources: Collection[int] = (), *, is_any: bool = False) -> None:
-        self._n_asked = dict.fromkeys(sources, 1)
-        self._places: dict[int, int] = {}
-        self._free = list(range(N_KEPT))
-        self._words: memoryview | None = None
-        self._row = 0
-        self.is_any = is_any
+    def __init__(self, blocks: Any) -> None:
+        self._blocks = blocks
+        self._n_asked: dict[int, int] = {}
         # Re-entrant: a signal handler may ask for a descriptor while this thread notes one.
         self._lock = threading.RLock()
 
     def __bool__(self) -> bool:
-        return self.is_any or bool(self._n_asked)
+        return bool(self._n_asked)
 
-    @property
-    def sources(self) -> list[int]:
-        """What is in the list."""
-        return list(self._n_asked)
-
-    def show(self, words: memoryview, row: int) -> None:
-        """Write all of it into a new row of this process."""
-        with self._lock:
-            self._places.clear()
-            self._free[:] = range(N_KEPT)
-            self._words, self._row = words, row
-            if self.is_any:
-                self.keep_any()
-            for source in self._n_asked:
-                if not self._publish(source):
-                    self.keep_any()
-
-    def note(self, source: int) -> bool:
-        """Add to the list; ``False`` if there is no place left."""
-        with self._lock:
-            if source not in self._n_asked:
-                # In the row first: what comes in between finds too much there, never too little.
-                if not self._publish(source):
-                    return False
-                self._n_asked[source] = 0
-            self._n_asked[source] += 1
-            return True
-
-    def _publish(self, source: int) -> bool:
-        if self._words is None or source in self._places:
-            return True
+    def note(self, channel: int) -> None:
+        """Somebody in this process can read there himself, without a connection."""
+        if self._note(channel):
+            return
         try:
-            place = self._free.pop()
-        except IndexError:
-            return False
-        self._words[self._row + P_KEPT + place] = source
-        self._words[self._row + P_KEEPS_SOME] = 1
-        self._places[source] = place
-        return True
+            needed = [*open_channels(), *self._blocks.sources()]
+        except OSError as error:
+            pass_on_foreign(error)
+        else:
+            with self._lock:
+                self._blocks.retain(needed)
+                self._n_asked = {key: n for key, n in self._n_asked.items() if key in {*needed}}
+        if not self._note(channel):
+            self._blocks.keep_all()
 
-    def keep_any(self) -> None:
-        """There is more than can be listed."""
-        self.is_any = True
-        if self._words is not None:
-            self._words[self._row + P_KEEPS_ALL] = 1
-            self._words[self._row + P_KEEPS_SOME] = 1
+    def _note(self, channel: int) -> bool:
+        with self._lock:
+            # In the row first: what comes in between finds too much there, never too little.
+            if not self._blocks.keep(channel):
+                return False
+            self._n_asked[channel] = self._n_asked.get(channel, 0) + 1
+            return True
 
-    def passed_on(self, source: int) -> None:
+    def passed_on(self, channel: int) -> None:
         """Somebody else was given the descriptor: it was not asked for to read there."""
         with self._lock:
-            n_asked = self._n_asked.get(source, 0)
+            n_asked = self._n_asked.get(channel, 0)
             if n_asked > 1:
-                self._n_asked[source] = n_asked - 1
+                self._n_asked[channel] = n_asked - 1
             elif n_asked:
-                self._remove(source)
-
-    def retain(self, sources: Collection[int]) -> None:
-        """Remove all others."""
-        with self._lock:
-            for source in self._n_asked.keys() - set(sources):
-                self._remove(source)
-
-    def _remove(self, source: int) -> None:
-        self._n_asked.pop(source, None)
-        place = self._places.pop(source, None)
-        if place is not None and self._words is not None:
-            self._words[self._row + P_KEPT + place] = 0
-            self._free.append(place)
+                self._blocks.forget(channel)
+                self._n_asked.pop(channel, None)

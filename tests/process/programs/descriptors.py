@@ -1,10 +1,12 @@
 """Somebody closes all descriptors, as daemons and servers do, and opens files of his own there."""
 
 import contextlib
+import fcntl
 import gc
 import multiprocessing
 import os
 import socket
+import struct
 import sys
 import threading
 import warnings
@@ -81,11 +83,9 @@ class Files:
         return state
 
     def _is_locked(self, number):
-        from oobpickle import _system
-
         again = os.open(f"/proc/self/fd/{number}", os.O_RDWR)
         try:
-            return any(_system.is_byte_locked(again, byte) for byte in range(20))
+            return any(_is_byte_locked(again, byte) for byte in range(20))
         finally:
             os.close(again)
 
@@ -93,6 +93,13 @@ class Files:
         for number, state in self.before.items():
             found = self._state(number)
             assert found == state, f"{self.kind} {number}: {state} became {found}"
+
+
+def _is_byte_locked(fd, byte):
+    """Tell whether another open file description holds the byte."""
+    query = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, byte, 1, 0)
+    answer = fcntl.fcntl(fd, 36, query)  # F_OFD_GETLK
+    return struct.unpack("hhqqi4x", answer)[0] != fcntl.F_UNLCK
 
 
 def _close_all(kind, keep=(), only=None):
@@ -241,7 +248,7 @@ def _daemonize(kind):
     reap(pid)
     verify(kept, 1)
     arena = oobpickle.install()
-    inside.assert_ledger_consistent(arena)
+    inside.assert_table_in_order(arena)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", oobpickle.FallbackWarning)
         oobpickle.uninstall()
@@ -296,7 +303,7 @@ def _close_in_a_worker(kind):
         verify(back[0].recv(), 20)
         verify(back[0].recv(), 21)
         # It lives: nobody takes from it what it has.
-        arena.membership.reap()
+        arena.reclaim.reap()
         leases = []
         with contextlib.suppress(oobpickle.ArenaFullError):
             while True:
@@ -306,18 +313,18 @@ def _close_in_a_worker(kind):
         leases.clear()
         filled.give()
         reap(pid)
-        arena.membership.reap()
+        arena.reclaim.reap()
         read, write = multiprocessing.Pipe(duplex=False)
         n_before = arena.statistics().n_messages_out_of_band
         write.send(message(30))
         verify(read.recv(), 30)
         assert arena.statistics().n_messages_out_of_band == n_before + 1
-        inside.assert_ledger_consistent(arena)
+        inside.assert_table_in_order(arena)
 
 
 def some_are_closed():
-    """Any of them alone: data, ledger, the locks file, those of the locks."""
-    _each(_close_one, range(5))
+    """Any of them alone: data, table, the locks file, the proof of life."""
+    _each(_close_one, range(4))
 
 
 def _close_one(which):
@@ -325,7 +332,7 @@ def _close_one(which):
         read, write = multiprocessing.Pipe(duplex=False)
         write.send(message(0))
         kept = verify(read.recv(), 0)
-        fds = [*arena.descriptors, *arena.membership.mutex.locks.descriptors]
+        fds = inside.descriptors_of(arena)
         theirs = _close_all("memfds", only=[fds[which]])
         if which == 0:
             _received_from("spawn", read, write, 1)
@@ -359,8 +366,8 @@ def a_fork_without_descriptors():
     for seed, nbytes in enumerate((70_001, 1_000_000, 5_000_000)):
         write.send(message(seed, nbytes))
         held.append(verify(read.recv(), seed))
-    resident = arena.data.resident_nbytes()
-    watcher = os.dup(arena.data.fd)
+    resident = arena.statistics().nbytes_resident
+    watcher = os.dup(arena.descriptors[0])
     theirs = _close_all("files", [read, write, watcher])
     written, seen = Token(), Token()
 
@@ -383,12 +390,11 @@ def a_fork_without_descriptors():
     assert all((one[1] == 101).all() for one in held)
     reap(pid)
     theirs.assert_untouched()
-    offsets = [inside.address(one[1]) - arena.data._address for one in held]
+    addresses = [inside.address(one[1]) for one in held]
     held.clear()
     one = None
-    arena.holdings.collect()
-    for offset in offsets:
-        assert not arena.data.is_private(offset // 4096 * 4096)
+    for address in addresses:
+        assert not inside.is_private(address)
     os._exit(0)
 
 
@@ -413,7 +419,7 @@ def a_message_in_a_range_that_is_private():
         go.take()
         held = None
         gc.collect()
-        arena.drain()
+        arena.blocks.reap()
         _send(back, 1)
         reap(pid)
         assert arena.statistics().n_fallbacks == 0
@@ -432,8 +438,8 @@ def closed_while_another_thread_sends():
             _send(write, seed)
             verify(read.recv(), seed)
         assert arena.statistics().n_messages_out_of_band == n_before + 5
-        arena.membership.reap()
-        inside.assert_ledger_consistent(arena)
+        arena.reclaim.reap()
+        inside.assert_table_in_order(arena)
 
 
 def _close_while_sending(kind):

@@ -1,6 +1,7 @@
 """Forks by C code that tells Python of them in the child only, as pre-forking servers do."""
 
 import _imp as imp
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -14,7 +15,7 @@ import inside
 from inside import Token, is_in_arena, message, reap, verify
 
 import oobpickle
-from oobpickle import _system
+from oobpickle._native import core
 
 MIB = 1 << 20
 _libc = ctypes.PyDLL(None)  # with the GIL held, as a server has it
@@ -80,14 +81,14 @@ def siblings_and_master_write():
         reap(pid)
     assert all((one[1] == 200).all() for one in held)
     assert arena.statistics().n_shared_after_fork == 0
-    inside.assert_ledger_consistent(arena)
+    inside.assert_table_in_order(arena)
 
 
 def master_releases_and_receives_more():
     """The child keeps its value; the blocks are the master's, and come back when it drops them."""
     arena = oobpickle.install(capacity=64 * MIB)
     held = [_received(seed) for seed in range(3)]
-    n_resident = arena.data.resident_nbytes()
+    n_resident = arena.statistics().nbytes_resident
     begun, go = Token(), Token()
 
     def child():
@@ -102,7 +103,7 @@ def master_releases_and_receives_more():
 
     pid = _fork(child)
     begun.take()
-    assert arena.data.resident_nbytes() >= n_resident  # nobody has punched them
+    assert arena.statistics().nbytes_resident >= n_resident  # nobody has punched them
     for seed, one in enumerate(held):
         verify(one, seed)
     held.clear()
@@ -113,7 +114,7 @@ def master_releases_and_receives_more():
         verify(one, 10 + seed)
     del others, one
     gc.collect()
-    arena.membership.reap()
+    arena.reclaim.reap()
     inside.assert_empty(arena)
 
 
@@ -147,7 +148,7 @@ def children_send_and_receive():
         reap(pid)
     verify(held, 1)
     assert arena.statistics().n_fallbacks == 0
-    inside.assert_ledger_consistent(arena)
+    inside.assert_table_in_order(arena)
 
 
 def each_is_killed():
@@ -177,36 +178,36 @@ def each_is_killed():
         begun.take()
         os.kill(victim, signal.SIGKILL)
         reap(victim, inside.KILLED)
-        inside.eventually(arena.membership.reap)
+        inside.eventually(arena.reclaim.reap)
         verify(held, 1)
         os.kill(os.getpid(), signal.SIGKILL)
 
     pid = inside.fork(master)
     reap(pid, inside.KILLED)
     arena = oobpickle.install()
-    inside.eventually(arena.membership.reap)
+    inside.eventually(arena.reclaim.reap)
     others = [_received(seed) for seed in range(30, 36)]
     for one in others:
         one[1][:] = 0
     dead.give()
     checked.take()
-    inside.eventually(lambda: arena.membership.reap() or arena.statistics().n_participants == 1)
-    inside.assert_ledger_consistent(arena)
+    inside.eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
+    inside.assert_table_in_order(arena)
 
 
 def in_the_middle_of_another_threads_step():
-    """The other thread has all locks, and does not exist in the child."""
+    """The other thread waits for the lock, and does not exist in the child."""
     arena = oobpickle.install(capacity=64 * MIB)
     held, inside_step, forked = _received(1), threading.Event(), threading.Event()
-    own, collecting = arena.membership._own, arena.holdings._collecting
-
-    def step():
-        inside_step.set()
-        forked.wait(20)
 
     def work():
-        with own._lock:
-            collecting.run(1.0, lambda: arena.membership.run(step))
+        stopped = inside.fork(inside.stop_with_the_lock, arena)
+        os.waitpid(stopped, os.WUNTRACED)
+        inside_step.set()
+        with contextlib.suppress(oobpickle.ArenaFullError):
+            arena.acquire([1000], wait_timeout=0)  # waits for the lock, up to two seconds
+        os.kill(stopped, signal.SIGCONT)
+        reap(stopped)
 
     thread = threading.Thread(target=work)
     thread.start()
@@ -225,7 +226,7 @@ def in_the_middle_of_another_threads_step():
     thread.join()
     reap(pid)
     verify(held, 1)
-    inside.assert_ledger_consistent(arena)
+    inside.assert_table_in_order(arena)
 
 
 def by_another_thread():
@@ -262,39 +263,15 @@ def by_another_thread():
         thread.join()
     assert not failed
     verify(held, 1)
-    arena.membership.reap()
-    inside.assert_ledger_consistent(arena)
-
-
-def what_cannot_be_private_is_counted():
-    arena = oobpickle.install(capacity=64 * MIB)
-    held = [_received(seed) for seed in range(2)]
-    map_memory = _system.map_memory
-
-    def child():
-        verify(held[0], 0)
-        statistics = arena.statistics()
-        assert statistics.n_shared_after_fork == 2, statistics
-
-    def refuse(*args, **kwargs):
-        if kwargs["flags"] & _system.MAP_PRIVATE:
-            raise OSError(12, "Cannot allocate memory")
-        return map_memory(*args, **kwargs)
-
-    _system.map_memory = refuse
-    reap(_fork(child))
-    _system.map_memory = map_memory
-    reap(_fork(held[0][1].fill, 1))
-    verify(held[0], 0)
-    assert arena.statistics().n_shared_after_fork == 2
-    inside.assert_ledger_consistent(arena)
+    arena.reclaim.reap()
+    inside.assert_table_in_order(arena)
 
 
 def with_descriptors_closed():
     """A server that closes what it does not know, and then forks its workers."""
     arena = oobpickle.install(capacity=64 * MIB)
     held = [_received(seed) for seed in range(2)]
-    for fd in (*arena.descriptors, *arena.membership.mutex.locks.descriptors):
+    for fd in inside.descriptors_of(arena):
         os.close(fd)
     opened = [os.memfd_create("theirs") for _ in range(8)]
     begun, go = [Token(), Token()], [Token(), Token()]
@@ -321,7 +298,7 @@ def with_descriptors_closed():
 
 
 def between_forks_of_python():
-    """A fork by Python, before and after, is known from one by C, also if a hook was aborted."""
+    """A fork by Python, before and after, is known from one by C, also if it failed."""
     arena = oobpickle.install(capacity=64 * MIB)
     held = _received(1)
     reap(inside.fork(lambda: verify(held, 1)))
@@ -330,16 +307,12 @@ def between_forks_of_python():
     more = _received(2)
     reap(_fork(more[1].fill, 3))
     verify(more, 2)
-    from oobpickle._memory import fork as hooks
-
-    hooks._before()  # and its *after* hooks are aborted
-    hooks.fork_wheel.rotate()
-    arena.after_fork_in_parent()
+    core.fork_before()  # and the fork fails
+    core.fork_in_parent()
     last = _received(3)
     assert is_in_arena(arena, last[1])
     reap(_fork(last[1].fill, 4))
     verify(last, 3)
-    hooks._forks.clear()
     for one in (held, more, last):
         reap(inside.fork(one[1].fill, 5))
         verify(one)

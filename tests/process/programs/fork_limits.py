@@ -12,7 +12,7 @@ import numpy as np
 from inside import Token, address, fork, reap
 
 import oobpickle
-from oobpickle._memory import layout
+from oobpickle._memory import plan
 
 MIB = 1 << 20
 N_MANY = 40_000  # of vm.max_map_count = 65,530; each block mapped apart would need two
@@ -36,7 +36,7 @@ def _assert_many(arrays, base, step=1):
 
 def forty_thousand_held_blocks():
     """Also if copying out is forbidden: what a fork cannot make private is copied nevertheless."""
-    layout.PACK_NBYTES = 4096  # small arrays have a block each, too
+    plan.PACK_NBYTES = 4096  # small arrays have a block each, too
     arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_on_receive=False)
     held = _many(N_MANY, 0)
     n_held = arena.statistics().n_blocks["held"]
@@ -55,7 +55,7 @@ def forty_thousand_held_blocks():
         assert all((one == -1).all() for one in held[::200])
 
     pid = fork(child)
-    assert os.fstat(arena.data.fd).st_blocks * 512 < MIB
+    assert os.fstat(arena.descriptors[0]).st_blocks * 512 < MIB
     for one in held[1::2]:
         one += N_MANY
     written.give()
@@ -76,13 +76,13 @@ def forty_thousand_held_blocks():
     held.clear()
     arena.trim()
     assert not arena.statistics().n_blocks["held"]
-    inside.assert_ledger_consistent(arena)
+    inside.assert_table_in_order(arena)
 
 
 def one_message_of_more_blocks_than_a_fork_can_make_private():
-    layout.PACK_NBYTES = 4096
+    plan.PACK_NBYTES = 4096
     arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_on_receive=False)
-    arena.intake._most_held = 300
+    arena.receiving._most_held = 300
     held = _many(400, 0)
     assert arena.statistics().n_copied_on_receive == 400
     reap(fork(held[0].fill, 9))
@@ -91,7 +91,7 @@ def one_message_of_more_blocks_than_a_fork_can_make_private():
 
 def a_program_that_has_used_up_its_mappings():
     """The system allows no more: what stays shared is counted, and the fork does not take long."""
-    layout.PACK_NBYTES = 4096
+    plan.PACK_NBYTES = 4096
     arena = oobpickle.install(capacity=512 * MIB, threshold=1)
     held = _many(2_000, 0)
     ballast = mmap.mmap(-1, 70_000 * mmap.PAGESIZE)

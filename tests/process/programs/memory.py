@@ -10,7 +10,7 @@ import numpy as np
 from inside import content, eventually, fork, message, reap, verify
 
 import oobpickle
-from oobpickle._memory import headroom, retention, room
+from oobpickle._memory import headroom, receiving
 
 MIB = 1 << 20
 LIMIT = 4 * MIB
@@ -20,7 +20,7 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 
 def _limit():
     """Let free blocks keep 4 MiB, as far as this process sees to it."""
-    retention._LEAST_NBYTES = LIMIT
+    receiving._LEAST_KEPT_NBYTES = LIMIT
     headroom.limit_nbytes = lambda: 8 * LIMIT
 
 
@@ -43,18 +43,18 @@ def comes_back(method):
             received = pool.map(_make, range(9), chunksize=1)
             for seed, one in enumerate(received):
                 verify(one, seed)
-            assert arena.data.resident_nbytes() > 8 * NBYTES
+            assert arena.statistics().nbytes_resident > 8 * NBYTES
             one = kept = drop(received)
-            assert arena.data.resident_nbytes() <= LIMIT + (NBYTES if kept is not None else 0)
+            assert arena.statistics().nbytes_resident <= LIMIT + (NBYTES if kept is not None else 0)
             if kept is not None:
                 assert (kept == content(3, NBYTES)[:1000]).all()
         del one, kept
         gc.collect()
         pool.map(_keep, [message(seed, NBYTES) for seed in range(9)], chunksize=1)
-        assert arena.data.resident_nbytes() > 8 * NBYTES
+        assert arena.statistics().nbytes_resident > 8 * NBYTES
         pool.map(_drop, [0])
-        assert arena.data.resident_nbytes() <= LIMIT
-        inside.assert_ledger_consistent(arena)
+        assert arena.statistics().nbytes_resident <= LIMIT
+        inside.assert_table_in_order(arena)
         _kept.extend(pool.map(_make, range(9), chunksize=1))
         pool.map(_keep, [message(seed, NBYTES) for seed in range(9)], chunksize=1)
         pool.close()
@@ -140,7 +140,7 @@ def _resident_nbytes(_=None):
 
 
 def _little():
-    room._TOUCHED_NBYTES = 8 * MIB
+    oobpickle.install().blocks.entered_limit = 8 * MIB
 
 
 def resident_size(method):
@@ -242,11 +242,11 @@ def locked(tasks_file, flags, when):
                 verify(one, seed)
             del received, one
             # What is locked goes back with the next call.
-            eventually(lambda: arena.statistics() and arena.data.resident_nbytes() <= most)
-            inside.assert_ledger_consistent(arena)
+            eventually(lambda: arena.statistics() and arena.statistics().nbytes_resident <= most)
+            inside.assert_table_in_order(arena)
         assert arena.statistics().n_fallbacks == 0, arena.statistics()
         arena.trim()
-        assert arena.data.resident_nbytes() == 0
+        assert arena.statistics().nbytes_resident == 0
         started = multiprocessing.get_context("spawn").Process(target=_round_trips_of_a_child)
         started.start()
         started.join()

@@ -191,7 +191,7 @@ def messages_relayed_as_bytes():
         arena.trim()
         assert arena.statistics().n_fallbacks == 0
         assert arena.statistics().n_blocks["in_flight"] == 0, arena.statistics()
-        inside.assert_ledger_consistent(arena)
+        inside.assert_table_in_order(arena)
 
 
 def bounded_queue():
@@ -283,11 +283,11 @@ def program_that_a_worker_lets_inherit_a_connection(method):
 def programs_without_connections_change_nothing():
     with oobpickle.enabled() as arena:
         read, write = multiprocessing.Pipe(duplex=False)
-        handed, pipe = arena.passed_ends.n, subprocess.PIPE
+        handed, pipe = arena.blocks.n_passed, subprocess.PIPE
         for more in ({"stderr": subprocess.STDOUT}, {"close_fds": False}, {"stdin": pipe}):
             command = [sys.executable, "-c", "print(1)"]
             subprocess.run(command, stdout=pipe, check=True, **more)
-        assert arena.passed_ends.n == handed
+        assert arena.blocks.n_passed == handed
         write.send(message(1))
         verify(read.recv(), 1)
         assert arena.statistics().n_messages_out_of_band == 1
@@ -363,7 +363,7 @@ def errors_arrive_as_today():
         assert statistics.n_blocks["leased"] == 0, statistics
         assert statistics.n_blocks["in_flight"] == 0, statistics
         assert statistics.n_blocks["held"] == 0, statistics
-        inside.assert_ledger_consistent(arena)
+        inside.assert_table_in_order(arena)
 
 
 def _call(function, *args):
@@ -936,7 +936,7 @@ def copying_out():
                 verify(one)
                 one[1][:] = 1
             assert arena.statistics().n_fallbacks == 0
-            inside.assert_ledger_consistent(arena)
+            inside.assert_table_in_order(arena)
 
 
 def threads_send_at_once():
@@ -965,7 +965,7 @@ def threads_send_at_once():
         del calls, call
         gc.collect()
         assert arena.statistics().n_fallbacks == 0, arena.statistics()
-        inside.assert_ledger_consistent(arena)
+        inside.assert_table_in_order(arena)
 
 
 def _collect(queue, results, n):

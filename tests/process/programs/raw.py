@@ -20,10 +20,14 @@ from inside import Token, eventually, fork, message, reap, verify
 
 import oobpickle
 from oobpickle import _faults
-from oobpickle._memory import membership
+from table import Table
 
 MIB = 1 << 20
 N = 3
+_late = []
+
+# Before the first arena is made: so it comes before what joins in the child.
+os.register_at_fork(after_in_child=lambda: _late and _late.pop().take())
 
 
 def _pipe():
@@ -219,7 +223,7 @@ def a_number_that_was_taken_before_the_fork():
 
     reap(fork(starter))
     read.close()
-    arena.membership.unloaded.retain(())  # as if the one who asked had ended too
+    arena.blocks.retain([])  # as if the one who asked had ended too
     _send_and_end(write)
     write.close()
     has_read.take()
@@ -344,14 +348,7 @@ def a_raw_reader_that_ends():
 
 def _join_only_after(token):
     """Let the next child of this process take long to join."""
-    join = membership.Membership.join
-
-    def late(self):
-        token.take()
-        membership.Membership.join = join
-        join(self)
-
-    membership.Membership.join = late
+    _late.append(token)
 
 
 def children_of_a_reader_that_ends():
@@ -432,7 +429,7 @@ def sent_on_while_somebody_looks_for_lost_messages():
     reach, reached = _faults.reach, []
 
     def look(name):
-        if name == "intake.readdressed":
+        if name == "receiving.sent_on":
             reached.append(name)
             _faults.reach = reach
             _press(arena)
@@ -487,13 +484,13 @@ def loaded_after_the_block():
         for _ in range(2):
             with oobpickle.enabled(capacity=32 * MIB):
                 pass
-        assert not arena.membership.retired
+        assert not arena.blocks.ended
         _load(spool)
         with oobpickle.enabled(capacity=32 * MIB):
             pass
         gc.collect()
         with oobpickle.enabled(capacity=32 * MIB):
-            assert arena.membership.retired
+            assert arena.blocks.ended
             for data in gone:
                 _assert_stale(data)
         for data in gone:
@@ -529,11 +526,23 @@ def what_multiprocessing_does_by_itself(method):
     process.join()
     there.fileno()
     assert [there.fileno() != -1, here._handle != -1] == [True, True]
-    noted = arena.membership.unloaded.sources
+    noted = _noted(arena)
     assert len(noted) == 1, noted  # that of this test, just now
     _, write = _pipe()
     write.fileno()
-    assert arena.membership.unloaded.sources == noted
+    assert _noted(arena) == noted
+
+
+def _own_row(arena):
+    return Table.of(arena).participant(arena.blocks.slot)
+
+
+def _noted(arena):
+    return [int(source) for source in _own_row(arena).kept if source]
+
+
+def _keeps_all(arena):
+    return _own_row(arena).keeps_all[0] != 0
 
 
 def what_a_program_was_given():
@@ -566,7 +575,7 @@ def more_channels_than_can_be_noted():
         verify(pickle.loads(_read(read.fileno(), 1)[0]), seed)
         read.close()
         write.close()
-    assert not arena.membership.unloaded.is_any
+    assert not _keeps_all(arena)
     spool = []
     for seed in range(100):
         read, write = _pipe()
@@ -574,7 +583,7 @@ def more_channels_than_can_be_noted():
         spool += _read(read.fileno(), 1)
         read.close()
         write.close()
-    assert arena.membership.unloaded.is_any
+    assert _keeps_all(arena)
     _press(arena)
     reap(fork(_load, spool))
     inside.assert_empty(arena)

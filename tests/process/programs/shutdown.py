@@ -45,7 +45,7 @@ def _assert_nothing_is_left(arena):
         gc.collect()
         with oobpickle.enabled():
             pass
-        return arena.membership.retired and not inside.our_descriptors()
+        return arena.blocks.ended and not inside.our_descriptors()
 
     eventually(is_gone)
     assert arena.statistics().nbytes_resident == 0, arena.statistics()

@@ -16,14 +16,14 @@ import numpy as np
 from inside import content, message, reap, verify
 
 import oobpickle
-from oobpickle import _api, _copying, _faults
+from oobpickle import _api, _faults
 from oobpickle._hook import installed
 
 MIB = 1 << 20
 LIBRARY = os.path.dirname(oobpickle.__file__)
 #: Between the last statement of a `try` and the first of its `finally` no signal is delivered; and
 #: after a call that opens something nothing can be done before it is stored.
-UNREACHABLE = {("segment.py", "create"), ("mutex.py", "run")}
+UNREACHABLE = set[tuple[str, str]]()
 
 
 def _pipe():
@@ -50,19 +50,11 @@ def _strike(*_):
 @contextlib.contextmanager
 def _signal_at(point, hit=1):
     """Send this process a SIGUSR1 when it reaches a fault point for the `hit`-th time."""
-    original, n_hits = _faults.reach, 0
-
-    def reach(reached):
-        nonlocal n_hits
-        n_hits += reached == point
-        if reached == point and n_hits == hit:
-            os.kill(os.getpid(), signal.SIGUSR1)
-
-    _faults.reach = reach
+    _faults.arm(f"{point}:{hit}:USR1")
     try:
         yield
     finally:
-        _faults.reach = original
+        _faults.arm(None)
 
 
 # --- handlers that raise
@@ -97,10 +89,11 @@ def an_alarm_within_the_turning_of_held_blocks_into_ordinary_memory():
             read, write = _pipe()
             write.send(message(1, 160 * MIB))
             held = verify(read.recv(), 1)
-            with _signal_at("segment.populated", hit):
-                pid = inside.fork(verify, held, 1)
+            with _signal_at("privatize.step", hit), contextlib.suppress(_Deadline):
+                inside.fork(verify, held, 1)
+                raise AssertionError("the handler did not run")
             verify(held, 1)
-            reap(pid)
+            assert os.waitstatus_to_exitcode(os.wait()[1]) == 0
             assert arena.statistics().n_shared_after_fork == 0
             del held
 
@@ -221,66 +214,44 @@ def leaving_a_block_is_interrupted_at_any_line():
 
 
 def memory_is_given_back_though_leaving_is_interrupted():
-    n_calls = 0
     with _handler(_strike), contextlib.suppress(_Deadline), oobpickle.enabled() as arena:
         read, write = _pipe()
         for seed in range(3):
             write.send(message(seed, (seed + 1) * 3_000_000))
             verify(read.recv(), seed)
-        original = type(arena.data).punch
-
-        def punch(segment, *args):
-            nonlocal n_calls
-            n_calls += 1
-            if n_calls in (1, 4, 7):
-                os.kill(os.getpid(), signal.SIGUSR1)
-            original(segment, *args)
-
-        type(arena.data).punch = punch
-    type(arena.data).punch = original
+        _faults.arm("block.emptied:2:USR1")
+    _faults.arm(None)
     assert installed.current is None
     statistics = arena.statistics()
     assert statistics.nbytes["free"] == statistics.nbytes_resident == 0, statistics
     assert statistics.n_blocks["leased"] == 0, statistics
 
 
-def a_copy_goes_on_after_its_sender_was_interrupted():
-    """The helper's piece is still being written when `send` has raised: nobody gets that memory."""
-    _copying._is_a_core_idle = lambda: True
-    main, gate, begun = threading.get_ident(), threading.Event(), threading.Event()
-    copyto, armed = np.copyto, True
+def a_handler_runs_after_the_copy():
+    """Not in the middle of it, where it could change what is copied, or let the memory go."""
+    n_calls = 0
 
-    def slow_copyto(destination, source):
-        if armed and threading.get_ident() == main:
-            assert begun.wait(20)
-            copyto(destination, source)
-            raise _Deadline
-        if armed:
-            begun.set()
-            assert gate.wait(20)
-        copyto(destination, source)
-
-    def give_up(_):
+    def interrupt(*_):
+        nonlocal n_calls
+        n_calls += 1
         raise _Deadline
 
-    with oobpickle.enabled(capacity=512 * MIB) as arena:
+    with oobpickle.enabled(capacity=512 * MIB) as arena, _handler(interrupt):
         read, write = _pipe()
-        wait_for, _copying._wait_for = _copying._wait_for, give_up
-        np.copyto = slow_copyto
-        try:
-            write.send(np.full(64 * MIB, 7, np.uint8))
-            raise AssertionError("sent")
-        except _Deadline:
-            pass
-        _copying._wait_for, armed = wait_for, False
-        gc.collect()
-        assert _copying.is_busy()
+        write.send(np.full(64 * MIB, 7, np.uint8))  # warm
+        read.recv()
+        threading.Timer(0.005, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+        with contextlib.suppress(_Deadline):
+            while True:
+                write.send(np.full(64 * MIB, 9, np.uint8))
+                assert (read.recv() == 9).all()
+        assert n_calls == 1
+        read, write = _pipe()
         write.send(np.full(64 * MIB, 9, np.uint8))
         received = read.recv()
-        gate.set()
-        inside.eventually(lambda: not _copying.is_busy())
         assert (received == 9).all()
         del received
+        gc.collect()
         arena.trim()
         assert arena.statistics().n_blocks["leased"] == 0
 
@@ -307,11 +278,10 @@ class _Cycle:
 
 
 def a_handler_collects_arrays_within_a_step():
-    """Wherever it strikes, in a step of the ledger or in the copy, they are released once."""
+    """Wherever it strikes, in a step of the table or in the copy, they are released once."""
     points = (
-        "mutex.locked", "ledger.lease.committed", "ledger.release.committed",
-        "ledger.claim.committed", "room.reserved", "lease.written", "lease.sealed",
-        "holdings.releasing", "mutex.clean",
+        "lock.taken", "lease.committed", "release.committed", "release.pushed",
+        "claim.committed", "block.reserved", "lease.sealed", "drain.taken", "lock.clean",
     )  # fmt: skip
     _Cycle.ends = _pipe()
     warnings.simplefilter("ignore", oobpickle.FallbackWarning)
@@ -333,7 +303,7 @@ def a_handler_collects_arrays_within_a_step():
                 write.send(message(7, 700_000))
                 kept = verify(read.recv(), 7)
                 del kept
-                arena.drain()
+                arena.blocks.reap()
             gc.enable()
             gc.collect()
             arena.trim()
@@ -341,7 +311,7 @@ def a_handler_collects_arrays_within_a_step():
             assert arena.statistics().n_blocks["leased"] == 0, (point, arena.statistics())
             # In the middle of a step of the same thread a message travels in-band.
             assert set(arena.statistics().fallbacks) <= {"busy"}, (point, arena.statistics())
-            inside.assert_ledger_consistent(arena)
+            inside.assert_table_in_order(arena)
     assert n_collected == len(points)
     assert _Cycle.n_dead == 5 * len(points)
 
@@ -359,7 +329,7 @@ def _fork_and_wait(*_):
 
 
 def a_handler_forks_within_a_step():
-    for point in ("ledger.claim.committed", "ledger.lease.committed", "ledger.release.committed"):
+    for point in ("claim.committed", "lease.committed", "release.committed"):
         with oobpickle.enabled(capacity=64 * MIB) as arena, _handler(_fork_and_wait):
             read, write = _pipe()
             for seed in range(3):
@@ -370,7 +340,7 @@ def a_handler_forks_within_a_step():
             write.send(message(8))
             with _signal_at(point):
                 mine = read.recv()
-                arena.drain()
+                arena.blocks.reap()
                 write.send(message(9))
             write.send(message(10))
             kept = [read.recv(), read.recv()]
@@ -378,7 +348,7 @@ def a_handler_forks_within_a_step():
             verify(mine, 8)
             verify(kept[0], 9)
             verify(kept[1], 10)
-            inside.assert_ledger_consistent(arena)
+            inside.assert_table_in_order(arena)
             del kept, mine, held
 
 
@@ -396,7 +366,7 @@ def a_child_that_was_forked_within_a_step_changes_nothing_here():
         with oobpickle.enabled(capacity=64 * MIB) as arena, _handler(fork_and_go_on):
             read, write = _pipe()
             write.send(message(1))
-            with _signal_at("ledger.claim.committed"):
+            with _signal_at("claim.committed"):
                 held = read.recv()
             if pid == 0:
                 status = 1
@@ -412,19 +382,19 @@ def a_child_that_was_forked_within_a_step_changes_nothing_here():
                 write.send(message(seed))
                 verify(read.recv(), seed)
             verify(held, 1)
-            inside.assert_ledger_consistent(arena)
+            inside.assert_table_in_order(arena)
             del held
 
 
 def a_handler_forks_below_the_hooks_of_a_fork():
-    """The locks of the outer fork are kept: no other thread receives until it is over."""
+    """What another thread receives until the outer fork is over is a copy."""
     go, received, held = threading.Event(), threading.Event(), []
 
     def before():  # registered first: runs last before fork(2)
         if not go.is_set():
             go.set()
             os.kill(os.getpid(), signal.SIGUSR1)
-            received.wait(1)  # in vain, if it is right
+            received.wait(1)
 
     os.register_at_fork(before=before)
     with oobpickle.enabled(capacity=64 * MIB) as arena, _handler(_fork_and_wait):
@@ -456,7 +426,7 @@ def a_handler_forks_below_the_hooks_of_a_fork():
         held[0][1][:] = content(1, held[0][1].nbytes)
         write.send(message(2))
         verify(read.recv(), 2)
-        inside.assert_ledger_consistent(arena)
+        inside.assert_table_in_order(arena)
         del held[:]
 
 

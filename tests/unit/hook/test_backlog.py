@@ -43,7 +43,7 @@ def send(arena, backlog, writer, nbytes):
     lease = arena.acquire([nbytes])
     lease.seal(channel)
     lease.settle()
-    backlog.note(channel, lease.blocks[0], nbytes, len(ENVELOPE))
+    backlog.note(channel, block_of(lease), nbytes, len(ENVELOPE))
     os.write(writer.fileno(), ENVELOPE)
     return lease
 
@@ -55,12 +55,16 @@ def wait(backlog, writer, nbytes):
     return thread
 
 
+def block_of(lease):
+    return lease.blocks[0].index, lease.blocks[0].generation
+
+
 def n_noted(backlog, writer):
     return len(backlog._sent[reading_end(writer.fileno())])
 
 
 def claim(arena, lease):
-    arena.intake.claim(lease.blocks, lease._plan.needs)
+    arena.receiving.claim(lease.pairs, lease.needs)
 
 
 def test_within_the_budget_nobody_waits(arena, backlog, ends):
@@ -93,7 +97,7 @@ def test_a_sender_does_not_wait_for_what_a_participant_has_read(arena, backlog, 
     leases = [send(arena, backlog, writer, 5 * MIB) for _ in range(2)]
 
     thread = wait(backlog, writer, 5 * MIB)
-    arena.intake._adopt(*leases[0].blocks[0])
+    arena.blocks.adopt(*block_of(leases[0]))
     thread.join(20)
 
     assert not thread.is_alive()
@@ -104,7 +108,7 @@ def test_a_sender_does_not_wait_for_what_a_participant_has_read(arena, backlog, 
 def test_channels_whose_messages_were_loaded_are_not_remembered(arena, backlog):
     for number in range(1000):
         lease = arena.acquire([100])
-        backlog.note(number, lease.blocks[0], 100, 300)
+        backlog.note(number, block_of(lease), 100, 300)
         lease.release()
 
     assert len(backlog) < 200
@@ -142,7 +146,7 @@ def test_a_sender_does_not_wait_for_readers_that_are_gone(arena, backlog, ends):
 @pytest.mark.parametrize("is_first_only", [True, False])
 def test_messages_that_nobody_loads_are_not_remembered(arena, backlog, ends, is_first_only):
     reader, writer = ends
-    arena.intake.note_reader(reading_end(writer.fileno()))
+    arena.unloaded.note(reading_end(writer.fileno()))
     leases, most = [], 0
     for number in range(500):
         lease = send(arena, backlog, writer, 1000)

@@ -1,32 +1,24 @@
 """Channels: who is known."""
 
+import contextlib
+import fcntl
 import multiprocessing
 import os
 import resource
+import struct
 
 import pytest
 
 from conftest import eventually, process_with
-from oobpickle._errors import ArenaFullError
 from oobpickle._hook import channels as channels_module
 from oobpickle._hook.channels import Channels
+from oobpickle._memory import reclaim
 from oobpickle._memory.arena import Arena
-from oobpickle._memory.layout import (
-    H_N_SLOTS,
-    HEADER_WORDS,
-    JOINED,
-    N_PASSED_ENDS,
-    P_PID,
-    P_PID_NAMESPACE,
-    P_STATE,
-    PARTICIPANT_WORDS,
-    UNPROVEN,
-    VACANT,
-)
-from oobpickle._memory.locks import LockFile
 from oobpickle._memory.options import Options
-from oobpickle._memory.participants import pid_namespace
 from oobpickle._memory.pipes import channel_id
+from oobpickle._memory.reclaim import UNPROVEN, pid_namespace
+from oobpickle._native import core
+from table import JOINED, VACANT, Table
 
 MIB = 1 << 20
 
@@ -38,6 +30,26 @@ def arena():
     arena.close()
     arena.detach()
     assert arena.try_destroy()
+
+
+def join_as(arena, pid):
+    """Let the table say that a process has joined."""
+    table = Table.of(arena)
+    row = table.participant(1)
+    row.pid[0], row.pid_namespace[0], row.state[0] = pid, pid_namespace(), JOINED
+    table["n_slots"] = 2
+
+
+@contextlib.contextmanager
+def slot_held(arena, slot):
+    """Hold a slot's proof of life, as its owner does."""
+    fd = os.open(f"/proc/self/fd/{arena.descriptors[2]}", os.O_RDWR)
+    lock = struct.pack("hhqqi4x", fcntl.F_WRLCK, os.SEEK_SET, 1 + slot, 1, 0)
+    fcntl.fcntl(fd, 37, lock)  # F_OFD_SETLK
+    try:
+        yield
+    finally:
+        os.close(fd)
 
 
 @pytest.fixture
@@ -115,29 +127,23 @@ def test_a_process_that_has_died_does_not_take_part(arena, channels, ends):
     """Its number may be somebody else's by now."""
     reader, writer = ends
     with process_with(reader.fileno()) as pid:
-        words, row = arena.ledger.words, HEADER_WORDS + PARTICIPANT_WORDS
-        words[row + P_PID], words[row + P_PID_NAMESPACE] = pid, pid_namespace()
-        words[row + P_STATE] = JOINED
-        words[H_N_SLOTS] = 2
+        join_as(arena, pid)
 
         assert 0 == channels.known(writer.fileno())
-        assert pid not in arena.membership.living()
+        assert pid not in arena.reclaim.living()
 
 
 def test_a_process_of_another_namespace_does_not_take_part(arena, channels, ends, monkeypatch):
     """Its number is somebody else's here."""
     reader, writer = ends
     with process_with(reader.fileno()) as pid:
-        words, row = arena.ledger.words, HEADER_WORDS + PARTICIPANT_WORDS
-        words[row + P_PID], words[row + P_PID_NAMESPACE] = pid, pid_namespace() + 1
-        words[row + P_STATE] = JOINED
-        words[H_N_SLOTS] = 2
-        monkeypatch.setattr(LockFile, "is_alive", lambda *_: True)
-
-        assert 0 == channels.known(writer.fileno())
-        words[row + P_PID_NAMESPACE] = pid_namespace()
-        eventually(lambda: channels.known(writer.fileno()))
-        words[row + P_STATE] = VACANT
+        join_as(arena, pid)
+        with slot_held(arena, 1):
+            monkeypatch.setattr(reclaim, "pid_namespace", lambda: pid_namespace() + 1)
+            assert 0 == channels.known(writer.fileno())
+            monkeypatch.undo()
+            eventually(lambda: channels.known(writer.fileno()))
+        Table.of(arena).participant(1).state[0] = VACANT
 
 
 def test_an_end_that_was_handed_out_is_forgotten_on_both_sides(channels, ends):
@@ -238,28 +244,30 @@ def test_only_what_was_passed_on_is_looked_up_again(arena, channels, ends, forei
 def test_what_cannot_be_listed_makes_all_doubtful(
     arena, channels, ends, foreign, stuck, monkeypatch
 ):
-    def run(*_):
-        raise ArenaFullError("stuck", "busy")
-
     channels.note(*(end.fileno() for end in ends))
     assert channels.known(ends[1].fileno())
 
     if stuck:
-        monkeypatch.setattr(arena.membership, "run", run)
-        arena.passed_ends.note([1])
+        table = Table.of(arena)
+        core.wait_for_the_lock(5_000)
+        with slot_held(arena, 1):
+            table.header("lock", "u4")[0] = 2
+            assert not arena.blocks.pass_on([1])
+            table.header("lock", "u4")[0] = 0
+        core.wait_for_the_lock(2_000_000)
     else:
-        arena.passed_ends.note(range(N_PASSED_ENDS + 1))
+        assert arena.blocks.pass_on(list(range(33)))
 
     assert 0 == channels.known(ends[1].fileno())
 
 
 def test_descriptors_that_are_no_channels_matter_to_nobody(arena, channels):
-    before = arena.passed_ends.n
+    before = arena.blocks.n_passed
 
     with open("/dev/null") as file, channels.passing_on([1 << 20, file.fileno()]):
         pass
 
-    assert before == arena.passed_ends.n
+    assert before == arena.blocks.n_passed
 
 
 def test_one_that_is_not_open_does_not_hide_the_others(channels, ends):
@@ -298,7 +306,7 @@ def test_what_is_passed_on_when_the_arena_has_gone_is_nobodys_business(arena, en
 
     with channels.passing_on([ends[0].fileno()]):
         channels.forget(ends[1].fileno())
-    assert arena.passed_ends.since(arena.passed_ends.n) == []
+    assert arena.blocks.passed_since(arena.blocks.n_passed) == []
 
 
 def test_older_processes_are_asked_as_long_as_they_follow(channels, ends, foreign):

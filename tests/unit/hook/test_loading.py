@@ -21,7 +21,7 @@ BIG = np.ones(1 << 18)
 class FakeLease:
     def __init__(self, sizes):
         self.destinations = [memoryview(bytearray(nbytes)) for nbytes in sizes]
-        self.blocks = [(index, 7) for index in range(len(_envelope.plan(list(sizes)).needs))]
+        self.pairs = bytes(16 * len(_envelope.plan(list(sizes)).needs))
 
     def seal(self, channel):
         pass

@@ -13,28 +13,15 @@ import pytest
 
 import oobpickle
 from conftest import eventually
-from ledger_tools import assert_in_order
-from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError, _copying
-from oobpickle._memory import arena as arena_module
-from oobpickle._memory import backing as backing_module
-from oobpickle._memory import fork as fork_module
-from oobpickle._memory import headroom
-from oobpickle._memory import participants as participants_module
+from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
+from oobpickle._memory import headroom, reclaim, sending
 from oobpickle._memory.absent import AbsentArena
 from oobpickle._memory.arena import Arena
-from oobpickle._memory.huge_pages import BY_FAULT
-from oobpickle._memory.layout import (
-    BLOCKS_AT,
-    FREE,
-    H_CAPACITY,
-    H_HELD,
-    IN_FLIGHT,
-    N_COLUMNS,
-    commit_word,
-)
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import channel_id
-from oobpickle._memory.segment import Segment
+from oobpickle._memory.plan import views as views_of
+from oobpickle._native import core
+from table import FREE, Table, commit_word
 
 MIB = 1 << 20
 
@@ -49,12 +36,13 @@ def make_arena():
         return arenas[-1]
 
     yield make
+    core.arm(None, 0, 0)
     gc.collect()
     for arena in arenas:
-        if arena.membership.retired:
+        if arena.blocks.ended:
             continue
-        arena.drain()
-        arena.membership.run(assert_in_order, arena.ledger)
+        arena.reclaim.reap()
+        Table.of(arena).assert_in_order()
         arena.close()
         arena.detach()
         assert arena.try_destroy(), "a test left a lease, an array or a message"
@@ -70,30 +58,19 @@ def send(arena, *contents):
     lease = arena.acquire([len(content) for content in contents])
     for destination, content in zip(lease.destinations, contents, strict=True):
         destination[:] = content
+    pairs, needs = lease.pairs, lease.needs
     lease.seal(0)
+    lease.depart()
     lease.settle()
-    return lease.blocks, list(lease._plan.needs)
+    return pairs, needs
+
+
+def first_of(pairs):
+    return struct.unpack_from("<2Q", pairs)
 
 
 def address(view):
     return np.frombuffer(view, np.uint8).ctypes.data
-
-
-def test_what_was_written_is_what_arrives(arena):
-    contents = [os.urandom(n) for n in (1, 100, 70_000, 0, 3 * MIB)]
-    lease = arena.acquire([len(content) for content in contents])
-    for destination, content in zip(lease.destinations, contents, strict=True):
-        destination[:] = content
-    lease.seal(0)
-    lease.settle()
-    views = arena.intake.claim(lease.blocks, lease._plan.needs)
-
-    places = lease._plan.places
-    found = [
-        bytes(views[b][at : at + len(c)]) if b >= 0 else b""
-        for (b, at), c in zip(places, contents, strict=True)
-    ]
-    assert contents == found
 
 
 def test_destinations_are_aligned_and_writable(arena):
@@ -107,16 +84,17 @@ def test_destinations_are_aligned_and_writable(arena):
 def test_the_receiver_gets_the_very_memory_that_the_sender_wrote(arena):
     lease = arena.acquire([100_000])
     written = address(lease.destinations[0])
+    pairs = lease.pairs
     lease.seal(0)
-    lease.settle()
+    lease.depart()
 
-    (view,) = arena.intake.claim(lease.blocks, [100_000])
+    (view,) = arena.receiving.claim(pairs, [100_000])
 
     assert written == address(view)
 
 
 def test_a_block_comes_back_when_the_last_view_of_it_is_gone(arena):
-    (view,) = arena.intake.claim(*send(arena, b"x" * MIB))
+    (view,) = arena.receiving.claim(*send(arena, b"x" * MIB))
     array = np.frombuffer(view, np.uint8)[5:].reshape(-1, 1)
     kept = array.view("u1").T[0, 3:]
     del view, array
@@ -127,35 +105,15 @@ def test_a_block_comes_back_when_the_last_view_of_it_is_gone(arena):
     assert 0 == arena.statistics().nbytes["held"]
 
 
-def test_a_released_block_is_used_again(arena):
-    blocks, needs = send(arena, b"x" * MIB)
-    (view,) = arena.intake.claim(blocks, needs)
-    del view
-
-    again, _ = send(arena, b"y" * MIB)
-
-    assert (blocks[0][0], blocks[0][1] + 1) == again[0]
-    arena.intake.claim(again, needs)
-
-
 def test_a_message_is_loaded_once(arena):
     blocks, needs = send(arena, b"x" * MIB)
-    views = arena.intake.claim(blocks, needs)
+    views = arena.receiving.claim(blocks, needs)
 
     with pytest.raises(StaleEnvelopeError, match="loaded already"):
-        arena.intake.claim(blocks, needs)
+        arena.receiving.claim(blocks, needs)
     del views
     with pytest.raises(StaleEnvelopeError):
-        arena.intake.claim(blocks, needs)
-
-
-@pytest.mark.parametrize("block", [(0, 99), (5, 1), (1 << 19, 1), (1 << 40, 1), (0, 0)])
-def test_placements_that_mean_nothing_are_refused(arena, block):
-    sent = send(arena, b"x" * MIB)
-
-    with pytest.raises(StaleEnvelopeError):
-        arena.intake.claim([block], [MIB])
-    arena.intake.claim(*sent)
+        arena.receiving.claim(blocks, needs)
 
 
 def test_a_dropped_lease_gives_its_blocks_back(arena):
@@ -171,7 +129,7 @@ def test_a_settled_lease_does_not(arena):
     gc.collect()
 
     assert 1 == arena.statistics().n_blocks["in_flight"]
-    arena.intake.claim(*sent)
+    arena.receiving.claim(*sent)
 
 
 def test_the_message_of_a_full_arena_has_the_numbers_and_the_option(make_arena):
@@ -208,13 +166,13 @@ def test_a_sender_waits_for_room_that_is_given_back(make_arena):
     arena = make_arena(capacity=4 * MIB)
     held = arena.acquire([4 * MIB])
     waiting = threading.Event()
-    original = arena.room.make
+    original = arena.reclaim.make_room
 
-    def make(shortage, *, again):
+    def make_room(reason, need, *, again):
         waiting.set()
-        return original(shortage, again=again)
+        return original(reason, need, again=again)
 
-    arena.room.make = make
+    arena.reclaim.make_room = make_room
     thread = threading.Thread(target=lambda: waiting.wait(20) and held.release())
     thread.start()
     lease = arena.acquire([4 * MIB], wait_timeout=20)
@@ -226,27 +184,15 @@ def test_a_sender_waits_for_room_that_is_given_back(make_arena):
 def test_too_little_memory_on_the_machine_is_found_before_it_is_taken(arena, monkeypatch):
     monkeypatch.setattr(headroom, "available_nbytes", lambda: 300 * MIB)
     monkeypatch.setattr(headroom, "limit_nbytes", lambda: 16 << 30)
-    before = arena.data.resident_nbytes()
+    before = arena.statistics().nbytes_resident
 
     with pytest.raises(ArenaFullError, match="too little memory: need 50 MiB") as error:
         arena.acquire([50 * MIB], wait_timeout=0)
 
     assert "memory" == error.value.reason
-    assert before == arena.data.resident_nbytes()
+    assert before == arena.statistics().nbytes_resident
     assert 0 == arena.statistics().n_blocks["leased"]
-    assert 0 == arena.membership.run(lambda: arena.ledger.words[19])
-
-
-def test_pages_that_the_system_refuses_are_a_reason_too(arena, monkeypatch):
-    def refuse(offset, nbytes):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(type(arena.data), "reserve", lambda self, *range: refuse(*range))
-
-    with pytest.raises(ArenaFullError, match="No space left") as error:
-        arena.acquire([MIB], wait_timeout=0)
-
-    assert "space" == error.value.reason
+    assert 0 == arena.blocks.resident
 
 
 @pytest.mark.parametrize("wait_timeout", [None, 1e-3])
@@ -254,7 +200,7 @@ def test_what_waits_in_vain_by_default_does_so_once(make_arena, monkeypatch, wai
     """Until there is room again; who says how long to wait is taken at his word."""
     arena, pauses = make_arena(capacity=8 * MIB, wait_timeout=wait_timeout), []
     clock = SimpleNamespace(monotonic=lambda: 1 + sum(pauses), sleep=pauses.append)
-    monkeypatch.setattr(arena_module, "time", clock)
+    monkeypatch.setattr(sending, "time", clock)
     held = [arena.acquire([MIB]) for _ in range(8)]
 
     def n_pauses(nbytes):
@@ -274,28 +220,11 @@ def test_what_waits_in_vain_by_default_does_so_once(make_arena, monkeypatch, wai
         lease.release()
 
 
-def test_messages_that_find_it_full_do_not_count_its_blocks_each(make_arena, monkeypatch):
-    arena, n_counted = make_arena(capacity=8 * MIB), []
-    held = [arena.acquire([MIB]) for _ in range(8)]
-    census, rebuild = arena.ledger.census, arena.ledger.rebuild
-    monkeypatch.setattr(arena.ledger, "census", lambda: n_counted.append(1) or census())
-    monkeypatch.setattr(arena.ledger, "rebuild", lambda: n_counted.append(1) or rebuild())
-    monkeypatch.setattr(arena_module, "_COUNT_EVERY_S", 1000)
-
-    for _ in range(50):
-        with pytest.raises(ArenaFullError, match=r"8\.0 MiB leased"):
-            arena.acquire([MIB])
-
-    assert len(n_counted) <= 2
-    for lease in held:
-        lease.release()
-
-
 def test_copy_out_gives_the_block_back_at_once(make_arena):
     arena = make_arena(copy_on_receive=True)
     blocks, needs = send(arena, b"x" * MIB, b"y" * 100)
 
-    views = arena.intake.claim(blocks, needs)
+    views = arena.receiving.claim(blocks, needs)
 
     assert [b"x" * MIB, b"y" * 100] == [bytes(view) for view in views]
     assert 0 == arena.statistics().nbytes["held"]
@@ -308,9 +237,9 @@ def test_copy_out_gives_the_block_back_at_once(make_arena):
 
 def test_receivers_copy_out_when_half_of_the_capacity_is_held(make_arena):
     arena = make_arena(capacity=8 * MIB)
-    views = [arena.intake.claim(*send(arena, bytes([i]) * MIB)) for i in range(6)]
+    views = [arena.receiving.claim(*send(arena, bytes([i]) * MIB)) for i in range(6)]
 
-    assert arena.ledger.words[H_HELD] <= 5 * MIB
+    assert arena.blocks.held <= 5 * MIB
     assert [bytes([i]) * MIB for i in range(6)] == [bytes(view) for (view,) in views]
     assert arena.statistics().n_copied_on_receive >= 1
 
@@ -318,8 +247,8 @@ def test_receivers_copy_out_when_half_of_the_capacity_is_held(make_arena):
 @pytest.mark.parametrize(("nbytes", "n_copied"), [(2 * MIB, 2), (2 * MIB + 1, 0)])
 def test_a_message_above_a_quarter_of_the_capacity_is_not_copied(make_arena, nbytes, n_copied):
     arena = make_arena(capacity=8 * MIB)
-    views = [arena.intake.claim(*send(arena, bytes([i]) * nbytes)) for i in range(3)]
-    views += [arena.intake.claim(*send(arena, b"\3" * MIB)) for i in range(n_copied // 2)]
+    views = [arena.receiving.claim(*send(arena, bytes([i]) * nbytes)) for i in range(3)]
+    views += [arena.receiving.claim(*send(arena, b"\3" * MIB)) for i in range(n_copied // 2)]
 
     assert n_copied == arena.statistics().n_copied_on_receive
     assert [bytes([i]) * nbytes for i in range(3)] == [bytes(view) for (view,) in views[:3]]
@@ -327,7 +256,7 @@ def test_a_message_above_a_quarter_of_the_capacity_is_not_copied(make_arena, nby
 
 def test_copy_out_false_never_copies(make_arena):
     arena = make_arena(capacity=8 * MIB, copy_on_receive=False)
-    views = [arena.intake.claim(*send(arena, b"x" * MIB)) for i in range(6)]
+    views = [arena.receiving.claim(*send(arena, b"x" * MIB)) for i in range(6)]
 
     assert 6 * MIB == arena.statistics().nbytes["held"]
     assert 0 == arena.statistics().n_copied_on_receive
@@ -335,152 +264,11 @@ def test_copy_out_false_never_copies(make_arena):
 
 
 def test_beyond_the_limit_of_mappings_receivers_copy_out(arena):
-    arena.intake._most_held = 3
-    views = [arena.intake.claim(*send(arena, b"x" * 100)) for i in range(8)]
+    arena.receiving._most_held = 3
+    views = [arena.receiving.claim(*send(arena, b"x" * 100)) for i in range(8)]
 
-    assert 3 == len(arena.holdings.held)
+    assert 3 == arena.blocks.n_held
     assert {b"x" * 100} == {bytes(view) for (view,) in views}
-
-
-def test_a_message_received_before_its_sender_has_settled_is_held(arena):
-    """Sender and receiver may be threads of one process: the feeder thread of a queue."""
-    lease = arena.acquire([MIB])
-    lease.seal(0)
-    lease.depart()
-    (view,) = arena.intake.claim(lease.blocks, [MIB])
-    lease.settle()
-    held = dict(arena.holdings.held)
-    del lease
-    arena.drain()
-
-    assert held == arena.holdings.held != {}
-    del view
-
-
-def test_a_busy_ledger_loses_no_message(arena, monkeypatch):
-    """Without the lock the bytes are copied out, and the block comes back later."""
-    sent = send(arena, b"x" * MIB, b"y" * 100)
-
-    views = arena.membership.mutex.threads.run(
-        1.0, arena.intake.claim, *sent
-    )  # as below a finalizer
-
-    assert [b"x" * MIB, b"y" * 100] == [bytes(view) for view in views]
-    assert {"free": 2, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
-    with pytest.raises(StaleEnvelopeError):
-        arena.intake.claim(*sent)
-
-
-def test_a_busy_ledger_keeps_the_index_until_its_copy_is_gone(arena):
-    sent = send(arena, b"x" * MIB)
-
-    views = arena.membership.mutex.threads.run(
-        1.0, lambda: arena.intake.claim(*sent, is_index=True)
-    )
-
-    assert 1 == arena.statistics().n_blocks["in_flight"]
-    del views
-    assert 1 == arena.statistics().n_blocks["free"]
-
-
-@pytest.mark.parametrize("change", ["another reader", "taken back", "damaged"])
-def test_what_changes_while_it_is_copied_without_the_lock_is_refused(arena, monkeypatch, change):
-    """Nobody may change a block in flight that somebody loads; who does has taken it away."""
-    ((index, generation),), needs = sent = send(arena, b"x" * MIB)
-    before = arena.ledger.word[index]
-    words = {
-        "another reader": commit_word(index, IN_FLIGHT, 77, generation),
-        "taken back": commit_word(index, FREE, 0, generation),
-        "damaged": before ^ 1 << 40,
-    }
-    copy_of = type(arena.intake)._copy_of
-
-    def copy_and_change(*args, **options):
-        copied = copy_of(*args, **options)
-        arena.ledger.word[index] = words[change]
-        return copied
-
-    monkeypatch.setattr(type(arena.intake), "_copy_of", copy_and_change)
-    with pytest.raises(EnvelopeError):
-        arena.membership.mutex.threads.run(1.0, arena.intake.claim, *sent)
-    monkeypatch.undo()
-
-    arena.ledger.word[index] = before
-    assert not arena.holdings._unlocked
-    (view,) = arena.intake.claim(*sent)
-    assert bytes(view) == b"x" * needs[0]
-
-
-def test_a_lease_whose_copy_goes_on_is_given_back_when_it_has_ended(arena, monkeypatch):
-    """A helper may go on for moments after an interrupt: nobody gets the memory meanwhile."""
-    busy = True
-    monkeypatch.setattr(_copying, "is_busy", lambda: busy)
-    lease = arena.acquire([MIB])
-    (block,) = lease.blocks
-    del lease
-    arena.drain()
-    assert arena.statistics().n_blocks["leased"] == 1
-    other = arena.acquire([MIB])
-    assert other.blocks[0][0] != block[0]
-
-    busy = False
-    other.release()
-    assert arena.statistics().n_blocks["leased"] == 0
-
-
-def test_what_died_behind_a_copy_that_goes_on_waits_but_is_not_lost(arena, monkeypatch):
-    busy = True
-    monkeypatch.setattr(_copying, "is_busy", lambda: busy)
-    (held,) = arena.intake.claim(*send(arena, b"x" * MIB))
-    lease = arena.acquire([MIB])
-    del lease, held
-    arena.drain()
-    busy = False
-
-    assert {"free": 2, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
-
-
-def test_a_sender_with_a_busy_ledger_is_told(arena, monkeypatch):
-    with pytest.raises(ArenaFullError) as error:
-        arena.membership.mutex.threads.run(1.0, arena.acquire, [100])
-
-    assert "busy" == error.value.reason
-
-
-def free_but_private(arena):
-    """Return a block, and the array over it, as in a forked child whose parent held the block."""
-    (array,) = arena.intake.claim(*send(arena, b"a" * MIB))
-    ((index, _),) = arena.holdings.held.items()
-    arena.holdings.privatize()
-    arena.membership.run(arena.ledger.mark_punched, [index])
-    arena.ledger.release([(index, arena.ledger.generation[index])], arena.membership.slot)
-    arena.holdings.held.clear()
-    return index, array
-
-
-def test_what_was_collected_aside_goes_when_the_lease_is_sealed(arena):
-    index, _array = free_but_private(arena)
-    lease = arena.acquire([MIB])
-    assert index == lease.blocks[0][0]
-    lease.destinations[0][:] = b"b" * MIB
-    lease.seal(0)
-
-    (destination,) = lease.destinations
-    assert 0 == destination.nbytes == len(lease._aside)
-    lease.release()
-
-
-def test_a_private_copy_is_read_from_the_file_if_the_mapping_is_private(arena):
-    index, array = free_but_private(arena)
-    sent = send(arena, b"b" * MIB)  # written aside, then to the file
-    assert index == sent[0][0][0]
-
-    (arrived,) = arena.intake.claim(*sent)
-
-    assert (b"a" * MIB, b"b" * MIB) == (bytes(array), bytes(arrived))
-    del array, arrived
-    arena.holdings.collect()
-    assert {} == arena.holdings.private
 
 
 def test_a_closed_arena_gives_no_leases_but_loads_what_is_on_its_way(make_arena):
@@ -491,7 +279,7 @@ def test_a_closed_arena_gives_no_leases_but_loads_what_is_on_its_way(make_arena)
 
     with pytest.raises(ArenaFullError, match="closed"):
         arena.acquire([1])
-    (view,) = arena.intake.claim(*sent)
+    (view,) = arena.receiving.claim(*sent)
     assert b"x" * MIB == bytes(view)
     assert not arena.try_destroy()
     del view
@@ -501,11 +289,11 @@ def test_a_closed_arena_gives_no_leases_but_loads_what_is_on_its_way(make_arena)
 def test_closing_gives_free_pages_back_before_it_returns(make_arena):
     arena = make_arena()
     arena.acquire([5 * MIB, 100]).release()
-    assert arena.data.resident_nbytes() >= 5 * MIB
+    assert arena.statistics().nbytes_resident >= 5 * MIB
 
     arena.close()
 
-    assert 0 == arena.data.resident_nbytes()
+    assert 0 == arena.statistics().nbytes_resident
 
 
 def test_closing_frees_what_nobody_can_read_while_that_can_be_seen(make_arena):
@@ -515,54 +303,28 @@ def test_closing_frees_what_nobody_can_read_while_that_can_be_seen(make_arena):
     with reader, writer:
         lease = arena.acquire([MIB])
         lease.seal(channel_id(writer.fileno()))
+        lease.depart()
         lease.settle()
         assert arena.statistics().n_blocks["in_flight"] == 1
         arena.close()
 
         assert arena.statistics().n_blocks["in_flight"] == 0
-        assert arena.data.resident_nbytes() == 0
+        assert arena.statistics().nbytes_resident == 0
 
 
 def test_pages_of_arrays_that_outlive_the_arena_go_back_when_they_die(make_arena):
     arena = make_arena()
-    (first,) = arena.intake.claim(*send(arena, b"x" * MIB))
-    (second,) = arena.intake.claim(*send(arena, b"y" * MIB))
+    (first,) = arena.receiving.claim(*send(arena, b"x" * MIB))
+    (second,) = arena.receiving.claim(*send(arena, b"y" * MIB))
     arena.close()
     arena.detach()
 
-    assert 2 * MIB == arena.data.resident_nbytes()
+    assert 2 * MIB == arena.statistics().nbytes_resident
     del first
-    assert MIB == arena.data.resident_nbytes()
+    assert MIB == arena.statistics().nbytes_resident
     assert b"y" * MIB == bytes(second)
     del second
-    assert 0 == arena.data.resident_nbytes()
-
-
-@pytest.mark.parametrize("backing", ["tmp", "memfd"])
-def test_on_a_mount_that_may_be_full_the_ledger_has_its_pages_first(
-    make_arena, monkeypatch, backing
-):
-    monkeypatch.setenv("OOBPICKLE_BACKING", backing)
-    arena = make_arena()
-    arena.acquire([100]).release()
-
-    rows = N_COLUMNS * 4096
-    participants = 8 * BLOCKS_AT
-    assert arena._table.resident_nbytes() >= rows + (participants if backing == "tmp" else 0)
-
-
-def test_no_room_for_the_table_is_a_full_arena(arena, monkeypatch):
-    def refuse(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    arena._n_rows = 0
-    monkeypatch.setattr(arena._table.__class__, "reserve", refuse)
-    with pytest.raises(ArenaFullError, match=r"no room for the table.*No space") as caught:
-        arena.acquire([100])
-
-    assert "space" == caught.value.reason
-    monkeypatch.undo()
-    arena.acquire([100]).release()
+    assert 0 == arena.statistics().nbytes_resident
 
 
 def test_statistics_outlive_the_memory():
@@ -577,81 +339,6 @@ def test_statistics_outlive_the_memory():
     assert arena.try_destroy()  # again does nothing
     with pytest.raises(ArenaFullError):
         arena.acquire([1])
-
-
-@pytest.mark.parametrize("nbytes", [9 * MIB + 1, MIB])
-def test_pages_that_only_a_fault_makes_huge_are_made_by_faults(arena, monkeypatch, nbytes):
-    """`fallocate` would make small ones; so would faults for what is smaller than a huge page."""
-    reserve, before = Segment.reserve, []
-
-    def look(segment, offset, nbytes):
-        before.append(segment.resident_nbytes())
-        reserve(segment, offset, nbytes)
-
-    monkeypatch.setattr(Segment, "reserve", look)
-    arena.ledger.huge = BY_FAULT
-    lease = arena.acquire([nbytes])
-    resident = arena.data.resident_nbytes()
-    lease.release()
-
-    assert before[-1] == (resident if nbytes > 2 * MIB else 0)
-    assert resident == (10 * MIB if nbytes > 2 * MIB else MIB)
-
-
-def test_pages_that_a_fault_made_around_a_block_go_back_when_nothing_is_in_use(arena):
-    arena.ledger.huge = BY_FAULT
-    lease, other = arena.acquire([100_000]), arena.acquire([100_000])
-    end = max(arena.ledger.offset[one.blocks[0][0]] for one in (lease, other)) + 200_000
-    arena.data.array(end, 1)[:] = 1  # as the huge page of a fault would
-    lease.release()
-    arena.trim()
-    in_use = arena.data.resident_nbytes()
-    other.release()
-    arena.trim()
-
-    assert in_use > 100_000
-    assert arena.data.resident_nbytes() == 0
-
-
-def test_no_page_is_taken_from_a_damaged_block_that_is_held(arena):
-    arena.ledger.huge = BY_FAULT
-    sent = send(arena, b"x" * MIB)
-    (view,) = arena.intake.claim(*sent)
-    index = sent[0][0][0]
-    word, arena.ledger.word[index] = arena.ledger.word[index], 0xBAD << 40
-    arena.trim()
-
-    assert arena.statistics().n_quarantined == 1
-    assert b"x" * MIB == bytes(view)
-    arena.ledger.word[index] = word
-    del view
-
-
-def test_a_ledger_of_another_version_is_refused(arena):
-    data, table, locks = arena.descriptors
-    copies = [os.dup(fd) for fd in (data, table, locks)]
-    arena.ledger.words[1] += 1
-    try:
-        with pytest.raises(ArenaError, match=r"version 4, expected .* and 3"):
-            Arena.attach(*copies)
-    finally:
-        arena.ledger.words[1] -= 1
-        for fd in copies:
-            os.close(fd)
-
-
-def test_a_damaged_header_is_refused_before_anything_is_mapped(arena):
-    copies = [os.dup(fd) for fd in arena.descriptors]
-    n_mapped = number_of_mappings()
-    arena.ledger.words[H_CAPACITY] ^= 1
-    try:
-        with pytest.raises(ArenaError, match=r"header .* is damaged"):
-            Arena.attach(*copies)
-        assert n_mapped == number_of_mappings()
-    finally:
-        arena.ledger.words[H_CAPACITY] ^= 1
-        for fd in copies:
-            os.close(fd)
 
 
 def number_of_mappings():
@@ -672,7 +359,7 @@ def test_an_address_that_names_something_else_is_refused(arena, tmp_path, which,
         "fifo": lambda: list(os.pipe()),
         "directory": lambda: [os.open(tmp_path, os.O_RDONLY)],
         "short": lambda: [os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o600)],
-        "foreign": lambda: [private_file(arena.data.nbytes)],
+        "foreign": lambda: [private_file(os.fstat(arena.descriptors[0]).st_size)],
         "public": lambda: [os.open(tmp_path / "file", os.O_RDWR | os.O_CREAT, 0o644)],
     }[kind]()
     numbers = list(arena.descriptors)
@@ -690,11 +377,11 @@ def test_an_address_that_names_something_else_is_refused(arena, tmp_path, which,
 
 @pytest.mark.parametrize(("user", "mode"), [(0, 0o640), (0, 0o602), (65534, 0o600)])
 def test_files_that_others_may_open_are_not_attached_to(arena, user, mode):
-    os.fchmod(arena.data.fd, mode)
+    os.fchmod(arena.descriptors[0], mode)
     if user:
         if os.geteuid() != 0:
             pytest.skip("only root can give a file away")
-        os.fchown(arena.data.fd, user, user)
+        os.fchown(arena.descriptors[0], user, user)
 
     with pytest.raises(ArenaError, match="not private to this user"):
         Arena.find(arena.name)
@@ -707,56 +394,17 @@ def private_file(nbytes):
     return fd
 
 
-def vanish(arena):
-    """Take away what the kernel takes away when a process dies."""
-    fork_module.unwatch(arena)
-    arena.membership.close()
-    arena.ledger.close()
-    arena.data.close()
-    arena._table.close()
-
-
-def test_attached_twice_is_two_participants(arena):
-    """One process stands for two: each has its own slot and its own view of the blocks."""
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
-    sent = send(arena, b"x" * MIB)
-    (view,) = other.intake.claim(*sent)
-
-    assert b"x" * MIB == bytes(view)
-    assert arena.options == other.options
-    assert 2 == arena.statistics().n_participants
-    assert MIB == arena.statistics().nbytes["held"]
-    del view
-    other.drain()
-    vanish(other)
-    assert 1 == arena.membership.reap()
-    assert 1 == arena.statistics().n_participants
-
-
-def test_what_a_dead_participant_had_is_room_for_the_next(make_arena):
-    arena = make_arena(capacity=8 * MIB)
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
-    lease = other.acquire([4 * MIB])
-    views = other.intake.claim(*send(arena, b"x" * 3 * MIB))
-    other.membership.mutex.locks.close()  # the kernel does this when a process dies
-
-    arena.acquire([6 * MIB], wait_timeout=0).release()
-
-    assert 1 == arena.statistics().n_participants
-    del views, lease
-    vanish(other)
-
-
 def test_a_message_that_nobody_can_read_is_reclaimed(arena):
     read_fd, write_fd = os.pipe()
     lease = arena.acquire([100, MIB])
     lease.seal(os.fstat(write_fd).st_ino)
+    lease.depart()
     lease.settle()
     os.write(write_fd, b"envelope")
 
-    assert 0 == arena.room.reclaim()
+    assert 0 == arena.reclaim.reclaim()
     os.close(read_fd)
-    assert 2 == arena.room.reclaim()
+    assert 2 == arena.reclaim.reclaim()
     assert 2 == arena.statistics().n_reclaimed
     os.close(write_fd)
 
@@ -765,72 +413,405 @@ def test_a_message_whose_reader_may_be_hidden_is_kept(arena, monkeypatch):
     read_fd, write_fd = os.pipe()
     lease = arena.acquire([MIB])
     lease.seal(os.fstat(write_fd).st_ino)
+    lease.depart()
     lease.settle()
     os.close(read_fd)
     os.close(write_fd)
     with monkeypatch.context() as patch:
-        patch.setattr(participants_module, "pid_namespace", lambda: 1)
+        patch.setattr(reclaim, "pid_namespace", lambda: 1)
 
-        assert 0 == arena.room.reclaim()
-    eventually(arena.room.reclaim)
-
-
-@pytest.mark.parametrize("locked_nbytes", [0, 4096])
-def test_where_memory_is_locked_the_data_is_not_mapped(arena, monkeypatch, locked_nbytes):
-    """A sparse mapping could become resident as a whole."""
-    monkeypatch.setattr(backing_module, "_own_status", lambda: {"VmLck": locked_nbytes})
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
-
-    assert other.data.mapped is (locked_nbytes == 0)
-    (view,) = other.intake.claim(*send(arena, b"x" * MIB))
-    assert bytes(view) == b"x" * MIB
-    del view
-    vanish(other)
-
-
-@pytest.mark.parametrize("step", ["table", "data"])
-def test_descriptors_that_somebody_has_closed_are_a_reason(arena, monkeypatch, step):
-    reserve, closed = Segment.reserve, arena._table if step == "table" else arena.data
-
-    def refuse(segment, *span):
-        if segment is closed:
-            raise ArenaError("closed")
-        reserve(segment, *span)
-
-    monkeypatch.setattr(Segment, "reserve", refuse)
-    arena._n_rows = 0
-    with pytest.raises(ArenaFullError) as caught:
-        arena.acquire([MIB])
-
-    assert "detached" == caught.value.reason
-
-
-def test_a_message_that_was_read_is_its_readers_to_keep(arena):
-    read_fd, write_fd = os.pipe()
-    lease = arena.acquire([100, MIB])
-    lease.seal(os.fstat(write_fd).st_ino)
-    lease.settle()
-    os.write(write_fd, b"envelope")
-
-    def read():
-        message = os.read(read_fd, 100)
-        assert 0 == arena.room.reclaim()
-        return message, lease.blocks[0]
-
-    assert b"envelope" == arena.intake.receive(read)
-    assert 0 == arena.room.reclaim()
-    views = arena.intake.claim(lease.blocks, lease._plan.needs)
-    assert 0 == arena.room.reclaim()
-    del views
-    os.close(read_fd)
-    os.close(write_fd)
+        assert 0 == arena.reclaim.reclaim()
+    eventually(arena.reclaim.reclaim)
 
 
 def test_a_message_with_an_unknown_channel_is_kept(arena):
     sent = send(arena, b"x" * MIB)
 
-    assert 0 == arena.room.reclaim()
-    arena.intake.claim(*sent)
+    assert 0 == arena.reclaim.reclaim()
+    arena.receiving.claim(*sent)
+
+
+def test_what_was_written_is_what_arrives(arena):
+    contents = [os.urandom(n) for n in (1, 100, 70_000, 0, 3 * MIB)]
+    sizes = [len(content) for content in contents]
+    pairs, needs = send(arena, *contents)
+
+    found = views_of(arena.receiving.claim(pairs, needs), sending.plan(sizes), sizes)
+
+    assert contents == [bytes(view) for view in found]
+
+
+@pytest.mark.parametrize("block", [(0, 99), (5, 1), (1 << 19, 1), (1 << 40, 1), (0, 0)])
+def test_placements_that_mean_nothing_are_refused(arena, block):
+    sent = send(arena, b"x" * MIB)
+
+    with pytest.raises(StaleEnvelopeError):
+        arena.receiving.claim(struct.pack("<2Q", *block), [MIB])
+    with pytest.raises(StaleEnvelopeError):
+        arena.receiving.claim(sent[0], [MIB + 1])
+    arena.receiving.claim(*sent)
+
+
+def test_a_released_block_is_used_again(arena):
+    pairs, needs = send(arena, b"x" * MIB)
+    (view,) = arena.receiving.claim(pairs, needs)
+    del view
+
+    again, _ = send(arena, b"y" * MIB)
+
+    index, generation = first_of(pairs)
+    assert (index, generation + 1) == first_of(again)
+    arena.receiving.claim(again, needs)
+
+
+def test_a_message_whose_second_block_is_gone_is_given_back(arena):
+    """Nobody else can load the rest of it."""
+    pairs, needs = send(arena, b"x" * MIB, b"y" * MIB)
+    index, _ = struct.unpack_from("<2Q", pairs, 16)
+    rows = Table.of(arena).rows
+    before = rows["commit"][index]
+    rows["commit"][index] = commit_word(index, FREE, 0, 77)
+
+    with pytest.raises(EnvelopeError):
+        arena.receiving.claim(pairs, needs)
+
+    assert arena.statistics().n_blocks["held"] == 0
+    assert arena.statistics().n_quarantined == 1
+    rows["commit"][index] = before
+    arena.receiving.claim(pairs[16:], needs[1:])
+
+
+def test_a_message_received_before_its_sender_has_settled_is_held(arena):
+    """Sender and receiver may be threads of one process: the feeder thread of a queue."""
+    lease = arena.acquire([MIB])
+    pairs = lease.pairs
+    lease.seal(0)
+    lease.depart()
+    (view,) = arena.receiving.claim(pairs, [MIB])
+    lease.settle()
+    del lease
+
+    assert MIB == arena.statistics().nbytes["held"]
+    assert 1 == arena.blocks.n_held
+    del view
+    assert 0 == arena.blocks.n_held
+
+
+def stopped_holder(arena):
+    """Let the lock be held by somebody who lives and does nothing."""
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    table = Table.of(arena)
+    table.header("lock", "u4")[0] = other.blocks.slot + 1
+    core.wait_for_the_lock(20_000)
+
+    def go_on():
+        table.header("lock", "u4")[0] = 0
+        core.wait_for_the_lock(2_000_000)
+        vanish(other)
+        arena.reclaim.reap()
+
+    return go_on
+
+
+def vanish(arena):
+    """Take away what the kernel takes away when a process dies."""
+    arena.blocks.abandon()
+    for fd in arena.descriptors:
+        os.close(fd)
+
+
+def test_without_the_lock_messages_arrive_and_arrays_die(arena):
+    sent = [send(arena, bytes([n % 256]) * 60_000) for n in range(1000)]
+    go_on = stopped_holder(arena)
+    try:
+        arrived = [arena.receiving.claim(*one)[0] for one in sent]
+        assert all(bytes(view) == bytes([n % 256]) * 60_000 for n, view in enumerate(arrived))
+        before = core.epoch()
+        del arrived
+        assert before == core.epoch()
+        assert arena.statistics().n_blocks["held"] == 0
+        with pytest.raises(ArenaFullError, match="stopped") as error:
+            arena.acquire([100])
+        assert "busy" == error.value.reason
+    finally:
+        go_on()
+
+    assert {"free": 1000, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
+
+
+def test_a_dead_holder_of_the_lock_is_followed(arena):
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    lease = other.acquire([MIB])
+    Table.of(arena).header("lock", "u4")[0] = other.blocks.slot + 1
+    vanish(other)
+
+    arena.acquire([100]).release()
+
+    arena.reclaim.reap()
+    assert 1 == arena.statistics().n_participants
+    assert 0 == arena.statistics().n_blocks["leased"]
+    del lease
+
+
+def test_who_inherits_a_slot_and_its_lock_goes_on(arena):
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    slot = other.blocks.slot
+    vanish(other)
+    assert 1 == arena.reclaim.reap()
+    Table.of(arena).header("lock", "u4")[0] = slot + 1
+
+    third = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+
+    assert slot == third.blocks.slot
+    third.acquire([100]).release()
+    vanish(third)
+    arena.reclaim.reap()
+
+
+@pytest.mark.parametrize("kept", [0, 2, 5])
+def test_free_blocks_keep_no_more_than_they_may(arena, kept):
+    """The death of an array does it, without another call."""
+    arena.blocks.keep_nbytes = kept * MIB
+    views = [arena.receiving.claim(*send(arena, b"x" * MIB)) for _ in range(8)]
+    assert 8 * MIB == arena.statistics().nbytes_resident
+
+    del views
+
+    assert kept * MIB == arena.statistics().nbytes_resident
+    arena.reclaim.reap()
+    assert kept * MIB == arena.statistics().nbytes["free"] == arena.blocks.resident
+
+
+def test_what_was_prepared_does_not_count(arena):
+    arena.preallocate(nbytes=10 * MIB)
+    arena.blocks.keep_nbytes = 2 * MIB
+    views = [arena.receiving.claim(*send(arena, b"x" * MIB)) for _ in range(4)]
+    del views
+
+    assert 12 * MIB == arena.statistics().nbytes_resident
+
+
+def test_the_limit_follows_the_memory_that_there_is(arena, monkeypatch):
+    monkeypatch.setattr(headroom, "limit_nbytes", lambda: 1 << 30)
+    (view,) = arena.receiving.claim(*send(arena, b"x" * MIB))
+    assert arena.blocks.keep_nbytes == 64 * MIB
+    del view
+
+    monkeypatch.setattr("oobpickle._memory.receiving._LEAST_KEPT_NBYTES", MIB // 2)
+    arena.receiving.claim(*send(arena, b"x" * MIB))
+
+    assert arena.blocks.keep_nbytes == (1 << 30) // 8
+
+
+def test_a_fork_makes_ordinary_memory_of_what_is_held(arena):
+    (view,) = arena.receiving.claim(*send(arena, b"a" * MIB))
+    index = Table.of(arena).owned()[0][0]
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0 if bytes(view) == b"a" * MIB else 1)
+    view[:1] = b"b"
+
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert 0 == arena.statistics().nbytes_resident
+    assert (1, MIB) == (
+        arena.statistics().n_copied_at_fork,
+        arena.statistics().nbytes_copied_at_fork,
+    )
+    assert index == Table.of(arena).owned()[0][0]  # it is held, and nobody else gets it
+    del view
+    (again,) = arena.receiving.claim(*send(arena, b"c" * MIB))
+    assert index == Table.of(arena).owned()[0][0]
+    assert b"c" * MIB == bytes(again)
+    eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
+
+
+def test_a_child_sees_what_comes_in_a_block_that_was_its_parents(arena):
+    """Its copy of the array is private memory in that place: the file is mapped elsewhere."""
+    (view,) = arena.receiving.claim(*send(arena, b"a" * MIB))
+    dropped, sent = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.read(dropped[0], 1)
+            (mine,) = arena.receiving.claim(*send(arena, b"m" * MIB))
+            assert (b"a" * MIB, b"m" * MIB) == (bytes(view), bytes(mine))
+            mine[:1] = b"n"
+            assert bytes(view[:1]) == b"a"
+            status = 0
+        finally:
+            os._exit(status)
+    del view
+    os.write(dropped[1], b"x")
+
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    for fd in (*dropped, *sent):
+        os.close(fd)
+    eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
+
+
+def test_what_a_fork_cannot_make_private_is_counted(arena):
+    (view,) = arena.receiving.claim(*send(arena, b"a" * MIB))
+    core.arm("mapping.privatize", 1, -errno.ENOMEM)
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    core.arm(None, 0, 0)
+
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert 1 == arena.statistics().n_shared_after_fork
+    assert b"a" * MIB == bytes(view)
+    eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EOPNOTSUPP])
+def test_pages_that_the_system_refuses_are_a_reason_too(arena, number):
+    core.arm("mapping.reserve", 1, -number)
+
+    with pytest.raises(ArenaFullError, match=os.strerror(number)) as error:
+        arena.acquire([MIB], wait_timeout=0)
+
+    assert "space" == error.value.reason
+    assert 0 == arena.statistics().n_blocks["leased"]
+
+
+@pytest.mark.parametrize(("number", "reason"), [(errno.ENOSPC, "table"), (errno.EIO, "damaged")])
+def test_a_table_without_a_row_is_a_reason_too(arena, number, reason):
+    core.arm("row.make", 1, -number)
+
+    with pytest.raises(ArenaFullError) as error:
+        arena.acquire([MIB], wait_timeout=0)
+
+    assert reason == error.value.reason
+    assert {} == {k: n for k, n in arena.statistics().n_blocks.items() if n}
+
+
+def test_messages_that_find_it_full_do_not_count_its_blocks_each(make_arena, monkeypatch):
+    arena, n_counted = make_arena(capacity=8 * MIB), []
+    held = [arena.acquire([MIB]) for _ in range(8)]
+    census = arena.blocks.census
+    blocks = SimpleNamespace(
+        lease=arena.blocks.lease,
+        joined=True,
+        census=lambda: n_counted.append(1) or census(),
+    )
+    monkeypatch.setattr(arena.sending, "_blocks", blocks)
+    monkeypatch.setattr(sending, "_COUNT_EVERY_S", 1000)
+
+    for _ in range(50):
+        with pytest.raises(ArenaFullError, match=r"8\.0 MiB leased"):
+            arena.acquire([MIB])
+
+    assert len(n_counted) <= 2
+    for lease in held:
+        lease.release()
+
+
+def test_no_page_is_taken_from_a_damaged_block_that_is_held(arena):
+    sent = send(arena, b"x" * MIB)
+    (view,) = arena.receiving.claim(*sent)
+    index, _ = first_of(sent[0])
+    commit = Table.of(arena).rows["commit"]
+    before, commit[index] = commit[index], 0xBAD << 40
+    arena.trim()
+
+    assert arena.statistics().n_quarantined == 1
+    assert b"x" * MIB == bytes(view)
+    commit[index] = before
+    del view
+    arena.blocks.census()
+
+
+def test_a_table_of_another_version_is_refused(arena):
+    data, table, locks = arena.descriptors
+    copies = [os.dup(fd) for fd in (data, table, locks)]
+    version = Table.of(arena)._words(8, 1, "u8")
+    version[0] += 1
+    try:
+        with pytest.raises(ArenaError, match=r"version 5, expected .* and 4"):
+            Arena.attach(*copies)
+    finally:
+        version[0] -= 1
+        for fd in copies:
+            os.close(fd)
+
+
+def test_a_damaged_header_is_refused_before_anything_is_mapped(arena):
+    copies = [os.dup(fd) for fd in arena.descriptors]
+    n_mapped, capacity = number_of_mappings(), Table.of(arena).header("capacity")
+    capacity[0] ^= 1
+    try:
+        with pytest.raises(ArenaError, match=r"header .* is damaged"):
+            Arena.attach(*copies)
+    finally:
+        capacity[0] ^= 1
+        for fd in copies:
+            os.close(fd)
+    del capacity
+    assert n_mapped == number_of_mappings()
+
+
+def test_attached_twice_is_two_participants(arena):
+    """One process stands for two: each has its own slot and its own view of the blocks."""
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    sent = send(arena, b"x" * MIB)
+    (view,) = other.receiving.claim(*sent)
+
+    assert b"x" * MIB == bytes(view)
+    assert arena.options == other.options
+    assert 2 == arena.statistics().n_participants
+    assert MIB == arena.statistics().nbytes["held"]
+    del view
+    vanish(other)
+    assert 1 == arena.reclaim.reap()
+    assert 1 == arena.statistics().n_participants
+
+
+def test_what_a_dead_participant_had_is_room_for_the_next(make_arena):
+    arena = make_arena(capacity=8 * MIB)
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    lease = other.acquire([4 * MIB])
+    views = other.receiving.claim(*send(arena, b"x" * 3 * MIB))
+    vanish(other)
+
+    arena.acquire([6 * MIB], wait_timeout=0).release()
+
+    assert 1 == arena.statistics().n_participants
+    del views, lease
+
+
+def test_a_message_that_was_read_is_its_readers_to_keep(arena):
+    read_fd, write_fd = os.pipe()
+    lease = arena.acquire([100, MIB])
+    pairs, needs = lease.pairs, lease.needs
+    lease.seal(os.fstat(write_fd).st_ino)
+    lease.depart()
+    lease.settle()
+    os.write(write_fd, b"envelope")
+
+    def read():
+        message = os.read(read_fd, 100)
+        assert 0 == arena.reclaim.reclaim()
+        return message, first_of(pairs)
+
+    assert b"envelope" == arena.receiving.receive(read)
+    assert 0 == arena.reclaim.reclaim()
+    views = arena.receiving.claim(pairs, needs)
+    assert 0 == arena.reclaim.reclaim()
+    del views
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_a_message_that_was_read_and_is_given_up_comes_back(arena):
+    pairs, _ = send(arena, b"x" * MIB, b"y" * MIB)
+    arena.blocks.adopt(*first_of(pairs))
+
+    arena.receiving.discard(*first_of(pairs))
+    arena.receiving.discard(*first_of(pairs))
+
+    assert 1 == arena.reclaim.reclaim()  # what follows the first
+    assert {"free": 2, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
 
 
 def test_many_threads_send_and_receive(arena):
@@ -840,24 +821,11 @@ def test_many_threads_send_and_receive(arena):
         rng = np.random.default_rng(seed)
         for _ in range(60):
             contents = [rng.bytes(int(n)) for n in rng.integers(1, 200_000, 3)]
-            (views, places) = receive(*send_with_places(arena, contents))
-            found = [
-                bytes(views[b][at : at + len(c)])
-                for (b, at), c in zip(places, contents, strict=True)
-            ]
-            if found != contents:
+            sizes = [len(content) for content in contents]
+            received = arena.receiving.claim(*send(arena, *contents))
+            found = views_of(received, sending.plan(sizes), sizes)
+            if [bytes(view) for view in found] != contents:
                 errors.append(seed)
-
-    def send_with_places(arena, contents):
-        lease = arena.acquire([len(c) for c in contents], wait_timeout=20)
-        for destination, content in zip(lease.destinations, contents, strict=True):
-            destination[:] = content
-        lease.seal(0)
-        lease.settle()
-        return lease.blocks, lease._plan
-
-    def receive(blocks, plan):
-        return arena.intake.claim(blocks, plan.needs), plan.places
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -867,6 +835,108 @@ def test_many_threads_send_and_receive(arena):
 
     assert [] == errors
     assert 0 == arena.statistics().n_blocks["in_flight"]
+
+
+def address_space_nbytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * 4096
+
+
+def test_a_process_maps_what_it_uses(make_arena):
+    before = address_space_nbytes()
+    arenas = [make_arena() for _ in range(10)]
+    for arena in arenas:
+        arena.acquire([MIB]).release()
+
+    taken = address_space_nbytes() - before
+    assert taken < 10 * (64 + 72 + 8) * MIB
+    for arena in arenas:
+        arena.close()
+        assert arena.try_destroy()
+    assert address_space_nbytes() - before < 20 * MIB
+
+
+def test_windows_that_nobody_uses_go_with_trim(arena):
+    before = address_space_nbytes()
+    arena.acquire([60 * MIB]).release()
+    assert address_space_nbytes() - before > 50 * MIB
+
+    arena.trim()
+
+    assert address_space_nbytes() - before < 10 * MIB
+
+
+def test_a_large_block_is_used_again_for_a_larger_message(make_arena):
+    arena = make_arena(capacity=512 * MIB)
+    arena.blocks.keep_nbytes = 512 * MIB
+    for nbytes in (113 * MIB, 127 * MIB, 113 * MIB):
+        lease = arena.acquire([nbytes])
+        lease.destinations[0][-1:] = b"x"
+        index = lease.blocks[0].index
+        lease.release()
+        del lease
+
+    assert index == 0
+
+
+def test_the_index_of_a_message_that_is_copied_is_held_until_the_rest_is_claimed(make_arena):
+    arena = make_arena(copy_on_receive=True)
+    pairs, needs = send(arena, b"x" * MIB, b"y" * MIB)
+
+    index = arena.receiving.claim(pairs[:16], needs[:1], is_index=True)
+    assert 0 == arena.reclaim.look()
+    (rest,) = arena.receiving.claim(pairs[16:], needs[1:])
+
+    assert b"y" * MIB == bytes(rest)
+    del index
+
+
+def test_who_keeps_all_keeps_what_others_have_read(arena):
+    """A child may have the bytes of its parent, which could not be listed."""
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    sent = send(arena, b"x" * MIB)
+    other.blocks.adopt(*first_of(sent[0]))
+    vanish(other)
+    arena.reclaim.reap()
+    arena.blocks.keep_all()
+
+    assert 0 == arena.reclaim.reclaim()
+    arena.receiving.claim(*sent)
+
+
+def test_what_was_sent_on_since_it_was_looked_at_is_kept(arena):
+    sent = send(arena, b"x" * MIB)
+    looked = arena.blocks.unowned()
+    arena.blocks.settle(arena.blocks.send_on(*first_of(sent[0]), 77))
+
+    assert 0 == arena.blocks.free_lost(looked)
+    arena.receiving.claim(*sent)
+
+
+def test_pages_that_a_dead_process_may_not_have_made_are_made_again(arena):
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other.blocks.lease([MIB])  # and dies before it has reserved them
+    vanish(other)
+    arena.reclaim.reap()
+    assert 0 == arena.statistics().nbytes_resident
+
+    arena.acquire([MIB]).release()
+
+    assert MIB == arena.statistics().nbytes_resident == arena.blocks.resident
+
+
+def test_a_damaged_place_is_left_alone(arena):
+    arena.acquire([MIB]).release()
+    place = Table.of(arena).rows["place"]
+    before, place[0] = place[0], (1 << 64) - 1
+    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    assert other.blocks.is_damaged(0)
+    other.blocks.unmap()
+    other.statistics()
+    vanish(other)
+    place[0] = before
+    Table.of(arena).rows["commit"][0] = commit_word(0, FREE, 0, 1)
+    arena.reclaim.reap()
 
 
 # --- preallocate
@@ -955,25 +1025,6 @@ def test_an_arena_that_was_left_refuses_to_prepare():
         arena.preallocate(nbytes=10)
 
 
-def test_what_a_child_inherits_is_kept_and_not_taken_apart(arena):
-    """To drop it would copy the pages of the parent that it lies in, one block after another."""
-    lease = arena.acquire([100])
-    books = arena.holdings.leased, arena.room._touched
-    before = [dict(book) for book in books]
-    pid = os.fork()
-    if pid == 0:
-        try:
-            is_anew = arena.holdings.leased == {} and arena.room._touched == {}
-            os._exit(0 if is_anew and [dict(book) for book in books] == before else 1)
-        finally:
-            os._exit(2)
-    _, status = os.waitpid(pid, 0)
-
-    assert 0 == os.waitstatus_to_exitcode(status)
-    assert all(before)
-    lease.release()
-
-
 @pytest.mark.parametrize(("look_s", "earliest_s"), [(0.001, 0.1), (1.0, 5.0)])
 def test_a_look_in_vain_is_not_repeated_for_four_times_as_long(
     arena, monkeypatch, look_s, earliest_s
@@ -985,11 +1036,11 @@ def test_a_look_in_vain_is_not_repeated_for_four_times_as_long(
         clock[0] += look_s
         return 0
 
-    monkeypatch.setattr("oobpickle._memory.room.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr(arena.room, "reclaim", look)
-    arena.room.look_for_lost()
+    monkeypatch.setattr("oobpickle._memory.reclaim.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(arena.reclaim, "look", look)
+    arena.reclaim.look_for_lost()
     for second in (0.999, 1.001):
         clock[0] = 100.0 + second * earliest_s
-        arena.room.look_for_lost()
+        arena.reclaim.look_for_lost()
 
     assert [100.0, 100.0 + 1.001 * earliest_s] == looks

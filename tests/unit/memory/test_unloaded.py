@@ -2,64 +2,62 @@
 
 import pytest
 
-from ledger_tools import FakeLocks, make_ledger
-from oobpickle._memory.layout import N_KEPT, adopted_by
-from oobpickle._memory.participants import OwnRow, Participants
-from oobpickle._memory.unloaded import Unloaded
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.options import Options
+from table import Table
+
+MIB = 1 << 20
+N_KEPT = 64
 
 
 @pytest.fixture
-def ledger():
-    return make_ledger()
+def arena():
+    arena = Arena.create(Options(capacity=64 * MIB))
+    yield arena
+    arena.close()
+    assert arena.try_destroy()
 
 
-def join(ledger, unloaded):
-    slot = Participants(ledger).join(FakeLocks(), unloaded)
-    return adopted_by(OwnRow(ledger.words, slot).incarnation)
+def listed(arena):
+    row = Table.of(arena).participant(arena.blocks.slot)
+    return {int(source) for source in row.kept if source}, bool(row.keeps_all[0])
 
 
-def test_what_was_noted_before_and_after_joining_is_found(ledger):
-    unloaded = Unloaded([5])
-    assert unloaded
-    own = join(ledger, unloaded)
-    unloaded.note(6)
+def test_what_was_noted_is_found(arena):
+    assert not arena.unloaded
 
-    assert Participants(ledger).kept() == ({own, 5, 6}, False)
-    assert not Unloaded()
+    arena.unloaded.note(5)
+    arena.unloaded.note(6)
 
-
-def test_what_is_not_needed_any_more_makes_place(ledger):
-    unloaded = Unloaded()
-    own = join(ledger, unloaded)
-    assert all(unloaded.note(source) for source in range(1, N_KEPT + 1))
-
-    assert unloaded.note(1)
-    assert not unloaded.note(1000)
-    unloaded.retain([1, 2, 3])
-    assert unloaded.note(1000)
-
-    assert Participants(ledger).kept() == ({own, 1, 2, 3, 1000}, False)
+    assert arena.unloaded
+    assert ({5, 6}, False) == listed(arena)
 
 
-@pytest.mark.parametrize("is_later", [False, True])
-def test_more_than_fits_is_everything(ledger, is_later):
-    unloaded = Unloaded([] if is_later else range(1, N_KEPT + 2))
-    join(ledger, unloaded)
-    if is_later:
-        unloaded.keep_any()
+def test_what_is_not_open_any_more_makes_place(arena):
+    for channel in range(1, N_KEPT + 1):
+        arena.unloaded.note(channel)
+    assert N_KEPT == len(listed(arena)[0])
 
-    assert Participants(ledger).kept()[1]
-    assert Unloaded(unloaded.sources, is_any=unloaded.is_any)
+    arena.unloaded.note(1000)
+
+    assert ({1000}, False) == listed(arena)
 
 
-def test_a_descriptor_that_was_asked_for_and_passed_on_is_not_noted(ledger):
-    unloaded = Unloaded()
-    own = join(ledger, unloaded)
+def test_more_than_fits_is_everything(arena, monkeypatch):
+    monkeypatch.setattr("oobpickle._memory.unloaded.open_channels", lambda: set(range(1, 100)))
+    for channel in range(1, N_KEPT + 2):
+        arena.unloaded.note(channel)
+
+    assert listed(arena)[1]
+
+
+def test_a_descriptor_that_was_asked_for_and_passed_on_is_not_noted(arena):
     for _ in range(2):
-        unloaded.note(7)
+        arena.unloaded.note(7)
 
-    unloaded.passed_on(7)
-    assert Participants(ledger).kept() == ({own, 7}, False)
-    unloaded.passed_on(7)
-    unloaded.passed_on(7)
-    assert Participants(ledger).kept() == ({own}, False)
+    arena.unloaded.passed_on(7)
+    assert ({7}, False) == listed(arena)
+    arena.unloaded.passed_on(7)
+    arena.unloaded.passed_on(7)
+
+    assert (set(), False) == listed(arena)

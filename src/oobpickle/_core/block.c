@@ -1,0 +1,378 @@
+/* A block that this process owns: an object whose deallocation is the release.
+
+What. `Block` is memory of one block: a sender writes into it (LEASED), hands it to a message
+(IN_FLIGHT); a receiver's arrays are built on it (HELD).
+
+How it works. Whoever exports the memory keeps the object; when nobody refers to it any more, in a
+garbage collection, a signal handler, at the interpreter's exit, in any thread, the block is
+released: one compare-and-swap of its commit word, and a push on a stack. That takes no lock and no
+time. If free blocks have more than they may keep, or the arena is closed, the pages go back to the
+system first. ::
+
+    state       LEASED -seal-> IN_FLIGHT -depart-> NONE (the message's)      HELD
+    released    yes            yes                 no                        yes
+
+Lifetime. An object remembers the epoch it was made in: in a forked child it releases nothing. Its
+range of the window, which a fork has made private, is mapped from the file again.
+
+When it cannot. A range that could not be mapped shared again stays private here: what comes in
+that block then is mapped elsewhere (`is_apart`). Without address space it is copied. */
+
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <sys/mman.h>
+
+PyTypeObject *block_type;
+
+#define FAULTS_SUFFICE ((u64)16 << 10)
+#define LONG ((u64)1 << 20)
+
+struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nbytes)
+{
+    struct block *block = PyObject_New(struct block, block_type);
+    if (block == NULL)
+        return NULL;
+    PyObject head = *(PyObject *)block;
+    *block = (struct block){
+        .index = index, .generation = generation, .nbytes = nbytes, .epoch = epoch()};
+    *(PyObject *)block = head;
+    Py_INCREF((PyObject *)blocks);
+    block->blocks = blocks;
+    block->after = blocks->first;
+    if (blocks->first)
+        blocks->first->before = block;
+    blocks->first = block;
+    struct known *known = &blocks->table.known[index];
+    if (known->n_users++ == 0)
+        blocks->unused_nbytes -= known->entered;
+    return block;
+}
+
+static struct known *known_of(const struct block *block)
+{
+    return &block->blocks->table.known[block->index];
+}
+
+/* --- where it is */
+
+/* Give the block an address, its first `nbytes` bytes accessible. -1: it cannot be mapped. */
+int block_map(struct block *block, u64 nbytes)
+{
+    struct blocks *blocks = block->blocks;
+    struct known *known = known_of(block);
+    const struct place *place = &known->place;
+    if (nbytes == 0) /* it has an address all the same */
+        nbytes = 1;
+    if (known->is_private && known->n_users == 1 && place->offset / WINDOW < blocks->mapping.n_windows) {
+        char *address = mapping_at(&blocks->mapping, place->offset, place->stride, nbytes);
+        if (address && mapping_share(&blocks->mapping, place->offset, address, place->nbytes) == 0)
+            known->is_private = false;
+    }
+    if (!known->is_private)
+        block->address = mapping_at(&blocks->mapping, place->offset, place->stride, nbytes);
+    if (block->address == NULL) { /* or there is no address space for a whole window */
+        block->mapped = round_up(nbytes, PAGE);
+        block->address = mapping_again(&blocks->mapping, place->offset, block->mapped);
+        block->is_apart = block->address != NULL;
+        return block->address ? 0 : -1;
+    }
+    mapping_use(&blocks->mapping, place->offset);
+    block->is_using = true;
+    return 0;
+}
+
+static void populate_for(struct blocks *blocks, char *address, u64 nbytes)
+{
+    if (nbytes <= LONG) {
+        populate(address, nbytes, false);
+        return;
+    }
+    blocks->n_inside++;
+    Py_BEGIN_ALLOW_THREADS
+    populate(address, nbytes, false);
+    Py_END_ALLOW_THREADS
+    blocks->n_inside--;
+}
+
+/* Have the first bytes, which have pages, in our page tables. */
+void block_enter(struct block *block, u64 nbytes)
+{
+    struct blocks *blocks = block->blocks;
+    if (block->is_apart || block->address == NULL)
+        return;
+    struct known *known = known_of(block);
+    u32 punches = get_half(&table_row(&blocks->table, block->index)->punches);
+    u64 before = known->entered, entered = known->punches == punches ? before : 0;
+    known->punches = punches;
+    if (nbytes > entered) {
+        known->entered = nbytes;
+        blocks->entered_nbytes += nbytes - before;
+        if (nbytes - entered > FAULTS_SUFFICE)
+            populate_for(blocks, block->address + entered, nbytes - entered);
+    }
+}
+
+/* Take what nobody uses out of our page tables, if it is much: there are pools that replace a
+   process which has grown, and that counts. */
+void leave_others(struct blocks *blocks, u64 nbytes)
+{
+    u64 limit = blocks->entered_limit, most = 2 * nbytes > limit ? 2 * nbytes : limit, left = 0;
+    /* Not for a little: each time costs a look at all of them. */
+    if (blocks->entered_nbytes <= most || blocks->unused_nbytes < most / 8)
+        return;
+    for (u32 i = 0; i < blocks->table.n_known; i++) {
+        struct known *known = &blocks->table.known[i];
+        if (known->entered == 0)
+            continue;
+        const struct window *window = &blocks->mapping.windows[known->place.offset / WINDOW];
+        if (known->n_users) {
+            left += known->entered;
+            continue;
+        }
+        if (window->address && !known->is_private)
+            advise(window->address + known->place.offset % WINDOW, round_up(known->entered, PAGE),
+                   MADV_DONTNEED);
+        known->entered = 0;
+    }
+    blocks->entered_nbytes = left;
+    blocks->unused_nbytes = 0;
+}
+
+/* --- giving it back */
+
+/* The pages go back to the system; the block is ours still, so nobody else can be using it. Where the
+   mount cannot punch, the pages stay, and the account is wrong by them. */
+static void punch(struct block *block, bool keeps_gil)
+{
+    struct blocks *blocks = block->blocks;
+    const struct place place = known_of(block)->place; /* others may move it when the GIL is gone */
+    char *address = block->is_using ? block->address : NULL;
+    u64 nbytes = row_resident(table_row(&blocks->table, block->index), block->index);
+    if (nbytes > place.stride)
+        nbytes = place.stride;
+    if (keeps_gil) {
+        mapping_punch(&blocks->mapping, place.offset, address, nbytes);
+    } else {
+        blocks->n_inside++;
+        Py_BEGIN_ALLOW_THREADS
+        mapping_punch(&blocks->mapping, place.offset, address, nbytes);
+        Py_END_ALLOW_THREADS
+        blocks->n_inside--;
+    }
+    block->is_emptied = true;
+}
+
+static bool is_too_much(const struct block *block)
+{
+    const struct header *header = &block->blocks->table.shared->header;
+    int64_t idle = (int64_t)get(&header->idle);
+    u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
+    return get(&header->closed) || (idle > 0 ? (u64)idle : 0) + nbytes > block->blocks->keep_nbytes;
+}
+
+/* Its pages were counted, and not all of them made. */
+static bool is_incomplete(const struct block *block)
+{
+    return block->reserved < row_resident(table_row(&block->blocks->table, block->index), block->index);
+}
+
+/* Release the block, if it is ours to release. */
+void block_release(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    enum state state = block->state;
+    block->state = NONE;
+    block->is_sending = false;
+    if (state == NONE || block->epoch == 0 || block->epoch != epoch() || !blocks->table.shared)
+        return;
+    struct header *header = &blocks->table.shared->header;
+    struct row *row = table_row(&blocks->table, block->index);
+    u64 seen = atomic_load_explicit(&row->commit, memory_order_acquire);
+    if (state == HELD)
+        blocks->n_held--;
+    if (state_of(seen) != state || (owner_of(seen) != blocks->lock.slot && !block->is_copy) ||
+        get(&row->generation) != block->generation)
+        return; /* damaged, or taken from us */
+    if (!block->is_emptied &&
+        ((state == LEASED && is_incomplete(block)) || (!block->is_kept && is_too_much(block))))
+        punch(block, true);
+    u64 used = get(&row->used), resident = row_resident(row, block->index);
+    FAULT("release.begun");
+    /* Ours, although the sender of a message that we give up was another: as long as we live nobody
+       else frees it before it is on the stack. */
+    u32 slot = has_joined(blocks) ? blocks->lock.slot : owner_of(seen);
+    u64 low = low_of(block->is_emptied ? EMPTIED : RELEASED, slot);
+    if (!row_change(row, block->index, seen, low))
+        return;
+    FAULT("release.committed");
+    if (state == HELD)
+        atomic_fetch_sub_explicit(&header->held, used, memory_order_relaxed);
+    if (!block->is_emptied && !block->is_kept)
+        atomic_fetch_add_explicit(&header->idle, resident, memory_order_relaxed);
+    table_push(&blocks->table, block->index);
+    FAULT("release.pushed");
+}
+
+static void leave_window(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    struct known *known = known_of(block);
+    const struct place *place = &known->place;
+    /* Only the end of the object may do this: while it lives, the private pages are its value. */
+    if (known->is_private &&
+        mapping_share(&blocks->mapping, place->offset, block->address, place->nbytes) == 0)
+        known->is_private = false;
+    if (block->is_emptied && known->n_users == 1)
+        mapping_close(&blocks->mapping, place->offset, place->stride);
+    mapping_leave(&blocks->mapping, place->offset);
+}
+
+static void dealloc(PyObject *self)
+{
+    struct block *block = (struct block *)self;
+    struct blocks *blocks = block->blocks;
+    PyTypeObject *type = Py_TYPE(self);
+    block_release(block);
+    if (block->is_copy)
+        free(block->address);
+    else if (block->is_apart)
+        munmap(block->address, block->mapped);
+    else if (block->is_using)
+        leave_window(block);
+    if (block->before)
+        block->before->after = block->after;
+    else
+        blocks->first = block->after;
+    if (block->after)
+        block->after->before = block->before;
+    if (--known_of(block)->n_users == 0)
+        blocks->unused_nbytes += known_of(block)->entered;
+    Py_DECREF((PyObject *)blocks);
+    PyObject_Free(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static int getbuffer(PyObject *self, Py_buffer *view, int flags)
+{
+    struct block *block = (struct block *)self;
+    return PyBuffer_FillInfo(view, self, block->address, (Py_ssize_t)block->nbytes, 0, flags);
+}
+
+/* --- the type */
+
+static PyObject *get_index(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(((struct block *)self)->index);
+}
+
+static PyObject *get_generation(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(((struct block *)self)->generation);
+}
+
+static PyObject *get_is_copy(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(((struct block *)self)->is_copy);
+}
+
+static PyObject *get_fresh(PyObject *self, void *Py_UNUSED(closure))
+{
+    const struct block *block = (struct block *)self;
+    u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
+    return PyLong_FromUnsignedLongLong(nbytes > block->reserved ? nbytes - block->reserved : 0);
+}
+
+static PyObject *get_resident(PyObject *self, void *Py_UNUSED(closure))
+{
+    const struct block *block = (struct block *)self;
+    return PyLong_FromUnsignedLongLong(
+        row_resident(table_row(&block->blocks->table, block->index), block->index));
+}
+
+/* reserve(nbytes): give the block up to so many more bytes of the pages that were counted for it */
+static PyObject *reserve(PyObject *self, PyObject *argument)
+{
+    struct block *block = (struct block *)self;
+    struct blocks *blocks = block->blocks;
+    u64 most = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    u64 counted = row_resident(table_row(&blocks->table, block->index), block->index);
+    u64 nbytes = counted > block->reserved ? counted - block->reserved : 0;
+    if (block->state != LEASED || block->epoch != epoch() || nbytes == 0)
+        Py_RETURN_NONE;
+    if (nbytes > most)
+        nbytes = most;
+    u64 at = known_of(block)->place.offset + block->reserved;
+    bool by_fault = blocks->table.by_fault && counted >= HUGE;
+    int result, error;
+    blocks->n_inside++;
+    Py_BEGIN_ALLOW_THREADS
+    result = mapping_reserve(&blocks->mapping, at, block->address + block->reserved, nbytes, by_fault);
+    error = errno;
+    Py_END_ALLOW_THREADS
+    blocks->n_inside--;
+    if (result != 0) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    FAULT("block.reserved");
+    block->reserved += nbytes;
+    if (!block->is_apart) {
+        struct known *known = known_of(block);
+        blocks->entered_nbytes += block->reserved - known->entered;
+        known->entered = block->reserved;
+        known->punches = get_half(&table_row(&blocks->table, block->index)->punches);
+    }
+    Py_RETURN_NONE;
+}
+
+/* empty(): give the pages of a block that was leased for it back to the system */
+static PyObject *empty(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct block *block = (struct block *)self;
+    if (block->state != LEASED || block->epoch != epoch())
+        Py_RETURN_NONE;
+    punch(block, false);
+    FAULT("block.emptied");
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"reserve", reserve, METH_O, NULL},
+    {"empty", empty, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyGetSetDef attributes[] = {
+    {"index", get_index, NULL, NULL, NULL},
+    {"generation", get_generation, NULL, NULL, NULL},
+    {"is_copy", get_is_copy, NULL, NULL, NULL},
+    {"nbytes_fresh", get_fresh, NULL, NULL, NULL},
+    {"nbytes_resident", get_resident, NULL, NULL, NULL},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_dealloc, dealloc},
+    {Py_bf_getbuffer, getbuffer},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, attributes},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "oobpickle._core.Block",
+    .basicsize = sizeof(struct block),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = slots,
+};
+
+int block_type_make(void)
+{
+    if (block_type == NULL)
+        block_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    return block_type ? 0 : -1;
+}

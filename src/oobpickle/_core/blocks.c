@@ -1,0 +1,1262 @@
+/* One arena, as this process has it: attaching, joining, and the steps that make and move blocks.
+
+What. `Blocks` is a process's attachment. `lease` makes blocks to write into, `seal` and `depart`
+hand them to a message, `claim` makes those of a message this process's own.
+
+How it works. Each method is C from its first to its last line: no signal handler, finalizer or
+other thread comes in between but where it waits for the lock or makes pages, and then every block
+that it has is an object already.
+
+Lifetime. The table stays mapped until `end`, or the last reference to this and to every block.
+
+When it cannot. A method returns a shortage (`SHORTAGES`), or raises what is said there. */
+
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static PyTypeObject *blocks_type, *reading_type;
+
+u64 lock_patience_us = 2000000;
+#define HURRIED_US 20000
+#define HURRY_US 5000000
+#define KEEP_LEAST ((u64)64 << 20)
+
+static struct blocks *of(PyObject *self)
+{
+    return (struct blocks *)self;
+}
+
+static bool has_ended(const struct blocks *blocks)
+{
+    return blocks->table.shared == NULL;
+}
+
+static PyObject *error_ended(void)
+{
+    PyErr_SetString(PyExc_ValueError, "the arena has ended in this process");
+    return NULL;
+}
+
+/* How many there are in what must be a list, or -1 with an exception. */
+static Py_ssize_t length_of(PyObject *list)
+{
+    if (PyList_Check(list))
+        return PyList_Size(list);
+    PyErr_SetString(PyExc_TypeError, "not a list");
+    return -1;
+}
+
+/* --- steps */
+
+/* Begin a step: 0, a shortage, or -1 with an exception of a signal handler. */
+int step_begin(struct blocks *blocks)
+{
+    if (has_ended(blocks) || !has_joined(blocks))
+        return DETACHED;
+    /* A stopped holder of the lock is waited for once, not by every message. */
+    u64 bound = now_us() < blocks->hurried_until ? HURRIED_US : lock_patience_us;
+    blocks->n_inside++;
+    enum taken taken = lock_take(&blocks->lock, bound, is_alive, blocks);
+    if (taken == LOCK_LOST)
+        return DETACHED; /* the count is the parent's */
+    blocks->n_inside--;
+    if (taken == LOCK_ERROR)
+        return -1;
+    if (taken == LOCK_BUSY) {
+        blocks->hurried_until = now_us() + HURRY_US;
+        return BUSY;
+    }
+    if (taken == TAKEN_DIRTY)
+        table_rebuild(&blocks->table, NULL, NULL);
+    table_drain(&blocks->table);
+    return ROOM;
+}
+
+void step_end(struct blocks *blocks)
+{
+    lock_give(&blocks->lock);
+}
+
+static PyObject *shortage(int reason, u64 need, u64 room)
+{
+    return reason < 0 ? NULL : Py_BuildValue("iKK", reason, need, room);
+}
+
+/* --- sending */
+
+/* All or none: to take room block by block while others do the same would end by the clock. */
+static int lease_all(struct blocks *blocks, const u64 *needs, Py_ssize_t n, struct leased *leased,
+                     u64 *need, u64 *room)
+{
+    struct table_view *table = &blocks->table;
+    int problem = step_begin(blocks);
+    if (problem)
+        return problem;
+    Py_ssize_t i = 0;
+    for (; i < n && problem == ROOM; i++) {
+        *need = needs[i];
+        problem = (int)table_lease(table, needs[i], blocks->lock.slot, &leased[i], room);
+    }
+    if (problem != ROOM)
+        for (i -= 2; i >= 0; i--) {
+            struct row *row = table_row(table, leased[i].index);
+            u64 counted = row_resident(row, leased[i].index);
+            put(&table->shared->header.resident,
+                get(&table->shared->header.resident) - (counted - leased[i].counted));
+            put(&row->resident, resident_word(leased[i].index, leased[i].counted));
+            if (leased[i].present < leased[i].counted)
+                put(&row->channel, INCOMPLETE);
+            atomic_fetch_add_explicit(&table->shared->header.idle, leased[i].counted,
+                                      memory_order_relaxed);
+            table_free(table, leased[i].index, get(&row->generation), false);
+        }
+    step_end(blocks);
+    return problem;
+}
+
+/* Objects for what was leased; `list` was made before, since that may run finalizers. */
+static PyObject *fill(PyObject *list, struct blocks *blocks, const u64 *needs, Py_ssize_t n,
+                      const struct leased *leased)
+{
+    for (Py_ssize_t i = 0; list && i < n; i++) {
+        struct row *row = table_row(&blocks->table, leased[i].index);
+        struct block *block = block_new(blocks, leased[i].index, get(&row->generation), needs[i]);
+        if (block == NULL) {
+            Py_CLEAR(list); /* what has no object yet is lost until this process ends */
+            break;
+        }
+        block->state = LEASED;
+        block->reserved = leased[i].present;
+        PyList_SetItem(list, i, (PyObject *)block);
+    }
+    return list;
+}
+
+static bool map_all(struct blocks *blocks, PyObject *list, const u64 *needs)
+{
+    u64 total = 0;
+    for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
+        struct block *block = (struct block *)PyList_GetItem(list, i);
+        if (block_map(block, table_pages(&blocks->table, needs[i])) != 0)
+            return false;
+        block_enter(block, needs[i] < block->reserved ? needs[i] : block->reserved);
+        total += needs[i];
+    }
+    leave_others(blocks, total);
+    return true;
+}
+
+/* lease([nbytes]): [Block], or (shortage, bytes needed, bytes left) */
+static PyObject *lease(PyObject *self, PyObject *argument)
+{
+    struct blocks *blocks = of(self);
+    Py_ssize_t n = length_of(argument);
+    if (n < 0)
+        return NULL;
+    u64 *needs = calloc((size_t)n + 1, sizeof *needs), need = 0, room = 0;
+    struct leased *leased = calloc((size_t)n + 1, sizeof *leased);
+    PyObject *list = PyList_New(n), *result = NULL;
+    if (needs == NULL || leased == NULL || list == NULL) {
+        PyErr_NoMemory();
+        goto done;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        needs[i] = PyLong_AsUnsignedLongLong(PyList_GetItem(argument, i));
+        if (PyErr_Occurred())
+            goto done;
+        if (needs[i] > blocks->table.data_nbytes) {
+            result = shortage(FULL, needs[i], blocks->table.capacity);
+            goto done;
+        }
+    }
+    int problem = has_ended(blocks) || !file_is_ours(&blocks->mapping.data) ? DETACHED : ROOM;
+    if (problem == ROOM)
+        problem = lease_all(blocks, needs, n, leased, &need, &room);
+    if (problem != ROOM) {
+        result = shortage(problem, need, room);
+        goto done;
+    }
+    result = fill(list, blocks, needs, n, leased);
+    list = NULL;
+    if (result && !map_all(blocks, result, needs)) {
+        Py_DECREF(result);
+        result = shortage(DETACHED, need, 0);
+    }
+done:
+    Py_XDECREF(list);
+    free(needs);
+    free(leased);
+    return result;
+}
+
+static struct block *block_at(PyObject *list, Py_ssize_t i)
+{
+    PyObject *one = PyList_GetItem(list, i);
+    if (one && Py_TYPE(one) != block_type) {
+        PyErr_SetString(PyExc_TypeError, "not a list of Block");
+        return NULL;
+    }
+    return (struct block *)one;
+}
+
+/* pairs([Block]): bytes, index and generation of each */
+static PyObject *pairs_of(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    Py_ssize_t n = length_of(list);
+    PyObject *pairs = n < 0 ? NULL : PyBytes_FromStringAndSize(NULL, 16 * n);
+    char *out = pairs ? PyBytes_AsString(pairs) : NULL;
+    for (Py_ssize_t i = 0; pairs && i < n; i++) {
+        struct block *block = block_at(list, i);
+        if (block == NULL) {
+            Py_CLEAR(pairs);
+            break;
+        }
+        u64 pair[2] = {block->index, block->generation};
+        memcpy(out + 16 * i, pair, sizeof pair);
+    }
+    return pairs;
+}
+
+/* seal([Block], channel): from here on a receiver may claim them; False if they are not ours */
+static PyObject *seal(PyObject *Py_UNUSED(self), PyObject *arguments)
+{
+    PyObject *list;
+    unsigned long long channel;
+    if (!PyArg_ParseTuple(arguments, "OK", &list, &channel))
+        return NULL;
+    Py_ssize_t n = length_of(list);
+    struct block *head = NULL;
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct block *block = block_at(list, i);
+        if (block == NULL)
+            return NULL;
+        if (block->state != LEASED || block->epoch != epoch() ||
+            !row_is(&block->blocks->table, block->index, LEASED, block->generation))
+            Py_RETURN_FALSE;
+        if (head == NULL)
+            head = block;
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct block *block = (struct block *)PyList_GetItem(list, i);
+        struct row *row = table_row(&block->blocks->table, block->index);
+        put(&row->channel, i ? follows(head->index, head->generation) : channel);
+        block->state = IN_FLIGHT;
+        atomic_store_explicit(
+            &row->commit,
+            commit_word(block->index, low_of(IN_FLIGHT, block->blocks->lock.slot), block->generation),
+            memory_order_release);
+        FAULT("seal.committed");
+    }
+    return n < 0 ? NULL : Py_NewRef(Py_True);
+}
+
+/* depart([Block]): the envelope is about to be written: the blocks are the message's from now on */
+static PyObject *depart(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    Py_ssize_t n = length_of(list);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct block *block = block_at(list, i);
+        if (block == NULL)
+            return NULL;
+        if (block->state == IN_FLIGHT) {
+            block->state = NONE;
+            block->is_sending = true;
+        }
+    }
+    return n < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* settle([Block]): it has left, or may have */
+static PyObject *settle(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    Py_ssize_t n = length_of(list);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct block *block = block_at(list, i);
+        if (block == NULL)
+            return NULL;
+        block->is_sending = false;
+        if (block->state == IN_FLIGHT)
+            block->state = NONE;
+    }
+    return n < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* depart_all(): nobody will say when what is sealed has left: it is the messages' from now on */
+static PyObject *depart_all(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    for (struct block *block = of(self)->first; block; block = block->after)
+        if (block->state == IN_FLIGHT)
+            block->state = NONE;
+    Py_RETURN_NONE;
+}
+
+/* release([Block]): it has not left; what is in flight comes back although it has departed */
+static PyObject *release(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    Py_ssize_t n = length_of(list);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct block *block = block_at(list, i);
+        if (block == NULL)
+            return NULL;
+        if (block->is_sending)
+            block->state = IN_FLIGHT;
+        block_release(block);
+    }
+    return n < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* prepare([Block]): the pages of these leased blocks are kept for a message */
+static PyObject *prepare(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    Py_ssize_t n = length_of(list);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        struct block *block = block_at(list, i);
+        if (block == NULL)
+            return NULL;
+        if (block->state == LEASED && block->epoch == epoch()) {
+            put(&table_row(&block->blocks->table, block->index)->channel, PREPARED);
+            block->is_kept = true;
+        }
+    }
+    return n < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+/* --- receiving */
+
+static bool is_message(struct blocks *blocks, u64 index, u64 generation, u64 nbytes)
+{
+    return index < ROWS && row_is(&blocks->table, (u32)index, IN_FLIGHT, generation) &&
+           get(&table_row(&blocks->table, (u32)index)->used) == nbytes &&
+           nbytes <= blocks->table.known[index].place.nbytes;
+}
+
+static void forget_adopted(struct blocks *blocks, u32 index, u64 generation)
+{
+    struct known *known = &blocks->table.known[index];
+    if (generation && known->adopted == generation) {
+        known->adopted = 0;
+        blocks->own.n_adopted--;
+    }
+}
+
+/* IN FLIGHT to HELD, by whoever comes first. Without a slot the block is read where it is. */
+static bool claim_one(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    struct row *row = table_row(&blocks->table, block->index);
+    if (!has_joined(blocks)) {
+        block->state = IN_FLIGHT;
+        return true;
+    }
+    u64 seen = atomic_load_explicit(&row->commit, memory_order_acquire);
+    if (state_of(seen) != IN_FLIGHT ||
+        !row_change(row, block->index, seen, low_of(HELD, blocks->lock.slot)))
+        return false;
+    FAULT("claim.committed");
+    block->state = HELD;
+    blocks->n_held++;
+    atomic_fetch_add_explicit(&blocks->table.shared->header.held, block->nbytes, memory_order_relaxed);
+    forget_adopted(blocks, block->index, block->generation);
+    return true;
+}
+
+/* Read a block into ordinary memory. */
+static int copy_out(struct block *block, bool keep)
+{
+    struct blocks *blocks = block->blocks;
+    u64 offset = blocks->table.known[block->index].place.offset, n = block->nbytes;
+    char *copy = malloc(n ? n : 1);
+    if (copy == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    if (block->address)
+        memcpy(copy, block->address, n);
+    else if (mapping_read(&blocks->mapping, offset, copy, n) != 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        free(copy);
+        return -1;
+    }
+    if (block->state == IN_FLIGHT) { /* not ours: somebody else who has the bytes may have loaded it */
+        atomic_thread_fence(memory_order_acquire);
+        if (!row_is(&blocks->table, block->index, IN_FLIGHT, block->generation)) {
+            free(copy);
+            PyErr_SetString(PyExc_ValueError, "it was loaded elsewhere meanwhile");
+            return -1;
+        }
+    }
+    if (block->is_using)
+        mapping_leave(&blocks->mapping, offset);
+    if (block->is_apart)
+        munmap(block->address, block->mapped);
+    block->is_using = block->is_apart = false;
+    block->address = copy;
+    block->is_copy = true;
+    if (!keep)
+        block_release(block);
+    return 0;
+}
+
+static int receive_one(struct block *block, bool keep)
+{
+    if (block->address == NULL || block->state != HELD || block->blocks->n_forking)
+        return copy_out(block, keep);
+    block_enter(block, block->nbytes);
+    return 0;
+}
+
+/* claim(pairs, [nbytes], keep): [Block] of the message whose blocks are given as index and
+   generation, or the position of the first one that is not in flight like that. `keep`: further
+   blocks of the same message are claimed before these are dropped. */
+static PyObject *claim(PyObject *self, PyObject *arguments)
+{
+    struct blocks *blocks = of(self);
+    Py_buffer pairs;
+    PyObject *needs, *list = NULL;
+    int keep;
+    if (!PyArg_ParseTuple(arguments, "y*O!p", &pairs, &PyList_Type, &needs, &keep))
+        return NULL;
+    Py_ssize_t n = pairs.len / 16;
+    u64 total = 0;
+    if (n != PyList_Size(needs) || has_ended(blocks) || epoch() == 0) {
+        PyErr_SetString(PyExc_ValueError, epoch() ? "not as many sizes as blocks, or ended"
+                                                  : "this process was forked without any handler");
+        goto done;
+    }
+    list = PyList_New(n);
+    for (Py_ssize_t i = 0; list && i < n; i++) {
+        u64 pair[2], nbytes = PyLong_AsUnsignedLongLong(PyList_GetItem(needs, i));
+        memcpy(pair, (const char *)pairs.buf + 16 * i, sizeof pair);
+        if (PyErr_Occurred()) {
+            Py_CLEAR(list);
+            break;
+        }
+        struct block *block = NULL;
+        if (is_message(blocks, pair[0], pair[1], nbytes)) {
+            block = block_new(blocks, (u32)pair[0], pair[1], nbytes);
+            if (block == NULL)
+                Py_CLEAR(list);
+        }
+        if (block == NULL || !claim_one(block)) {
+            Py_XDECREF((PyObject *)block);
+            Py_XDECREF(list); /* what was claimed is released: nobody else can load the message */
+            list = PyErr_Occurred() ? NULL : PyLong_FromSsize_t(i);
+            goto done;
+        }
+        total += nbytes;
+        PyList_SetItem(list, i, (PyObject *)block);
+    }
+    /* All have an address before the GIL can go: a fork in another thread makes them private then. */
+    for (Py_ssize_t i = 0; list && i < n; i++) {
+        struct block *block = (struct block *)PyList_GetItem(list, i);
+        block_map(block, block->nbytes);
+    }
+    for (Py_ssize_t i = 0; list && i < n; i++)
+        if (receive_one((struct block *)PyList_GetItem(list, i), keep) != 0)
+            Py_CLEAR(list);
+    if (list)
+        leave_others(blocks, total);
+done:
+    PyBuffer_Release(&pairs);
+    return list;
+}
+
+static bool parse_block(struct blocks *blocks, PyObject *arguments, u32 *index, u64 *generation)
+{
+    unsigned long long wide, counted;
+    if (!PyArg_ParseTuple(arguments, "KK", &wide, &counted))
+        return false;
+    *index = wide < ROWS ? (u32)wide : ROWS;
+    *generation = counted;
+    return !has_ended(blocks);
+}
+
+/* is_in_flight(index, generation) */
+static PyObject *is_in_flight(PyObject *self, PyObject *arguments)
+{
+    u32 index;
+    u64 generation;
+    bool is_block = parse_block(of(self), arguments, &index, &generation);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(is_block && row_is(&of(self)->table, index, IN_FLIGHT, generation));
+}
+
+/* is_unread(index, generation): in flight, and nobody is known to have read it */
+static PyObject *is_unread(PyObject *self, PyObject *arguments)
+{
+    struct blocks *blocks = of(self);
+    u32 index;
+    u64 generation;
+    bool is_block = parse_block(blocks, arguments, &index, &generation);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(is_block && row_is(&blocks->table, index, IN_FLIGHT, generation) &&
+                           !(get(&table_row(&blocks->table, index)->channel) & ADOPTED));
+}
+
+/* is_damaged(index): quarantine it if so */
+static PyObject *is_damaged(PyObject *self, PyObject *argument)
+{
+    struct blocks *blocks = of(self);
+    u64 index = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    if (has_ended(blocks) || index >= table_n_rows(&blocks->table) ||
+        !row_is_damaged(&blocks->table, (u32)index))
+        Py_RETURN_FALSE;
+    if (state_of(get(&table_row(&blocks->table, (u32)index)->commit)) != QUARANTINED)
+        row_quarantine(&blocks->table, (u32)index);
+    Py_RETURN_TRUE;
+}
+
+/* adopt(index, generation): this process has read a message that has left its channel. The commit
+   word stays as it is: somebody else who was sent the same bytes may be claiming the block. */
+static PyObject *adopt(PyObject *self, PyObject *arguments)
+{
+    struct blocks *blocks = of(self);
+    u32 index;
+    u64 generation;
+    bool is_block = parse_block(blocks, arguments, &index, &generation);
+    if (PyErr_Occurred())
+        return NULL;
+    if (is_block && has_joined(blocks) && row_is(&blocks->table, index, IN_FLIGHT, generation)) {
+        struct known *known = &blocks->table.known[index];
+        blocks->own.n_adopted += known->adopted == 0;
+        known->adopted = generation;
+        put(&table_row(&blocks->table, index)->channel,
+            adopted_by(blocks->own.incarnation, generation));
+    }
+    Py_RETURN_NONE;
+}
+
+/* discard(index, generation): this process has read it, and will never load it */
+static PyObject *discard(PyObject *self, PyObject *arguments)
+{
+    struct blocks *blocks = of(self);
+    u32 index;
+    u64 generation;
+    bool is_block = parse_block(blocks, arguments, &index, &generation);
+    if (PyErr_Occurred())
+        return NULL;
+    if (!is_block || !has_joined(blocks) || !table_knows(&blocks->table, index) ||
+        generation == 0 || blocks->table.known[index].adopted != generation)
+        Py_RETURN_NONE;
+    forget_adopted(blocks, index, generation);
+    struct block *block = block_new(blocks, index, generation, 0);
+    if (block == NULL)
+        return NULL;
+    if (row_is(&blocks->table, index, IN_FLIGHT, generation)) {
+        block->state = IN_FLIGHT;
+        block->is_copy = true; /* whoever the sender was */
+    }
+    Py_DECREF((PyObject *)block);
+    Py_RETURN_NONE;
+}
+
+/* send_on(index, generation, channel): [Block] to settle, of a message that is sent on unloaded */
+static PyObject *send_on(PyObject *self, PyObject *arguments)
+{
+    struct blocks *blocks = of(self);
+    unsigned long long wide, generation, channel;
+    if (!PyArg_ParseTuple(arguments, "KKK", &wide, &generation, &channel))
+        return NULL;
+    PyObject *list = PyList_New(0);
+    u32 index = wide < ROWS ? (u32)wide : ROWS;
+    if (list == NULL || has_ended(blocks) || !has_joined(blocks) ||
+        !row_is(&blocks->table, index, IN_FLIGHT, generation))
+        return list;
+    struct block *block = block_new(blocks, index, generation, 0);
+    struct row *row = table_row(&blocks->table, index);
+    if (block == NULL) {
+        Py_DECREF(list);
+        return NULL;
+    }
+    u64 seen = get(&row->commit);
+    block->is_sending = true; /* it is in no channel yet, and must not be taken for lost */
+    if (state_of(seen) == IN_FLIGHT &&
+        row_change(row, index, seen, low_of(IN_FLIGHT, blocks->lock.slot)))
+        put(&row->channel, channel);
+    forget_adopted(blocks, index, generation);
+    if (PyList_Append(list, (PyObject *)block) < 0)
+        Py_CLEAR(list);
+    Py_DECREF((PyObject *)block);
+    return list;
+}
+
+/* --- reading: a message may be between its channel and us */
+
+struct reading {
+    PyObject_HEAD
+    struct blocks *blocks;
+    u64 epoch;
+};
+
+static word *reading_of(struct blocks *blocks)
+{
+    return &blocks->table.shared->participants[blocks->lock.slot].reading;
+}
+
+/* reading(): an object; while it lives, this process says that it reads. None if it has not joined */
+static PyObject *begin_reading(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    if (has_ended(blocks))
+        return error_ended();
+    if (!has_joined(blocks)) {
+        put(&blocks->table.shared->header.strangers, 1); /* nothing is reclaimed, for its sake */
+        Py_RETURN_NONE;
+    }
+    struct reading *reading = PyObject_New(struct reading, reading_type);
+    if (reading == NULL)
+        return NULL;
+    Py_INCREF(self);
+    reading->blocks = blocks;
+    reading->epoch = epoch();
+    atomic_fetch_add_explicit(reading_of(blocks), 1, memory_order_seq_cst);
+    return (PyObject *)reading;
+}
+
+static void reading_dealloc(PyObject *self)
+{
+    struct reading *reading = (struct reading *)self;
+    PyTypeObject *type = Py_TYPE(self);
+    if (reading->epoch == epoch() && !has_ended(reading->blocks))
+        atomic_fetch_sub_explicit(reading_of(reading->blocks), 1, memory_order_release);
+    Py_DECREF((PyObject *)reading->blocks);
+    PyObject_Free(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyType_Slot reading_slots[] = {{Py_tp_dealloc, reading_dealloc}, {0, NULL}};
+
+static PyType_Spec reading_spec = {
+    .name = "oobpickle._core.Reading",
+    .basicsize = sizeof(struct reading),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION,
+    .slots = reading_slots,
+};
+
+/* read_for_ever(): from now on this process, and what it forks, reads without saying when */
+static PyObject *read_for_ever(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    if (has_ended(blocks) || blocks->own.reads_for_ever)
+        Py_RETURN_NONE;
+    blocks->own.reads_for_ever = true;
+    if (has_joined(blocks))
+        atomic_fetch_add_explicit(reading_of(blocks), 1, memory_order_seq_cst);
+    else
+        put(&blocks->table.shared->header.strangers, 1);
+    Py_RETURN_NONE;
+}
+
+/* --- participants */
+
+/* join(pid namespace): 0, or a shortage */
+static PyObject *join(PyObject *self, PyObject *argument)
+{
+    struct blocks *blocks = of(self);
+    u64 namespace = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    blocks->own.pid_namespace = namespace;
+    int problem = has_ended(blocks) ? DETACHED : participant_join(blocks);
+    return problem < 0 ? NULL : PyLong_FromLong(problem);
+}
+
+/* say_that_it_reads(): it cannot join, and may have what nobody knows */
+static PyObject *say_that_it_reads(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    if (!has_ended(of(self)))
+        put(&of(self)->table.shared->header.strangers, 1);
+    Py_RETURN_NONE;
+}
+
+/* keep(source): nothing that comes from there is to be reclaimed; False if there are too many */
+static PyObject *keep_source(PyObject *self, PyObject *argument)
+{
+    u64 source = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(has_ended(of(self)) || participant_keep(of(self), source));
+}
+
+/* forget(source): it is kept no more */
+static PyObject *forget_source(PyObject *self, PyObject *argument)
+{
+    struct blocks *blocks = of(self);
+    u64 source = PyLong_AsUnsignedLongLong(argument), others[KEPT];
+    size_t n = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    for (u32 k = 0; k < KEPT; k++)
+        if (blocks->own.kept[k] && blocks->own.kept[k] != source)
+            others[n++] = blocks->own.kept[k];
+    if (!has_ended(blocks))
+        participant_retain(blocks, others, n);
+    Py_RETURN_NONE;
+}
+
+/* keep_all(): more than can be listed */
+static PyObject *keep_all(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    blocks->own.keeps_all = true;
+    if (!has_ended(blocks) && has_joined(blocks))
+        put(&blocks->table.shared->participants[blocks->lock.slot].keeps_all, 1);
+    Py_RETURN_NONE;
+}
+
+/* retain([source]): keep none but these */
+static PyObject *retain(PyObject *self, PyObject *list)
+{
+    u64 sources[KEPT];
+    size_t n_kept = 0;
+    Py_ssize_t n = length_of(list);
+    for (Py_ssize_t i = 0; i < n && !has_ended(of(self)); i++) {
+        u64 source = PyLong_AsUnsignedLongLong(PyList_GetItem(list, i));
+        for (u32 k = 0; k < KEPT; k++)
+            if (of(self)->own.kept[k] == source && source && n_kept < KEPT)
+                sources[n_kept++] = source;
+    }
+    if (PyErr_Occurred())
+        return NULL;
+    if (!has_ended(of(self)))
+        participant_retain(of(self), sources, n_kept);
+    Py_RETURN_NONE;
+}
+
+/* reap(): recover what dead participants had; how many there were, or minus a shortage */
+static PyObject *reap(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    int problem = step_begin(of(self));
+    if (problem)
+        return problem < 0 ? NULL : PyLong_FromLong(-problem);
+    u32 n_dead = participant_reap(of(self));
+    step_end(of(self));
+    return PyLong_FromUnsignedLong(n_dead);
+}
+
+/* participants(): [(slot, pid, pid namespace)] of all that have joined and were not reaped */
+static PyObject *participants(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    if (has_ended(blocks))
+        return PyList_New(0);
+    PyObject *list = PyList_New(0);
+    for (u32 slot = 0; list && slot < n_slots(blocks); slot++) {
+        const struct participant *row = &blocks->table.shared->participants[slot];
+        if (get(&row->state) != JOINED)
+            continue;
+        PyObject *one = Py_BuildValue("IKK", slot, get(&row->pid), get(&row->pid_namespace));
+        if (one == NULL || PyList_Append(list, one) < 0)
+            Py_CLEAR(list);
+        Py_XDECREF(one);
+    }
+    return list;
+}
+
+static PyObject *lives(PyObject *self, PyObject *argument)
+{
+    unsigned long slot = PyLong_AsUnsignedLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(!has_ended(of(self)) && is_alive(of(self), slot < SLOTS ? (u32)slot : SLOTS));
+}
+
+/* --- counting */
+
+/* count(counter, amount, ...): only this process writes there */
+static PyObject *count(PyObject *self, PyObject *const *arguments, Py_ssize_t n)
+{
+    struct blocks *blocks = of(self);
+    if (has_ended(blocks) || !has_joined(blocks))
+        Py_RETURN_NONE;
+    word *counters = blocks->table.shared->participants[blocks->lock.slot].counters;
+    for (Py_ssize_t i = 0; i + 1 < n; i += 2) {
+        u64 counter = PyLong_AsUnsignedLongLong(arguments[i]);
+        u64 amount = PyLong_AsUnsignedLongLong(arguments[i + 1]);
+        if (PyErr_Occurred())
+            return NULL;
+        if (counter < COUNTERS)
+            put(&counters[counter], get(&counters[counter]) + amount);
+    }
+    Py_RETURN_NONE;
+}
+
+/* counters(): the sums over all participants, living and dead; without the lock about right */
+static PyObject *counters(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    if (has_ended(blocks))
+        return error_ended();
+    u64 sums[COUNTERS];
+    int problem = step_begin(blocks);
+    if (problem < 0)
+        return NULL;
+    const struct header *header = &blocks->table.shared->header;
+    const word *bank = header->totals[get(&header->bank) & 1];
+    for (u32 k = 0; k < COUNTERS; k++)
+        sums[k] = get(&bank[k]);
+    for (u32 slot = 0; slot < n_slots(blocks); slot++) {
+        const struct participant *row = &blocks->table.shared->participants[slot];
+        if (get(&row->state) == JOINED && get(&row->incarnation) != get(&bank[COUNTERS]))
+            for (u32 k = 0; k < COUNTERS; k++)
+                sums[k] += get(&row->counters[k]);
+    }
+    if (problem == ROOM)
+        step_end(blocks);
+    PyObject *list = PyList_New(COUNTERS);
+    for (u32 k = 0; list && k < COUNTERS; k++)
+        PyList_SetItem(list, (Py_ssize_t)k, PyLong_FromUnsignedLongLong(sums[k]));
+    return list;
+}
+
+/* census(): blocks and bytes in them, free, leased, in flight, held; and how many are damaged */
+static PyObject *census(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    unsigned long long n[4] = {0}, nbytes[4] = {0}, n_damaged = 0;
+    if (has_ended(blocks))
+        return error_ended();
+    u32 n_rows = table_n_rows(&blocks->table);
+    for (u32 i = 0; i < n_rows; i++) {
+        struct row *row = table_row(&blocks->table, i);
+        if (row_is_damaged(&blocks->table, i)) {
+            n_damaged++;
+            continue;
+        }
+        enum state state = state_of(get(&row->commit));
+        bool is_free = state == FREE || state == RELEASED || state == EMPTIED;
+        u32 kind = is_free ? 0 : (u32)state - (u32)FREE;
+        if (kind > 3)
+            continue;
+        n[kind]++;
+        nbytes[kind] += is_free ? (state == EMPTIED ? 0 : row_resident(row, i)) : get(&row->used);
+    }
+    return Py_BuildValue("(KKKK)(KKKK)K", n[0], n[1], n[2], n[3], nbytes[0], nbytes[1], nbytes[2],
+                         nbytes[3], n_damaged);
+}
+
+/* --- pages */
+
+/* take_idle(nbytes): [Block] leased, of free ones whose pages add up to that, the largest first */
+static PyObject *take_idle(PyObject *self, PyObject *argument)
+{
+    struct blocks *blocks = of(self);
+    u64 wanted = PyLong_AsUnsignedLongLong(argument), taken = 0;
+    PyObject *list = PyErr_Occurred() ? NULL : PyList_New(0);
+    if (list == NULL)
+        return NULL;
+    int problem = step_begin(blocks);
+    if (problem) {
+        if (problem < 0)
+            Py_CLEAR(list);
+        return list;
+    }
+    for (u32 size_class = CLASSES; size_class-- > 0 && taken < wanted;) {
+        u32 index = table_take_warm(&blocks->table, size_class, blocks->lock.slot);
+        if (index == ROWS)
+            continue;
+        struct row *row = table_row(&blocks->table, index);
+        struct block *block = block_new(blocks, index, get(&row->generation), 0);
+        if (block == NULL)
+            break; /* what has no object is lost until this process ends */
+        block->state = LEASED;
+        block->reserved = row_resident(row, index);
+        taken += block->reserved;
+        int result = PyList_Append(list, (PyObject *)block);
+        Py_DECREF((PyObject *)block);
+        if (result < 0)
+            break;
+        size_class++; /* there may be more of it */
+    }
+    step_end(blocks);
+    if (PyErr_Occurred())
+        Py_CLEAR(list);
+    return list;
+}
+
+/* punch_uncounted(): give back pages that no block has counted, if nothing is in use and none is
+   counted: after a process was killed in the middle of a punch a count says more than there is, a
+   huge page reaches into other blocks, and mlockall(2) makes pages of what it can touch */
+static PyObject *punch_uncounted(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    int problem = step_begin(blocks);
+    if (problem)
+        return problem < 0 ? NULL : Py_NewRef(Py_None);
+    bool is_free = true;
+    for (u32 i = 0; is_free && i < table_n_rows(&blocks->table); i++) {
+        const struct row *row = table_row(&blocks->table, i);
+        is_free = state_of(get(&row->commit)) == FREE && !row_resident(row, i);
+    }
+    if (is_free && file_is_ours(&blocks->mapping.data))
+        mapping_punch(&blocks->mapping, 0, NULL, blocks->table.data_nbytes);
+    step_end(blocks);
+    Py_RETURN_NONE;
+}
+
+/* unmap(): let go of windows that nobody uses */
+static PyObject *unmap(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    mapping_unmap_unused(&blocks->mapping);
+    for (u32 i = 0; i < blocks->table.n_known; i++) {
+        struct known *known = &blocks->table.known[i];
+        if (known->place.nbytes && !blocks->mapping.windows[known->place.offset / WINDOW].address) {
+            blocks->entered_nbytes -= known->entered;
+            if (!known->n_users)
+                blocks->unused_nbytes -= known->entered;
+            known->entered = 0;
+            known->is_private = false; /* it was, and went with the window */
+        }
+    }
+    Py_RETURN_NONE;
+}
+
+/* --- which ends of channels were passed on: what is known of those is out of date */
+
+/* pass_on([end]): False if the lock could not be had; then it counts as more than are listed */
+static PyObject *pass_on(PyObject *self, PyObject *ends)
+{
+    struct blocks *blocks = of(self);
+    Py_ssize_t n = length_of(ends);
+    if (n < 0 || has_ended(blocks))
+        return n < 0 ? NULL : Py_NewRef(Py_False);
+    struct header *header = &blocks->table.shared->header;
+    int problem = step_begin(blocks);
+    if (problem) {
+        atomic_fetch_add_explicit(&header->n_passed, 2 * PASSED, memory_order_release);
+        return problem < 0 ? NULL : Py_NewRef(Py_False);
+    }
+    for (Py_ssize_t i = 0; i < n; i++) {
+        u64 end = PyLong_AsUnsignedLongLong(PyList_GetItem(ends, i)), at = get(&header->n_passed);
+        atomic_thread_fence(memory_order_release);
+        put(&header->passed[at % PASSED], end);
+        /* Added: somebody without the lock may count at the same time. */
+        atomic_fetch_add_explicit(&header->n_passed, 1, memory_order_release);
+    }
+    step_end(blocks);
+    return PyErr_Occurred() ? NULL : Py_NewRef(Py_True);
+}
+
+/* passed_since(n): those that were passed on since there were n; None: more than are listed */
+static PyObject *passed_since(PyObject *self, PyObject *argument)
+{
+    struct blocks *blocks = of(self);
+    u64 seen = PyLong_AsUnsignedLongLong(argument), ends[PASSED];
+    if (PyErr_Occurred())
+        return NULL;
+    if (has_ended(blocks))
+        return PyList_New(0);
+    struct header *header = &blocks->table.shared->header;
+    u64 n = atomic_load_explicit(&header->n_passed, memory_order_acquire);
+    for (u64 i = seen; n - seen < PASSED && i < n; i++)
+        ends[i - seen] = get(&header->passed[i % PASSED]);
+    /* Read first, then looked whether they were overwritten meanwhile. */
+    atomic_thread_fence(memory_order_acquire);
+    if (get(&header->n_passed) - seen >= PASSED) /* the oldest is the next to be written over */
+        Py_RETURN_NONE;
+    PyObject *list = PyList_New((Py_ssize_t)(n - seen));
+    for (u64 i = 0; list && i < n - seen; i++)
+        PyList_SetItem(list, (Py_ssize_t)i, PyLong_FromUnsignedLongLong(ends[i]));
+    return list;
+}
+
+/* --- beginning and end */
+
+/* abandon(): as if this process had died: its slot is free, and nothing that it has is released */
+static PyObject *abandon(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    participant_leave(of(self));
+    for (struct block *block = of(self)->first; block; block = block->after)
+        block->epoch = 0;
+    Py_RETURN_NONE;
+}
+
+static bool has_live_objects(const struct blocks *blocks)
+{
+    return blocks->first != NULL;
+}
+
+static void let_go(struct blocks *blocks)
+{
+    if (blocks->own.life.fd >= 0 || blocks->own.parents.fd >= 0 || blocks->own.life_page)
+        participant_leave(blocks);
+    fork_unwatch(blocks);
+    if (blocks->mapping.windows) {
+        mapping_unmap_unused(&blocks->mapping);
+        free(blocks->mapping.windows);
+        blocks->mapping.windows = NULL;
+        blocks->mapping.n_windows = 0;
+    }
+    if (blocks->mapping.first)
+        munmap(blocks->mapping.first, PAGE);
+    blocks->mapping.first = NULL;
+    free(blocks->table.known);
+    blocks->table.known = NULL;
+    blocks->table.n_known = blocks->table.n_room = 0;
+    for (u32 i = 0; i < ROWS / CHUNK; i++) {
+        if (blocks->table.chunks[i])
+            munmap(blocks->table.chunks[i], CHUNK * sizeof(struct row));
+        blocks->table.chunks[i] = NULL;
+    }
+    if (blocks->table.shared)
+        munmap(blocks->table.shared, sizeof *blocks->table.shared);
+    blocks->table.shared = NULL;
+}
+
+/* end(): unmap everything; False while an object or a thread needs it */
+static PyObject *end(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct blocks *blocks = of(self);
+    if (has_live_objects(blocks) || blocks->n_inside)
+        Py_RETURN_FALSE;
+    let_go(blocks);
+    Py_RETURN_TRUE;
+}
+
+static void blocks_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    let_go(of(self));
+    PyObject_Free(self);
+    Py_DECREF((PyObject *)type);
+}
+
+/* Blocks(data, table, locks): descriptors of an arena's files, whose header was checked */
+static PyObject *blocks_new(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(keywords))
+{
+    int data, table, locks;
+    if (!PyArg_ParseTuple(arguments, "iii", &data, &table, &locks))
+        return NULL;
+    struct blocks *blocks = PyObject_New(struct blocks, type);
+    if (blocks == NULL)
+        return NULL;
+    PyObject head = *(PyObject *)blocks;
+    *blocks = (struct blocks){.keep_nbytes = KEEP_LEAST, .entered_limit = ENTERED_LIMIT};
+    *(PyObject *)blocks = head;
+    blocks->own.handle.fd = blocks->own.life.fd = blocks->own.parents.fd = -1;
+    if (file_note(&blocks->own.handle, locks) != 0 || mapping_start(&blocks->mapping, data) != 0)
+        goto error;
+    if (file_note(&blocks->table.file, table) != 0)
+        goto error;
+    blocks->table.shared = (struct table *)(void *)map_quietly(table, 0, sizeof(struct table),
+                                                               PROT_READ | PROT_WRITE);
+    if (blocks->table.shared == NULL)
+        goto error;
+    const struct header *header = &blocks->table.shared->header;
+    blocks->table.data_nbytes = blocks->mapping.data_nbytes;
+    blocks->table.capacity = header->capacity;
+    blocks->table.huge = header->huge != 0;
+    blocks->table.by_fault = header->huge == 1;
+    blocks->lock.shared = blocks->table.shared;
+    fork_watch(blocks);
+    return (PyObject *)blocks;
+error:
+    PyErr_SetFromErrno(PyExc_OSError);
+    Py_DECREF((PyObject *)blocks);
+    return NULL;
+}
+
+/* --- what Python sees */
+
+void count_in(struct blocks *blocks, u32 counter, u64 amount)
+{
+    if (amount == 0 || has_ended(blocks) || !has_joined(blocks))
+        return;
+    word *counted = &blocks->table.shared->participants[blocks->lock.slot].counters[counter];
+    put(counted, get(counted) + amount);
+}
+
+#define HEADER_WORD(name)                                                                          \
+    static PyObject *get_##name(PyObject *self, void *Py_UNUSED(closure))                          \
+    {                                                                                              \
+        return PyLong_FromUnsignedLongLong(                                                        \
+            has_ended(of(self)) ? 0 : get(&of(self)->table.shared->header.name));                  \
+    }
+
+HEADER_WORD(resident)
+HEADER_WORD(n_passed)
+
+static PyObject *get_held(PyObject *self, void *Py_UNUSED(closure))
+{
+    /* A sum that others change: about right, and after a rebuild perhaps below 0 for a while. */
+    int64_t held = has_ended(of(self)) ? 0 : (int64_t)get(&of(self)->table.shared->header.held);
+    return PyLong_FromLongLong(held > 0 ? held : 0);
+}
+
+static PyObject *get_closed(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(has_ended(of(self)) || get(&of(self)->table.shared->header.closed));
+}
+
+static PyObject *get_joined(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(!has_ended(of(self)) && has_joined(of(self)));
+}
+
+static PyObject *get_ended(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(has_ended(of(self)));
+}
+
+static PyObject *get_slot(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(of(self)->lock.slot);
+}
+
+static PyObject *get_incarnation(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(of(self)->own.incarnation);
+}
+
+static PyObject *get_n_held(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLong(of(self)->n_held);
+}
+
+static PyObject *get_is_idle(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(!has_live_objects(of(self)) && !of(self)->n_inside);
+}
+
+static PyObject *get_has_locks(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(file_is_ours(&of(self)->own.handle));
+}
+
+static int set_keep(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
+{
+    u64 nbytes = value ? PyLong_AsUnsignedLongLong(value) : 0;
+    if (PyErr_Occurred())
+        return -1;
+    of(self)->keep_nbytes = nbytes;
+    return 0;
+}
+
+static PyObject *get_keep(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(of(self)->keep_nbytes);
+}
+
+static PyObject *get_entered_limit(PyObject *self, void *Py_UNUSED(closure))
+{
+    u64 nbytes = of(self)->entered_limit;
+    return nbytes == UINT64_MAX ? Py_NewRef(Py_None) : PyLong_FromUnsignedLongLong(nbytes);
+}
+
+/* How many bytes of blocks that nobody uses may stay in our page tables; None: any number. */
+static int set_entered_limit(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
+{
+    u64 nbytes = value == Py_None ? UINT64_MAX : value ? PyLong_AsUnsignedLongLong(value) : 0;
+    if (PyErr_Occurred())
+        return -1;
+    of(self)->entered_limit = nbytes;
+    return 0;
+}
+
+/* close(): nothing new is sent; what is released from now on goes back to the system */
+static PyObject *close_arena(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    if (!has_ended(of(self)))
+        put(&of(self)->table.shared->header.closed, 1);
+    Py_RETURN_NONE;
+}
+
+static PyMethodDef methods[] = {
+    {"lease", lease, METH_O, NULL},
+    {"pairs", pairs_of, METH_O, NULL},
+    {"depart_all", depart_all, METH_NOARGS, NULL},
+    {"seal", seal, METH_VARARGS, NULL},
+    {"depart", depart, METH_O, NULL},
+    {"settle", settle, METH_O, NULL},
+    {"release", release, METH_O, NULL},
+    {"prepare", prepare, METH_O, NULL},
+    {"claim", claim, METH_VARARGS, NULL},
+    {"is_in_flight", is_in_flight, METH_VARARGS, NULL},
+    {"is_unread", is_unread, METH_VARARGS, NULL},
+    {"is_damaged", is_damaged, METH_O, NULL},
+    {"adopt", adopt, METH_VARARGS, NULL},
+    {"discard", discard, METH_VARARGS, NULL},
+    {"send_on", send_on, METH_VARARGS, NULL},
+    {"reading", begin_reading, METH_NOARGS, NULL},
+    {"read_for_ever", read_for_ever, METH_NOARGS, NULL},
+    {"join", join, METH_O, NULL},
+    {"say_that_it_reads", say_that_it_reads, METH_NOARGS, NULL},
+    {"keep", keep_source, METH_O, NULL},
+    {"forget", forget_source, METH_O, NULL},
+    {"keep_all", keep_all, METH_NOARGS, NULL},
+    {"retain", retain, METH_O, NULL},
+    {"reap", reap, METH_NOARGS, NULL},
+    {"participants", participants, METH_NOARGS, NULL},
+    {"is_alive", lives, METH_O, NULL},
+    {"unowned", lost_unowned, METH_NOARGS, NULL},
+    {"sources", lost_sources, METH_NOARGS, NULL},
+    {"has_abandoned", lost_has_abandoned, METH_NOARGS, NULL},
+    {"free_lost", lost_free, METH_O, NULL},
+    {"count", (PyCFunction)(void (*)(void))count, METH_FASTCALL, NULL},
+    {"counters", counters, METH_NOARGS, NULL},
+    {"census", census, METH_NOARGS, NULL},
+    {"take_idle", take_idle, METH_O, NULL},
+    {"punch_uncounted", punch_uncounted, METH_NOARGS, NULL},
+    {"unmap", unmap, METH_NOARGS, NULL},
+    {"pass_on", pass_on, METH_O, NULL},
+    {"passed_since", passed_since, METH_O, NULL},
+    {"abandon", abandon, METH_NOARGS, NULL},
+    {"close", close_arena, METH_NOARGS, NULL},
+    {"end", end, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyGetSetDef attributes[] = {
+    {"closed", get_closed, NULL, NULL, NULL},
+    {"ended", get_ended, NULL, NULL, NULL},
+    {"joined", get_joined, NULL, NULL, NULL},
+    {"slot", get_slot, NULL, NULL, NULL},
+    {"incarnation", get_incarnation, NULL, NULL, NULL},
+    {"has_locks", get_has_locks, NULL, NULL, NULL},
+    {"is_idle", get_is_idle, NULL, NULL, NULL},
+    {"held", get_held, NULL, NULL, NULL},
+    {"resident", get_resident, NULL, NULL, NULL},
+    {"n_passed", get_n_passed, NULL, NULL, NULL},
+    {"n_held", get_n_held, NULL, NULL, NULL},
+    {"keep_nbytes", get_keep, set_keep, NULL, NULL},
+    {"entered_limit", get_entered_limit, set_entered_limit, NULL, NULL},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, blocks_new},
+    {Py_tp_dealloc, blocks_dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, attributes},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "oobpickle._core.Blocks",
+    .basicsize = sizeof(struct blocks),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = slots,
+};
+
+int blocks_type_make(PyObject *module)
+{
+    if (blocks_type == NULL)
+        blocks_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    if (reading_type == NULL)
+        reading_type = (PyTypeObject *)PyType_FromSpec(&reading_spec);
+    if (blocks_type == NULL || reading_type == NULL || block_type_make() != 0)
+        return -1;
+    return PyModule_AddObjectRef(module, "Blocks", (PyObject *)blocks_type) ||
+           PyModule_AddObjectRef(module, "Block", (PyObject *)block_type);
+}

@@ -1,0 +1,252 @@
+/* What the files of the core share. Each has one noun; its first comment says which. */
+
+#ifndef OOBPICKLE_CORE_H
+#define OOBPICKLE_CORE_H
+
+#define PY_SSIZE_T_CLEAN
+#define Py_LIMITED_API 0x030B0000
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE
+#endif
+#include <Python.h>
+
+#include "layout.h"
+
+/* --- faults.c: places where a test can have this process killed */
+
+extern const char *fault_armed;
+void fault_reach(const char *point);
+bool fault_fail(const char *point);
+PyObject *fault_arm(PyObject *module, PyObject *arguments);
+
+/* Whether a system call is to count as refused, with errno. */
+#define FAILS(point) (__builtin_expect(fault_armed != NULL, 0) && fault_fail(point))
+
+#define FAULT(point)                                                                               \
+    do {                                                                                           \
+        if (__builtin_expect(fault_armed != NULL, 0))                                              \
+            fault_reach(point);                                                                    \
+    } while (0)
+
+/* --- epoch.c: whose is it, after a fork? */
+
+u64 epoch(void); /* differs in each process of a tree of forks; 0: of a fork without any handler */
+int epoch_start(void);
+
+/* --- mapping.c: the files of an arena, and windows into the data */
+
+struct file {
+    int fd;
+    u64 device, inode;
+};
+
+struct window {
+    char *address;
+    u64 nbytes;
+    u32 n_users; /* leases and blocks that have an address in it */
+    u32 opened;  /* units of 2 MiB that may be touched: bits, or of a large block how many */
+    bool is_open; /* all of it, for want of mappings */
+};
+
+struct mapping {
+    struct file data;
+    char *first; /* of the data: one page, in the place of a descriptor that somebody may close */
+    u64 data_nbytes;
+    u32 n_windows;
+    struct window *windows; /* one for each WINDOW bytes of the data file */
+};
+
+bool file_is_ours(const struct file *file);
+int file_note(struct file *file, int fd);
+char *map_behind(char *first, u64 offset, u64 nbytes);
+char *map_quietly(int fd, u64 offset, u64 nbytes, int protection);
+int mapping_start(struct mapping *mapping, int fd);
+char *mapping_at(struct mapping *mapping, u64 offset, u64 stride, u64 nbytes);
+char *mapping_again(const struct mapping *mapping, u64 offset, u64 nbytes);
+void mapping_close(struct mapping *mapping, u64 offset, u64 stride);
+void mapping_use(struct mapping *mapping, u64 offset);
+void mapping_leave(struct mapping *mapping, u64 offset);
+void mapping_unmap_unused(struct mapping *mapping);
+int mapping_reserve(struct mapping *mapping, u64 offset, char *address, u64 nbytes, bool by_fault);
+int mapping_punch(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
+int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, u64 nbytes,
+                      bool keep_file);
+int mapping_share(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
+int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes);
+int advise(char *address, u64 nbytes, int advice);
+void populate(char *address, u64 nbytes, bool write);
+
+/* --- table.c: who has which block */
+
+struct place {
+    u64 offset, nbytes, stride;
+    u32 size_class;
+};
+
+enum shortage { ROOM, FULL, TABLE, DAMAGED, SPACE, BUSY, DETACHED, N_SHORTAGES };
+
+/* What this process knows of a row, and has done with it. */
+struct known {
+    struct place place; /* nbytes is 0: it is damaged */
+    u64 entered;        /* bytes of it that are in our page tables ... */
+    u64 adopted;        /* generation of a message that was read here and not loaded, or 0 */
+    u32 punches;        /* ... unless its pages have gone back since */
+    u32 n_users;        /* objects that have it */
+    bool is_private;    /* the range is private memory of this process since a fork */
+};
+
+struct table_view {
+    struct table *shared;
+    u64 data_nbytes, capacity;
+    bool huge, by_fault;
+    struct file file;
+    struct row *chunks[ROWS / CHUNK];
+    u32 n_known; /* a prefix of the rows */
+    u32 n_room;     /* of `known` */
+    u32 n_reserved; /* rows that have pages */
+    struct known *known;
+};
+
+struct row *table_row(struct table_view *table, u32 index);
+bool table_knows(struct table_view *table, u32 index);
+u32 table_n_rows(struct table_view *table);
+bool table_reserve_rows(struct table_view *table, u32 n_more);
+u64 table_pages(const struct table_view *table, u64 nbytes);
+bool row_is(struct table_view *table, u32 index, enum state state, u64 generation);
+bool row_is_damaged(struct table_view *table, u32 index);
+u64 row_resident(const struct row *row, u32 index);
+void row_quarantine(struct table_view *table, u32 index);
+bool row_change(struct row *row, u32 index, u64 seen, u64 low);
+void row_emptied(struct table_view *table, u32 index);
+struct leased {
+    u32 index;
+    u64 counted; /* bytes of pages that it had */
+    u64 present; /* and that are there for certain */
+};
+
+enum shortage table_lease(struct table_view *table, u64 nbytes, u32 slot, struct leased *leased,
+                          u64 *room);
+u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot);
+void table_push(struct table_view *table, u32 index);
+void table_drain(struct table_view *table);
+void table_free(struct table_view *table, u32 index, u64 generation, bool emptied);
+void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void *with);
+
+/* --- lock.c: one step at a time, between all processes */
+
+enum taken { TAKEN, TAKEN_DIRTY, LOCK_BUSY, LOCK_LOST, LOCK_ERROR };
+
+struct lock {
+    struct table *shared;
+    u32 slot;
+    u64 epoch;
+    bool is_deaf; /* signals wait until it was taken */
+};
+
+enum taken lock_take(struct lock *lock, u64 bound_us, bool (*is_alive)(void *, u32), void *with);
+extern u64 lock_patience_us;
+void lock_give(struct lock *lock);
+u64 now_us(void);
+
+/* --- participant.c: this process among the participants */
+
+struct participation {
+    struct file handle;  /* of the locks file: inherited, never locked */
+    struct file life;    /* our own description of it: its locks end with this process */
+    struct file parents; /* that of the parent, in a forked child that has not joined yet */
+    char *life_page;     /* keeps the description if somebody closes the descriptor */
+    u64 life_epoch;      /* of the process that has opened it */
+    u64 epoch;           /* in which this process joined; another one: it has not */
+    u64 incarnation, pid_namespace;
+    u64 kept[KEPT]; /* what our row says, for the children */
+    u32 n_adopted;
+    bool keeps_all, reads_for_ever, retired;
+    bool is_joining; /* a thread of this process */
+};
+
+struct blocks;
+
+bool has_joined(const struct blocks *blocks);
+bool is_alive(void *blocks, u32 slot);
+int participant_join(struct blocks *blocks);
+void participant_renew(struct blocks *blocks);
+void participant_leave(struct blocks *blocks);
+u32 participant_reap(struct blocks *blocks);
+bool participant_keep(struct blocks *blocks, u64 source);
+void participant_retain(struct blocks *blocks, const u64 *sources, size_t n);
+u32 n_slots(const struct blocks *blocks);
+
+/* --- blocks.c: one arena, as this process has it */
+
+/* What this process owns, or is sending. */
+struct block {
+    PyObject_HEAD
+    struct blocks *blocks; /* a reference */
+    struct block *before, *after;
+    u64 generation, nbytes, epoch;
+    u64 reserved; /* bytes that have pages, of a lease */
+    u64 mapped;   /* bytes of a mapping of its own */
+    char *address;
+    u32 index;
+    enum state state; /* LEASED, IN_FLIGHT or HELD; NONE: not ours to release */
+    bool is_copy;     /* ordinary memory */
+    bool is_apart;    /* a mapping of its own */
+    bool is_private;  /* ordinary memory since a fork */
+    bool is_emptied;  /* its pages in the file have gone */
+    bool is_kept;     /* its pages stay when it is released */
+    bool is_sending;  /* its envelope is being written */
+    bool is_using;    /* counted as a user of its window */
+};
+
+#define ENTERED_LIMIT ((u64)96 << 20)
+
+struct blocks {
+    PyObject_HEAD
+    struct table_view table; /* `shared` is NULL once it has ended */
+    struct mapping mapping;
+    struct lock lock;
+    struct participation own;
+    struct block *first;
+    struct blocks *next_arena, *arena_before;
+    u64 keep_nbytes;    /* what free blocks may keep */
+    u64 entered_nbytes; /* of blocks, in our page tables ... */
+    u64 unused_nbytes;  /* ... and of those that nobody here has */
+    u64 entered_limit;
+    u64 hurried_until;
+    u64 n_copied, nbytes_copied, n_shared; /* at a fork, and not counted yet */
+    u32 n_held, n_inside, n_forking;
+};
+
+extern PyTypeObject *block_type;
+
+int step_begin(struct blocks *blocks);
+void step_end(struct blocks *blocks);
+struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nbytes);
+int block_map(struct block *block, u64 nbytes);
+void block_enter(struct block *block, u64 nbytes);
+void block_release(struct block *block);
+void count_in(struct blocks *blocks, u32 counter, u64 amount);
+void leave_others(struct blocks *blocks, u64 nbytes);
+int block_type_make(void);
+int blocks_type_make(PyObject *module);
+
+/* --- fork.c: what this process has becomes its own */
+
+PyObject *fork_before(PyObject *module, PyObject *none);
+PyObject *fork_in_parent(PyObject *module, PyObject *none);
+PyObject *fork_in_child(PyObject *module, PyObject *none);
+void fork_watch(struct blocks *blocks);
+void fork_unwatch(struct blocks *blocks);
+
+/* --- lost.c: messages that nobody can load any more */
+
+PyObject *lost_unowned(PyObject *self, PyObject *none);
+PyObject *lost_sources(PyObject *self, PyObject *none);
+PyObject *lost_has_abandoned(PyObject *self, PyObject *none);
+PyObject *lost_free(PyObject *self, PyObject *heads);
+
+/* --- copying.c */
+
+PyObject *copy_bytes(PyObject *module, PyObject *arguments);
+
+#endif

@@ -1,0 +1,154 @@
+/* What this process has becomes its own at a fork.
+
+What. Before a fork each block that this process holds is turned into ordinary private memory, so
+that neither process sees the other's writes.
+
+How it works. Python calls these three as hooks (os.register_at_fork). They are C, so no signal
+handler runs inside, and a Ctrl-C that is pending comes afterwards. Between the hook and the fork
+other threads and other hooks can run: what is claimed then is copied (`n_forking`). C code that
+forks by itself may tell Python in the child only; the child then makes its own copy, and leaves the
+file to its parent.
+
+Lifetime. Arenas are watched from their making to their end.
+
+When it cannot. If the system allows no further mapping, a block stays shared; it is counted. Of a
+fork that runs no hook nothing is known but the epoch: nothing is released, sent or claimed then. */
+
+#include "core.h"
+
+static struct blocks *arenas;
+
+#define HURRIED_US 20000
+
+void fork_watch(struct blocks *blocks)
+{
+    blocks->next_arena = arenas;
+    blocks->arena_before = NULL;
+    if (arenas)
+        arenas->arena_before = blocks;
+    arenas = blocks;
+}
+
+void fork_unwatch(struct blocks *blocks)
+{
+    if (blocks->arena_before)
+        blocks->arena_before->next_arena = blocks->next_arena;
+    else if (arenas == blocks)
+        arenas = blocks->next_arena;
+    if (blocks->next_arena)
+        blocks->next_arena->arena_before = blocks->arena_before;
+    blocks->next_arena = blocks->arena_before = NULL;
+}
+
+static bool must_become_private(const struct block *block, u64 of_epoch)
+{
+    /* What has no address yet is in the middle of a claim by another thread: see `receive_one`. */
+    return block->state == HELD && block->address && block->epoch == of_epoch && !block->is_private &&
+           !block->is_copy;
+}
+
+static void privatize(struct block *block, bool keep_file)
+{
+    struct blocks *blocks = block->blocks;
+    struct known *known = &blocks->table.known[block->index];
+    u64 pages = round_up(block->nbytes, PAGE);
+    if (mapping_privatize(&blocks->mapping, known->place.offset, block->address, pages, keep_file)) {
+        known->is_private |= !block->is_apart; /* a part of it may be */
+        blocks->n_shared++;
+        return;
+    }
+    block->is_private = true;
+    known->is_private |= !block->is_apart;
+    FAULT("fork.privatized");
+    if (keep_file)
+        return;
+    u64 resident = row_resident(table_row(&blocks->table, block->index), block->index);
+    if (resident > pages) /* of a larger message before */
+        mapping_punch(&blocks->mapping, known->place.offset + pages, NULL, resident - pages);
+    block->is_emptied = true;
+    blocks->n_copied++;
+    blocks->nbytes_copied += block->nbytes;
+}
+
+/* That the pages have gone is accounted now if the lock can be had, else when the block is released. */
+static void account(struct blocks *blocks)
+{
+    blocks->lock.is_deaf = true;
+    blocks->n_inside++;
+    enum taken taken = lock_take(&blocks->lock, HURRIED_US, is_alive, blocks);
+    blocks->n_inside--;
+    blocks->lock.is_deaf = false;
+    if (taken != TAKEN && taken != TAKEN_DIRTY)
+        return;
+    if (taken == TAKEN_DIRTY)
+        table_rebuild(&blocks->table, NULL, NULL);
+    for (struct block *block = blocks->first; block; block = block->after)
+        if (block->is_emptied && block->state == HELD && block->epoch == epoch() &&
+            row_resident(table_row(&blocks->table, block->index), block->index))
+            row_emptied(&blocks->table, block->index);
+    lock_give(&blocks->lock);
+}
+
+static void count(struct blocks *blocks)
+{
+    count_in(blocks, N_COPIED_AT_FORK, blocks->n_copied);
+    count_in(blocks, NBYTES_COPIED_AT_FORK, blocks->nbytes_copied);
+    count_in(blocks, N_SHARED_AFTER_FORK, blocks->n_shared);
+    blocks->n_copied = blocks->nbytes_copied = blocks->n_shared = 0;
+}
+
+PyObject *fork_before(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    for (struct blocks *blocks = arenas, *next; blocks; blocks = next) {
+        Py_INCREF((PyObject *)blocks); /* another thread may drop it while we wait for the lock */
+        blocks->n_forking++;
+        for (struct block *block = blocks->first; block; block = block->after)
+            if (must_become_private(block, epoch()))
+                privatize(block, false);
+        if (blocks->n_copied && has_joined(blocks))
+            account(blocks);
+        count(blocks);
+        next = blocks->next_arena;
+        Py_DECREF((PyObject *)blocks);
+    }
+    FAULT("fork.before");
+    Py_RETURN_NONE;
+}
+
+PyObject *fork_in_parent(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    FAULT("fork.after_in_parent");
+    for (struct blocks *blocks = arenas; blocks; blocks = blocks->next_arena)
+        if (blocks->n_forking)
+            blocks->n_forking--;
+    Py_RETURN_NONE;
+}
+
+/* Nothing is waited for here but a lock whose holder lives; the child joins, or tries again later. */
+PyObject *fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
+{
+    FAULT("fork.after_in_child");
+    for (struct blocks *blocks = arenas; blocks; blocks = blocks->next_arena) {
+        u64 parents = blocks->own.epoch;
+        blocks->n_copied = blocks->nbytes_copied = blocks->n_shared = 0;
+        if (!blocks->n_forking && parents)
+            for (struct block *block = blocks->first; block; block = block->after)
+                if (must_become_private(block, parents))
+                    privatize(block, true);
+        blocks->n_forking = blocks->n_inside = 0;
+        blocks->own.is_joining = false;
+        blocks->n_held = 0;
+        if (blocks->entered_limit == UINT64_MAX) /* its maker keeps everything, we do not */
+            blocks->entered_limit = ENTERED_LIMIT;
+        blocks->entered_nbytes = blocks->unused_nbytes = 0; /* page tables of the file are not inherited */
+        for (u32 i = 0; i < blocks->table.n_known; i++)
+            blocks->table.known[i].entered = 0;
+        participant_renew(blocks);
+        blocks->lock.is_deaf = true; /* a signal is seen when the hook is done */
+        if (!get(&blocks->table.shared->header.closed))
+            participant_join(blocks);
+        blocks->lock.is_deaf = false;
+        count(blocks);
+    }
+    Py_RETURN_NONE;
+}

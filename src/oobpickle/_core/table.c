@@ -1,0 +1,524 @@
+/* The table of blocks: who has which block.
+
+What. Rows are made, leased, freed and counted; the free lists and sums are rebuilt.
+
+How it works. A block belongs to nobody or to exactly one participant:
+
+    FREE -lease-> LEASED -seal-> IN FLIGHT -claim-> HELD -release-> RELEASED -drain-> FREE
+
+lease and drain are steps under the lock. seal, claim and release need none: each changes the
+block's commit word, once, which only the owner (seal, release) or whoever comes first (claim) may
+do. What is RELEASED waits on a stack, onto which any process pushes; whoever next has the lock
+empties it. Everything but the rows can be rebuilt from the rows, and is, after a death in a step.
+
+A faulty process may write anywhere in the file. So a row whose words do not agree is QUARANTINED
+when somebody meets it; a link that leads to a block that is not free makes the lists be rebuilt.
+
+Lifetime. A row is made when it is first needed, and never destroyed. Its place never changes, so
+each process reads it once, checks it, and from then on believes its own copy only. A generation
+counts each lease and is never reset, so an old placement is recognised for ever.
+
+When it cannot. `table_lease` says why not; a damaged row has no place, and nobody uses it. */
+
+#include "core.h"
+
+#include <errno.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+enum { AFFINITY = 8, CLASSES_UP = 4, ROWS_AHEAD = 1024 };
+
+/* Bytes of the pages under the first `nbytes` bytes of a block. */
+u64 table_pages(const struct table_view *table, u64 nbytes)
+{
+    return round_up(nbytes, table->huge && nbytes >= HUGE ? HUGE : PAGE);
+}
+
+static struct row *map_chunk(struct table_view *table, u32 chunk)
+{
+    static struct row unmapped[CHUNK]; /* no address space: none of its rows is in order */
+    u64 nbytes = CHUNK * sizeof(struct row), offset = sizeof(struct table) + chunk * nbytes;
+    char *mapped = file_is_ours(&table->file)
+                       ? map_quietly(table->file.fd, offset, nbytes, PROT_READ | PROT_WRITE)
+                       : map_behind((char *)table->shared, offset, nbytes);
+    if (mapped == NULL)
+        return unmapped;
+    return table->chunks[chunk] = (struct row *)(void *)mapped;
+}
+
+struct row *table_row(struct table_view *table, u32 index)
+{
+    struct row *chunk = table->chunks[index / CHUNK];
+    return (chunk ? chunk : map_chunk(table, index / CHUNK)) + index % CHUNK;
+}
+
+/* --- rows */
+
+static bool is_number_of_rows(const struct table_view *table, u64 n_rows)
+{
+    return n_rows >= table->n_known && n_rows <= ROWS;
+}
+
+static bool read_place(struct table_view *table, u32 index, struct place *place)
+{
+    u64 packed = get(&table_row(table, index)->place);
+    place->size_class = packed & 0xFF;
+    place->offset = (packed & PLACE_MASK) >> 8;
+    place->offset *= PAGE;
+    if (place->size_class >= CLASSES || packed != place_word(index, place->offset, place->size_class))
+        return false;
+    place->nbytes = class_nbytes(place->size_class);
+    place->stride = class_stride(place->size_class);
+    return place->stride <= table->data_nbytes &&
+           place->offset <= table->data_nbytes - place->stride;
+}
+
+/* Where the word with the check was overwritten, the other one counts if it is that of a last row. */
+static u32 count_rows(struct table_view *table, bool *is_certain)
+{
+    const struct header *header = &table->shared->header;
+    u64 packed = atomic_load_explicit((word *)&header->n_rows, memory_order_acquire);
+    u64 n_rows = packed & LOW_MASK;
+    struct place place;
+    *is_certain = packed == rows_word(n_rows) && is_number_of_rows(table, n_rows);
+    if (!*is_certain) {
+        n_rows = get(&header->n_rows_again);
+        *is_certain = is_number_of_rows(table, n_rows) && n_rows < ROWS &&
+                      (n_rows == 0 || read_place(table, (u32)n_rows - 1, &place)) &&
+                      get(&table_row(table, (u32)n_rows)->place) == 0;
+    }
+    return *is_certain ? (u32)n_rows : table->n_known;
+}
+
+u32 table_n_rows(struct table_view *table)
+{
+    bool is_certain;
+    return count_rows(table, &is_certain);
+}
+
+/* Read the places of all rows that are new to this process. */
+static bool learn_rows(struct table_view *table)
+{
+    u32 n_rows = table_n_rows(table);
+    if (n_rows == table->n_known)
+        return true;
+    if (n_rows > table->n_room) {
+        struct known *known = realloc(table->known, (size_t)n_rows * 2 * sizeof *known);
+        if (known == NULL)
+            return false;
+        table->known = known;
+        table->n_room = 2 * n_rows;
+    }
+    for (u32 i = table->n_known; i < n_rows; i++) {
+        table->known[i] = (struct known){0};
+        if (!read_place(table, i, &table->known[i].place))
+            table->known[i].place.nbytes = 0;
+    }
+    table->n_known = n_rows;
+    return true;
+}
+
+/* Whether there is such a block, and its place is in order. */
+bool table_knows(struct table_view *table, u32 index)
+{
+    if (index >= table->n_known && (index >= table_n_rows(table) || !learn_rows(table)))
+        return false;
+    struct known *known = &table->known[index];
+    if (known->place.nbytes == 0) /* damaged, or not written yet when it was read first */
+        return read_place(table, index, &known->place) || (known->place.nbytes = 0);
+    return true;
+}
+
+/* Give the next rows their pages: on a full mount a fault would be fatal. */
+bool table_reserve_rows(struct table_view *table, u32 n_more)
+{
+    u32 n_rows = table_n_rows(table), needed = n_rows + n_more + 1;
+    if (needed > ROWS)
+        needed = ROWS;
+    if (needed <= table->n_reserved || n_rows >= ROWS)
+        return true;
+    u32 end = needed + ROWS_AHEAD < ROWS ? needed + ROWS_AHEAD : ROWS;
+    if (table->n_reserved / CHUNK != (end - 1) / CHUNK) /* one after the other */
+        end = (table->n_reserved / CHUNK + 1) * CHUNK;
+    char *from = (char *)table_row(table, table->n_reserved);
+    from -= (uintptr_t)from % PAGE;
+    u64 nbytes = round_up((u64)((char *)(table_row(table, end - 1) + 1) - from), PAGE);
+    if (advise(from, nbytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
+        return false; /* EINVAL: a kernel before 5.14 */
+    table->n_reserved = end;
+    return end >= needed || table_reserve_rows(table, n_more);
+}
+
+/* Where the next block of a class goes: none lies in two windows, a large one has its own. */
+static u64 offset_after(const struct place *last, u32 size_class)
+{
+    u64 stride = class_stride(size_class), offset = 0;
+    if (last) {
+        offset = last->offset + last->stride;
+        if (last->stride > WINDOW)
+            offset = round_up(offset, WINDOW);
+    }
+    if (class_nbytes(size_class) >= HUGE)
+        offset = round_up(offset, HUGE);
+    return offset % WINDOW + stride > WINDOW ? round_up(offset, WINDOW) : offset;
+}
+
+static enum shortage make_row(struct table_view *table, u32 size_class, u32 *made)
+{
+    struct header *header = &table->shared->header;
+    bool is_certain;
+    u32 index = count_rows(table, &is_certain);
+    if (index >= ROWS)
+        return TABLE;
+    if (!is_certain || (index && !table_knows(table, index - 1)))
+        return DAMAGED;
+    if (FAILS("row.make"))
+        return errno == ENOSPC ? TABLE : DAMAGED;
+    if (!table_reserve_rows(table, 1))
+        return SPACE;
+    u64 offset = offset_after(index ? &table->known[index - 1].place : NULL, size_class);
+    if (offset + class_stride(size_class) > table->data_nbytes)
+        return TABLE;
+    struct row *row = table_row(table, index);
+    put(&row->generation, 0);
+    put(&row->channel, 0);
+    put(&row->resident, resident_word(index, 0));
+    put_half(&row->below, NO_LINK);
+    put_half(&row->punches, 0);
+    put(&row->commit, commit_word(index, FREE, 0));
+    put(&row->place, place_word(index, offset, size_class));
+    FAULT("row.written");
+    put(&header->n_rows_again, index + 1);
+    FAULT("row.numbered");
+    atomic_store_explicit(&header->n_rows, rows_word(index + 1), memory_order_release);
+    FAULT("row.counted");
+    *made = index;
+    return table_knows(table, index) ? ROOM : DAMAGED;
+}
+
+/* --- what is believed */
+
+static bool is_sound(struct table_view *table, u32 index, u64 commit)
+{
+    return table_knows(table, index) && state_of(commit) != QUARANTINED &&
+           commit == commit_word(index, commit & LOW_MASK, get(&table_row(table, index)->generation));
+}
+
+/* Whether a block is in a state, of a lease. Needs no lock. */
+bool row_is(struct table_view *table, u32 index, enum state state, u64 generation)
+{
+    if (!table_knows(table, index))
+        return false;
+    u64 commit = atomic_load_explicit(&table_row(table, index)->commit, memory_order_acquire);
+    return state_of(commit) == state && commit == commit_word(index, commit & LOW_MASK, generation) &&
+           get(&table_row(table, index)->generation) == generation;
+}
+
+/* A generation that was counted but not committed: its owner died, or is in the middle of it. */
+static bool is_torn(struct table_view *table, u32 index, u64 commit)
+{
+    return table_knows(table, index) &&
+           commit == commit_word(index, FREE, get(&table_row(table, index)->generation) - 1);
+}
+
+bool row_is_damaged(struct table_view *table, u32 index)
+{
+    for (int i = 0; i < 3; i++) { /* without the lock, one may be half written */
+        u64 commit = get(&table_row(table, index)->commit);
+        if (is_sound(table, index, commit) || is_torn(table, index, commit))
+            return false;
+    }
+    return true;
+}
+
+void row_quarantine(struct table_view *table, u32 index)
+{
+    struct row *row = table_row(table, index);
+    put(&row->commit, commit_word(index, QUARANTINED, get(&row->generation)));
+}
+
+u64 row_resident(const struct row *row, u32 index)
+{
+    u64 packed = get(&row->resident), nbytes = packed & RESIDENT_MASK;
+    return packed == resident_word(index, nbytes) ? nbytes : 0;
+}
+
+/* Change the commit word that was seen to one with another owner or state; false if it has changed. */
+bool row_change(struct row *row, u32 index, u64 seen, u64 low)
+{
+    u64 generation = get(&row->generation);
+    return seen == commit_word(index, seen & LOW_MASK, generation) &&
+           atomic_compare_exchange_strong_explicit(&row->commit, &seen,
+                                                   commit_word(index, low, generation),
+                                                   memory_order_acq_rel, memory_order_relaxed);
+}
+
+/* Step: the pages of a block have gone back to the system. */
+void row_emptied(struct table_view *table, u32 index)
+{
+    struct header *header = &table->shared->header;
+    struct row *row = table_row(table, index);
+    u64 nbytes = row_resident(row, index), all = get(&header->resident);
+    put(&header->resident, all > nbytes ? all - nbytes : 0);
+    put(&row->resident, resident_word(index, 0));
+    put_half(&row->punches, get_half(&row->punches) + 1);
+    FAULT("row.emptied");
+}
+
+/* --- free lists */
+
+static void link_free(struct table_view *table, u32 index)
+{
+    struct row *row = table_row(table, index);
+    struct header *header = &table->shared->header;
+    u32 size_class = table->known[index].place.size_class;
+    half *head = &(row_resident(row, index) ? header->warm : header->empty)[size_class];
+    put_half(&row->next, get_half(head));
+    FAULT("free.linked");
+    put_half(head, index + 1);
+}
+
+static bool is_free_for(struct table_view *table, u32 index, u64 nbytes)
+{
+    if (!table_knows(table, index) || nbytes > table->known[index].place.nbytes)
+        return false;
+    struct row *row = table_row(table, index);
+    return get(&row->commit) == commit_word(index, FREE, get(&row->generation));
+}
+
+/* The link to the block of a list that this process wrote last: its pages are in our page tables. */
+static half *nearest(struct table_view *table, half *head, u64 nbytes, u32 slot)
+{
+    half *link = head;
+    for (int i = 0; i < AFFINITY; i++) {
+        u32 index = get_half(link) - 1;
+        if (index >= ROWS)
+            break;
+        struct row *row = table_row(table, index);
+        if (get_half(&row->last) == slot && row_resident(row, index) >= nbytes)
+            return link;
+        link = &row->next;
+    }
+    return head;
+}
+
+static half *find_free(struct table_view *table, u32 size_class, u64 nbytes, u32 slot)
+{
+    struct header *header = &table->shared->header;
+    if (get_half(&header->warm[size_class]))
+        return nearest(table, &header->warm[size_class], nbytes, slot);
+    for (u32 up = size_class + 1; up <= size_class + CLASSES_UP && up < CLASSES; up++) {
+        u32 index = get_half(&header->warm[up]) - 1;
+        if (index < ROWS && row_resident(table_row(table, index), index) >= nbytes)
+            return &header->warm[up];
+    }
+    return get_half(&header->empty[size_class]) ? &header->empty[size_class] : NULL;
+}
+
+/* --- leasing and freeing */
+
+static void commit_lease(struct table_view *table, u32 index, u64 nbytes, u32 slot)
+{
+    struct row *row = table_row(table, index);
+    u64 generation = get(&row->generation) + 1;
+    put(&row->generation, generation);
+    put(&row->used, nbytes);
+    put(&row->channel, 0);
+    put_half(&row->last, slot);
+    FAULT("lease.written");
+    put(&row->commit, commit_word(index, low_of(LEASED, slot), generation));
+    FAULT("lease.committed");
+}
+
+static half *find_sound(struct table_view *table, u32 size_class, u64 nbytes, u32 slot)
+{
+    half *link = find_free(table, size_class, nbytes, slot);
+    if (link == NULL || is_free_for(table, get_half(link) - 1, nbytes))
+        return link;
+    table_rebuild(table, NULL, NULL); /* a link, or what it leads to, was overwritten */
+    link = find_free(table, size_class, nbytes, slot);
+    return link && is_free_for(table, get_half(link) - 1, nbytes) ? link : NULL;
+}
+
+/* Step: lease a block of `nbytes` bytes. */
+enum shortage table_lease(struct table_view *table, u64 nbytes, u32 slot, struct leased *leased,
+                          u64 *room)
+{
+    struct header *header = &table->shared->header;
+    u32 size_class = class_of(nbytes);
+    half *link = find_sound(table, size_class, nbytes, slot);
+    u32 found = link ? get_half(link) - 1 : 0;
+    struct row *row = table_row(table, found);
+    u64 have = link ? row_resident(row, found) : 0, want = table_pages(table, nbytes);
+    if (want > have) {
+        u64 resident = get(&header->resident);
+        *room = resident < table->capacity ? table->capacity - resident : 0;
+        if (want - have > *room)
+            return FULL;
+    }
+    if (link) {
+        put_half(link, get_half(&row->next));
+        FAULT("lease.unlinked");
+        if (have && !(get(&row->channel) & PREPARED))
+            atomic_fetch_sub_explicit(&header->idle, have, memory_order_relaxed);
+    } else {
+        enum shortage shortage = make_row(table, size_class, &found);
+        if (shortage != ROOM)
+            return shortage;
+        row = table_row(table, found);
+    }
+    if (want > have) {
+        put(&row->resident, resident_word(found, want));
+        put(&header->resident, get(&header->resident) + want - have);
+    }
+    *leased = (struct leased){
+        .index = found, .counted = have, .present = get(&row->channel) & INCOMPLETE ? 0 : have};
+    commit_lease(table, found, nbytes, slot);
+    return ROOM;
+}
+
+/* Step: lease the first free block of a class that has pages, to empty it; ROWS: there is none. */
+u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot)
+{
+    struct header *header = &table->shared->header;
+    half *head = &header->warm[size_class];
+    if (get_half(head) && !is_free_for(table, get_half(head) - 1, 0))
+        table_rebuild(table, NULL, NULL);
+    u32 index = get_half(head) - 1;
+    if (get_half(head) == 0 || !is_free_for(table, index, 0))
+        return ROWS;
+    struct row *row = table_row(table, index);
+    put_half(head, get_half(&row->next));
+    if (!(get(&row->channel) & PREPARED))
+        atomic_fetch_sub_explicit(&header->idle, row_resident(row, index), memory_order_relaxed);
+    commit_lease(table, index, 0, slot);
+    return index;
+}
+
+/* Put a block that its owner has released on the stack: without the lock. */
+void table_push(struct table_view *table, u32 index)
+{
+    word *top = &table->shared->header.released;
+    half *below = &table_row(table, index)->below;
+    u64 seen = get(top);
+    do
+        put_half(below, (u32)seen);
+    while (!atomic_compare_exchange_weak_explicit(top, &seen, (u64)index + 1, memory_order_release,
+                                                  memory_order_relaxed));
+}
+
+/* Step: make a released block free. */
+void table_free(struct table_view *table, u32 index, u64 generation, bool emptied)
+{
+    struct row *row = table_row(table, index);
+    if (emptied)
+        row_emptied(table, index);
+    put_half(&row->below, NO_LINK);
+    put(&row->commit, commit_word(index, FREE, generation));
+    FAULT("free.committed");
+    link_free(table, index);
+}
+
+static bool is_released(enum state state)
+{
+    return state == RELEASED || state == EMPTIED;
+}
+
+static void free_chain(struct table_view *table, u64 link)
+{
+    for (u32 n = 0; link != 0 && link <= ROWS && n < ROWS; n++) {
+        u32 index = (u32)link - 1;
+        if (!table_knows(table, index))
+            return; /* damaged: what is below comes back with its owner's end */
+        struct row *row = table_row(table, index);
+        u64 commit = get(&row->commit);
+        link = get_half(&row->below);
+        if (is_released(state_of(commit)) && is_sound(table, index, commit))
+            table_free(table, index, get(&row->generation), state_of(commit) == EMPTIED);
+    }
+}
+
+/* Step: free what was released since the last one. */
+void table_drain(struct table_view *table)
+{
+    struct header *header = &table->shared->header;
+    u64 top = get(&header->released);
+    if (top == 0)
+        return;
+    /* Noted first: if we die in the middle, whoever rebuilds finds what is left. */
+    do
+        put(&header->draining, top);
+    while (!atomic_compare_exchange_weak_explicit(&header->released, &top, 0, memory_order_acquire,
+                                                  memory_order_relaxed));
+    FAULT("drain.taken");
+    free_chain(table, top);
+    put(&header->draining, 0);
+}
+
+/* --- rebuilding */
+
+static void mend_row(struct table_view *table, u32 index)
+{
+    struct row *row = table_row(table, index);
+    u64 commit = get(&row->commit);
+    if (is_sound(table, index, commit) || state_of(commit) == QUARANTINED)
+        return;
+    if (is_torn(table, index, commit)) /* the generation stays used up */
+        put(&row->commit, commit_word(index, FREE, get(&row->generation)));
+    else
+        row_quarantine(table, index);
+}
+
+/* Step: recompute lists and sums from the rows; quarantine what is damaged. With `is_alive`, what
+   dead participants leased, held or were releasing is free from now on. */
+void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void *with)
+{
+    struct header *header = &table->shared->header;
+    u64 resident = 0, held = 0, idle = 0;
+    u64 held_before = get(&header->held), idle_before = get(&header->idle);
+    bool is_certain;
+    u32 n_rows = count_rows(table, &is_certain);
+
+    if (is_certain) {
+        put(&header->n_rows, rows_word(n_rows));
+        put(&header->n_rows_again, n_rows);
+    }
+    free_chain(table, get(&header->draining));
+    put(&header->draining, 0);
+    table_drain(table);
+    for (u32 i = 0; i < CLASSES; i++) {
+        put_half(&header->warm[i], 0);
+        put_half(&header->empty[i], 0);
+    }
+    for (u32 i = n_rows; i-- > 0;) { /* the lowest address is at the head of its list */
+        if (!table_knows(table, i) && table_row(table, i)->place == 0)
+            continue;
+        mend_row(table, i);
+        struct row *row = table_row(table, i);
+        u64 commit = get(&row->commit);
+        enum state state = state_of(commit);
+        bool is_lost = is_released(state) || state == LEASED || state == HELD;
+        if (is_lost && is_alive && !is_alive(with, owner_of(commit)) &&
+            row_change(row, i, commit, FREE)) {
+            put_half(&row->below, NO_LINK);
+            if (state == EMPTIED)
+                row_emptied(table, i);
+            if (state == LEASED) /* who knows how many of its pages were made */
+                put(&row->channel, INCOMPLETE);
+            state = FREE;
+        }
+        u64 pages = row_resident(row, i);
+        resident += pages;
+        if (state == HELD)
+            held += get(&row->used);
+        if (state == RELEASED || (state == FREE && !(get(&row->channel) & PREPARED)))
+            idle += pages;
+        if (state == FREE)
+            link_free(table, i);
+    }
+    put(&header->resident, resident);
+    /* Others hold and release meanwhile. */
+    atomic_fetch_add_explicit(&header->held, held - held_before, memory_order_relaxed);
+    atomic_fetch_add_explicit(&header->idle, idle - idle_before, memory_order_relaxed);
+}

@@ -1,0 +1,281 @@
+"""Sending: memory for a message, from the request to the envelope that has left.
+
+**What.** `Sending.lease` gets blocks with pages, `Lease` is what a sender has of one message.
+
+**How it works.** The blocks are leased all at once or not at all. What has no pages yet gets them
+in steps, each after a look at the headroom of the machine and of every cgroup: past a limit the
+kernel kills, it does not refuse. ::
+
+    lease -> Lease -> write -> seal -> depart -> [envelope is written to the pipe] -> settle
+              \\------ dropped: blocks are free again --------/
+
+If there is no room, what nobody needs is freed (`reclaim`), then it is waited for: by default as
+long as a pipe would take for as many bytes, and once, not by every message.
+
+**Lifetime.** A block that nobody refers to is released, whatever exception was on its way
+(`oobpickle._core.Block`). If the process dies before `seal`, the blocks come back at once; after it
+they come back when the envelope turns out to be unreadable.
+
+**When it cannot.** `ArenaFullError` with a reason of `_fallback.REASONS`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple
+
+from oobpickle import _faults
+from oobpickle._errors import ArenaFullError, format_nbytes
+from oobpickle._foreign import pass_on_foreign
+from oobpickle._memory import headroom
+from oobpickle._memory.options import Options
+from oobpickle._memory.plan import Plan, plan, views
+from oobpickle._memory.reclaim import Reclaim
+from oobpickle._native import core
+
+_PLAIN_NBYTES_PER_S: Final = 0.3e9  # what a pipe takes, for the default wait_timeout
+_FIRST_PAUSE_S: Final = 0.2e-3
+_LAST_PAUSE_S: Final = 5e-3
+_EVERYTHING: Final = 1 << 62
+_COUNT_EVERY_S: Final = 0.1
+_PAUSE_COUNTS: Final = 4  # what messages find full one after the other is not counted each time
+_STEP_NBYTES: Final = 64 << 20
+_MARGIN_NBYTES: Final = 256 << 20
+
+Blocks = list[Any]  # of `oobpickle._core.Block`
+
+
+class Lease:
+    """The blocks of one message.
+
+    Attributes
+    ----------
+    destinations : list of memoryview
+        One writable view of bytes for each buffer, in order; until `seal`.
+    blocks : list of Block
+        What they lie in.
+    needs : list of int
+        Bytes used of each.
+    """
+
+    __slots__ = ("_all", "blocks", "destinations", "needs")
+
+    def __init__(self, all_blocks: Any, blocks: Blocks, layout: Plan, sizes: list[int]) -> None:
+        self._all = all_blocks
+        self.blocks = blocks
+        self.needs = layout.needs
+        if len(blocks) == len(sizes) == 1:
+            self.destinations = [memoryview(blocks[0])]
+        else:
+            self.destinations = views([memoryview(block) for block in blocks], layout, sizes)
+
+    @property
+    def pairs(self) -> bytes:
+        """Index and generation of each block, 64-bit words: with the sizes, the placements."""
+        pairs: bytes = self._all.pairs(self.blocks)
+        return pairs
+
+    def seal(self, channel: int) -> None:
+        """Finish writing: from here on a receiver may claim the blocks.
+
+        Parameters
+        ----------
+        channel : int
+            `pipes.channel_id` of where the envelope goes, recorded so that the blocks come back
+            if nobody can read it any more; 0 if unknown.
+
+        Raises
+        ------
+        ArenaFullError
+            In a child that was forked meanwhile: the blocks are its parent's.
+        """
+        self.destinations = []
+        if not self._all.seal(self.blocks, channel):
+            raise ArenaFullError("this process was forked while it sent a message", "detached")
+        _faults.reach("lease.sealed")
+
+    def depart(self) -> None:
+        """The envelope is about to be written: from now on nothing but `release` frees the blocks.
+
+        Before the write, since an interrupt can come right after it.
+        """
+        self._all.depart(self.blocks)
+
+    def settle(self) -> None:
+        """The envelope has left, or may have: the blocks are no longer this process's to free."""
+        self._all.settle(self.blocks)
+
+    def release(self) -> None:
+        """Give the blocks back: the envelope has not left."""
+        self._all.release(self.blocks)
+
+
+class _Patience(NamedTuple):
+    """Until when a sender waits for room; 0: not at all, since that was in vain.
+
+    `nbytes` of its message, if it waits by default; else `None`: that says nothing about others.
+    """
+
+    deadline: float
+    nbytes: int | None = None
+
+
+class Sending:
+    """The sending side of an arena."""
+
+    def __init__(
+        self, blocks: Any, options: Options, reclaim: Reclaim, join: Callable[[], bool]
+    ) -> None:
+        self._blocks = blocks
+        self._options = options
+        self._capacity = options.capacity or 0
+        self._reclaim = reclaim
+        self._join = join
+        self._vain_nbytes = _EVERYTHING  # so large a message has waited for room in vain
+        self._usage = ""  # what an error told last
+        self._count_again_at = 0.0
+        self._allowance = 0
+
+    def lease(self, sizes: Sequence[int], wait_timeout: float | None = None) -> Lease:
+        """Return destinations for buffers of the given sizes; see `Arena.acquire`."""
+        sizes = list(sizes)
+        layout = plan(sizes)
+        _faults.reach("sending.leasing")
+        return Lease(self._blocks, self.blocks_for(layout.needs, wait_timeout), layout, sizes)
+
+    def blocks_for(self, needs: list[int], wait_timeout: float | None) -> Blocks:
+        """Return leased blocks with pages.
+
+        Raises
+        ------
+        ArenaFullError
+            If there is no room, memory or lock; nothing stays leased.
+        """
+        found = self._blocks.lease(needs)
+        if type(found) is tuple:
+            found = self._wait_for(needs, found, wait_timeout)
+        elif self._vain_nbytes < _EVERYTHING and sum(needs) >= self._vain_nbytes:
+            self._vain_nbytes = _EVERYTHING  # there is room again
+        fresh_nbytes = sum([block.nbytes_fresh for block in found])
+        if not fresh_nbytes:
+            return found  # type: ignore[no-any-return]
+        try:
+            if self._reclaim.look_for_lost(fresh_nbytes):  # there are pages that were lost
+                self._blocks.release(found)
+                found, again = [], self._blocks.lease(needs)
+                found = again if type(again) is list else self._wait_for(needs, again, wait_timeout)
+            self._reserve(found)
+        except BaseException:
+            self._blocks.release(found)  # an error that is kept refers to this frame
+            raise
+        return found  # type: ignore[no-any-return]
+
+    # --- waiting for room
+
+    def _wait_for(
+        self, needs: list[int], shortage: tuple[int, int, int], wait_timeout: float | None
+    ) -> Blocks:
+        patience = self._patience(needs, wait_timeout)
+        pause_s, again = _FIRST_PAUSE_S, not patience.deadline
+        is_joined = self._blocks.joined
+        while True:
+            reason, need, room = core.SHORTAGES[shortage[0]], *shortage[1:]
+            if not is_joined and reason == "detached" and self._join():
+                is_joined = True
+            elif reason == "detached":
+                raise self._detached()
+            elif need > self._capacity or reason in ("table", "damaged", "space", "busy"):
+                raise self._full(reason, need, room)
+            elif not self._reclaim.make_room(reason, need, again=again):
+                if time.monotonic() >= patience.deadline:
+                    if patience.nbytes is not None:
+                        self._vain_nbytes = min(self._vain_nbytes, patience.nbytes)
+                    raise self._full(reason, need, room, again=not patience.deadline)
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LAST_PAUSE_S)
+                again = True
+            found = self._blocks.lease(needs)
+            if type(found) is not tuple:
+                return found  # type: ignore[no-any-return]
+            shortage = found
+
+    def _patience(self, needs: list[int], wait_timeout: float | None) -> _Patience:
+        if wait_timeout is None:
+            wait_timeout = self._options.wait_timeout
+        if wait_timeout is not None:
+            return _Patience(time.monotonic() + wait_timeout)
+        nbytes = sum(needs)
+        # What others hold for long is waited for once, not by every message.
+        if nbytes >= self._vain_nbytes:
+            return _Patience(0.0, nbytes)
+        return _Patience(time.monotonic() + nbytes / _PLAIN_NBYTES_PER_S, nbytes)
+
+    def _detached(self) -> ArenaFullError:
+        if self._blocks.joined:
+            return ArenaFullError(
+                "the arena cannot be mapped: its descriptors were closed in this process "
+                "(os.closerange), or there is no address space; see ulimit -v",
+                "detached",
+            )
+        return ArenaFullError(
+            "this process could not attach to the arena: no descriptor or slot is left, or the "
+            "lock is busy. See ulimit -n.",
+            "detached",
+        )
+
+    def _full(self, reason: str, need: int, room: int, *, again: bool = False) -> ArenaFullError:
+        if reason == "busy":
+            return ArenaFullError("the arena's lock is held by a process that is stopped", reason)
+        now = time.monotonic()
+        if not again or not self._usage or now >= self._count_again_at:
+            _, nbytes, _ = self._blocks.census()
+            names = ("free", "leased", "in_flight", "held")
+            uses = zip(names, nbytes, strict=True)
+            used = ", ".join(f"{format_nbytes(n)} {state}" for state, n in uses if n)
+            self._usage = used or "nothing in use"
+            took_s = time.monotonic() - now
+            self._count_again_at = now + max(_COUNT_EVERY_S, _PAUSE_COUNTS * took_s)
+        return ArenaFullError(
+            f"arena full: need {format_nbytes(need)}, {format_nbytes(room)} left of "
+            f"{format_nbytes(self._capacity)} ({self._usage}). Pass enabled(capacity=...) or drop "
+            "results earlier.",
+            reason,
+        )
+
+    # --- pages
+
+    def _reserve(self, blocks: Blocks) -> None:
+        """Make the pages that blocks do not have yet."""
+        total = sum(block.nbytes_fresh for block in blocks)
+        for block in blocks:
+            while step := min(block.nbytes_fresh, _STEP_NBYTES):
+                self._check_headroom(step, total)
+                try:
+                    block.reserve(step)
+                except OSError as error:
+                    pass_on_foreign(error)
+                    raise ArenaFullError(
+                        f"the system refused {format_nbytes(step)} of pages: {error}. "
+                        "See the limits of the mount, or pass a smaller capacity.",
+                        "space",
+                    ) from error
+
+    def _check_headroom(self, nbytes: int, total: int) -> None:
+        if nbytes <= self._allowance:
+            self._allowance -= nbytes
+            return
+        # If the next message has to travel in-band, that takes six times its size in ordinary
+        # memory, in both processes together; and those who use it take some too.
+        limit = headroom.limit_nbytes()
+        in_band = min(10 * total, 2 * _MARGIN_NBYTES, limit // 2)
+        margin = max(min(_MARGIN_NBYTES, limit // 4), in_band)
+        room = headroom.available_nbytes() - margin
+        if nbytes > room:
+            raise ArenaFullError(
+                f"too little memory: need {format_nbytes(total)} of fresh pages, "
+                f"{format_nbytes(max(0, room))} left on the machine or in its memory cgroup. "
+                "Run fewer workers, or drop received objects earlier.",
+                "memory",
+            )
+        # Small requests need not look each time; the margin covers what others take meanwhile.
+        self._allowance = min(_STEP_NBYTES, (room - nbytes) // 8)
