@@ -43,6 +43,8 @@ from _peer_memory import TOKEN, Tree, available_nbytes, shared_nbytes
 from _peer_rows import Row
 from _peer_side import expect
 
+import oobpickle
+
 HERE = Path(__file__).resolve().parent
 _SAMPLE_S = 0.02
 _WATCH_S = 0.2
@@ -96,7 +98,7 @@ class PeerSide:
             TOKEN: self._token,
             "TMPDIR": self._folder,
             "RAY_TMPDIR": self._folder,
-            "PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent / "src")]),
+            "PYTHONPATH": os.pathsep.join([str(HERE), str(Path(oobpickle.__file__).parents[1])]),
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         }
         command = [sys.executable, str(HERE / "peers.py"), "--side", name]

@@ -162,7 +162,6 @@ def _unread(options: Options) -> Iterator[Series]:
         name: Series(f"unread-{name}", "messages in flight", is_each=True)
         for name in ("send", "reclaim", "trim")
     }
-    hold = Series("unread-longest-hold", "messages in flight", is_each=True)
     flat = {
         (state, name): Series(f"{state}-{name}", f"{state} blocks")
         for state in ("unread", "free")
@@ -174,14 +173,12 @@ def _unread(options: Options) -> Iterator[Series]:
             each["send"].add(n, [n * side("send_unread", n)])
             for name in ("acquire", "message"):
                 flat["unread", name].add(n, _batches(options, partial(side, "time", name, 50)))
-            reclaim_s, hold_s = side("with_longest_hold", "reclaim", n)
-            each["reclaim"].add(n, [reclaim_s])
-            hold.add(n, [hold_s])
+            each["reclaim"].add(n, [side("reclaim", n)])
             for name in ("acquire", "message"):
                 flat["free", name].add(n, _batches(options, partial(side, "time", name, 50)))
             room.add(n, _batches(options, partial(side, "make_room")))
             each["trim"].add(n, [side("trim")])
-    yield from (*each.values(), hold, *flat.values(), room)
+    yield from (*each.values(), *flat.values(), room)
 
 
 def _held(options: Options) -> Iterator[Series]:
@@ -243,7 +240,7 @@ def _crowd(options: Options) -> Iterator[Series]:
 
 
 def _workers(options: Options) -> Iterator[Series]:
-    """Messages between n processes in pairs; and steps on the ledger with nothing else to do."""
+    """Messages between n processes in pairs; and steps on the table with nothing else to do."""
     messages = Series("workers-messages", "processes", "plain")
     steps = Series("workers-steps", "processes")
     seconds, rounds = (0.3, 1) if options.is_quick else (1.0, 2)
@@ -257,10 +254,8 @@ def _workers(options: Options) -> Iterator[Series]:
                 if n > 1:  # alone it could not send what does not fit into the pipe
                     plain_s.append(plain("ping_pong", n, _OUT_OF_BAND_NBYTES, seconds)["each_s"])
             messages.add(n, ours_s, plain_s)
-            messages.facts[str(n)] = load
             loads = [ours("take_blocks", n, seconds) for _ in range(rounds)]
             steps.add(n, [load["each_s"] for load in loads])
-            steps.facts[str(n)] = loads[-1]
     yield from (messages, steps)
 
 

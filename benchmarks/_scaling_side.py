@@ -32,6 +32,7 @@ import _contention
 import numpy as np
 from _driver import Side
 
+_MADV_POPULATE_WRITE = 23
 _PAGE_NBYTES = 4096
 _MESSAGE_NBYTES = 200_000
 
@@ -73,16 +74,13 @@ class ScalingSide(Side):
 
         What the system takes for it, without an arena.
         """
-        from oobpickle import _system
-
         fd = os.memfd_create("pages")
         os.truncate(fd, 2 * _PAGE_NBYTES * n_pages)
         with mmap.mmap(fd, 2 * _PAGE_NBYTES * n_pages) as mapping:
-            address = np.frombuffer(mapping, np.uint8).ctypes.data
             start_s = time.perf_counter()
             for offset in range(0, 2 * _PAGE_NBYTES * n_pages, 2 * _PAGE_NBYTES):
-                _system.allocate(fd, offset, _PAGE_NBYTES)
-                _system.advise(address + offset, _PAGE_NBYTES, _system.MADV_POPULATE_WRITE)
+                os.posix_fallocate(fd, offset, _PAGE_NBYTES)
+                mapping.madvise(_MADV_POPULATE_WRITE, offset, _PAGE_NBYTES)
             elapsed_s = time.perf_counter() - start_s
         os.close(fd)
         return elapsed_s / n_pages
@@ -134,7 +132,7 @@ class ScalingSide(Side):
         n_held = len(self._held)
         start_s = time.perf_counter()
         self._held.clear()
-        self._arena.drain()
+        self._arena.blocks.reap()
         elapsed_s = time.perf_counter() - start_s
         self._expect("held", 0)
         return elapsed_s / max(1, n_held)
@@ -155,7 +153,7 @@ class ScalingSide(Side):
             # The same without any hook: the child may do nothing but end.
             "bare fork": lambda: _end_of(ctypes.PyDLL(None).fork()),
             "statistics": lambda: self._arena.statistics(),
-            "look": lambda: self._arena.room.reclaim(),
+            "look": lambda: self._arena.reclaim.reclaim(),
         }
         call = operations[operation]
         start_s = time.perf_counter()
@@ -171,7 +169,7 @@ class ScalingSide(Side):
         """Seconds of reclaiming so many messages that nobody can read."""
         os.read(self._lost_reader.fileno(), 1)
         start_s = time.perf_counter()
-        n_freed = self._arena.room.reclaim()
+        n_freed = self._arena.reclaim.reclaim()
         elapsed_s = time.perf_counter() - start_s
         if n_freed != n_messages:
             raise ValueError(f"{n_freed} blocks reclaimed, expected {n_messages}")
@@ -180,9 +178,9 @@ class ScalingSide(Side):
     def make_room(self) -> float:
         """Seconds of giving the pages of one free block back, as for a message of another size."""
         self._message()
-        self._arena.drain()  # so that there is one
+        self._arena.blocks.reap()  # so that there is one
         start_s = time.perf_counter()
-        if not self._arena.room.punch_idle(_PAGE_NBYTES):
+        if not self._arena.reclaim.punch_idle(_PAGE_NBYTES):
             raise ValueError("no block was free")
         return time.perf_counter() - start_s
 
@@ -194,17 +192,17 @@ class ScalingSide(Side):
 
     def bury(self, n_dead: int, n_leases: int) -> float:
         """Seconds of recovering what so many killed processes had, so many leases each."""
-        self._arena.membership.reap()
+        self._arena.reclaim.reap()
         for _ in range(n_dead):
             pid = os.fork()
             if pid == 0:
-                self._arena.room._look_again_at = float("inf")  # it must not bury its sisters
+                self._arena.reclaim._look_again_at = float("inf")  # it must not bury its sisters
                 kept = [self._arena.acquire([_PAGE_NBYTES]) for _ in range(n_leases)]
                 os.kill(os.getpid(), signal.SIGKILL)
                 del kept
             os.waitpid(pid, 0)
         start_s = time.perf_counter()
-        n_found = self._arena.membership.reap()
+        n_found = self._arena.reclaim.reap()
         elapsed_s = time.perf_counter() - start_s
         if n_found > n_dead or not n_found:
             raise ValueError(f"{n_found} dead were found, expected {n_dead}")
@@ -226,25 +224,6 @@ class ScalingSide(Side):
         self._lost_reader.close()
         self._lost_writer.close()
 
-    def with_longest_hold(self, call: str, *arguments: int) -> list[float]:
-        """Run another command; return its value, and the longest that one step held the lock."""
-        from oobpickle._memory import mutex as mutex_module
-
-        original, longest_s = mutex_module.LedgerMutex.run_owned, [0.0]
-
-        def timed(mutex: Any, *args: Any) -> Any:
-            start_s = time.perf_counter()
-            try:
-                return original(mutex, *args)
-            finally:
-                longest_s[0] = max(longest_s[0], time.perf_counter() - start_s)
-
-        mutex_module.LedgerMutex.run_owned = timed  # type: ignore[method-assign, assignment]
-        try:
-            return [getattr(self, call)(*arguments), longest_s[0]]
-        finally:
-            mutex_module.LedgerMutex.run_owned = original  # type: ignore[method-assign]
-
     # --- many processes
 
     def ping_pong(self, n_processes: int, nbytes: int, seconds: float) -> dict[str, float]:
@@ -254,10 +233,7 @@ class ScalingSide(Side):
         return self._load(_contention.take_blocks, self._arena, n_processes, seconds)
 
     def _load(self, run: Callable[..., _contention.Load], *args: Any) -> dict[str, float]:
-        values = {"each_s": run(*args).each_s}
-        if self._arena is not None:
-            values |= run(*args, watched=True).stored()
-        return values
+        return {"each_s": run(*args).each_s}
 
     # --- the rate of messages
 
