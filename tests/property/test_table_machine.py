@@ -305,4 +305,4 @@ class TableMachine(RuleBasedStateMachine):
 
 
 TestTableMachine = TableMachine.TestCase
-TestTableMachine.settings = examples(60, stateful_step_count=40)
+TestTableMachine.settings = examples(20, stateful_step_count=40)

@@ -28,19 +28,22 @@ static u64 check_of(const struct header *header)
    the first bytes of a table file */
 static PyObject *new_header(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
+    /* No '#' in formats: what it means depends on the version of the headers, not of Python. */
     struct header header;
-    const char *identity;
-    Py_ssize_t length;
+    Py_buffer identity;
     memset(&header, 0, sizeof header);
     unsigned long long capacity, nbytes, threshold, wait, copy, huge, data, locks;
-    if (!PyArg_ParseTuple(arguments, "y#KKKKKKKK", &identity, &length, &capacity, &nbytes, &threshold,
-                          &wait, &copy, &huge, &data, &locks))
+    if (!PyArg_ParseTuple(arguments, "y*KKKKKKKK", &identity, &capacity, &nbytes, &threshold, &wait,
+                          &copy, &huge, &data, &locks))
         return NULL;
-    if (length != sizeof header.identity) {
+    bool is_whole = identity.len == sizeof header.identity;
+    if (is_whole)
+        memcpy(header.identity, identity.buf, sizeof header.identity);
+    PyBuffer_Release(&identity);
+    if (!is_whole) {
         PyErr_SetString(PyExc_ValueError, "an identity has 16 bytes");
         return NULL;
     }
-    memcpy(header.identity, identity, sizeof header.identity);
     header.magic = MAGIC, header.version = VERSION;
     header.capacity = capacity, header.data_nbytes = nbytes, header.threshold = threshold;
     header.wait = wait, header.copy = copy, header.huge = huge;
@@ -77,10 +80,12 @@ static PyObject *constants(PyObject *Py_UNUSED(module), PyObject *argument)
         PyErr_SetString(PyExc_ValueError, "the header of the table is damaged: its check does not match");
         return NULL;
     }
-    return Py_BuildValue("y#KKKKKKKK", (const char *)header.identity,
-                         (Py_ssize_t)sizeof header.identity, header.capacity, header.data_nbytes,
-                         header.threshold, header.wait, header.copy, header.huge, header.data_inode,
-                         header.locks_inode);
+    PyObject *identity =
+        PyBytes_FromStringAndSize((const char *)header.identity, sizeof header.identity);
+    return identity ? Py_BuildValue("NKKKKKKKK", identity, header.capacity, header.data_nbytes,
+                                    header.threshold, header.wait, header.copy, header.huge,
+                                    header.data_inode, header.locks_inode)
+                    : NULL;
 }
 
 /* wait_for_the_lock(us): how long a step waits for a holder that does not move */
