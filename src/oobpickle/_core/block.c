@@ -220,8 +220,9 @@ static void leave_window(struct block *block)
     struct blocks *blocks = block->blocks;
     struct known *known = known_of(block);
     const struct place *place = &known->place;
-    /* Only the end of the object may do this: while it lives, the private pages are its value. */
-    if (known->is_private &&
+    /* Only the end of the object that was made private may do this, and not that of its sender, which
+       has the same range: while it lives, the private pages are its value. */
+    if (block->is_private && known->is_private &&
         mapping_share(&blocks->mapping, place->offset, block->address, place->nbytes) == 0)
         known->is_private = false;
     if (block->is_emptied && known->n_users == 1)

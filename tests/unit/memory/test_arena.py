@@ -650,6 +650,28 @@ def test_a_child_sees_what_comes_in_a_block_that_was_its_parents(arena):
     eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
 
 
+def test_the_end_of_the_senders_lease_leaves_what_a_fork_has_made_private(arena):
+    """A queue's feeder keeps the envelope until its next message."""
+    lease = arena.acquire([MIB])
+    lease.destinations[0][:] = b"x" * MIB
+    pairs = lease.pairs
+    lease.seal(0)
+    lease.depart()
+    lease.settle()
+    (view,) = arena.receiving.claim(pairs, [MIB])
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    del lease
+
+    assert 0 == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    assert b"x" * MIB == bytes(view)
+    del view
+    (again,) = arena.receiving.claim(*send(arena, b"y" * MIB))
+    assert b"y" * MIB == bytes(again)
+    eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
+
+
 def test_what_a_fork_cannot_make_private_is_counted(arena):
     (view,) = arena.receiving.claim(*send(arena, b"a" * MIB))
     core.arm("mapping.privatize", 1, -errno.ENOMEM)
