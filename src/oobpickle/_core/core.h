@@ -10,6 +10,15 @@
 #endif
 #include <Python.h>
 
+/* The headers of 3.12 and of the first 3.13 return these without a new reference. They never die
+   there, but the same binary runs on 3.11, where each call would take a reference away. */
+#undef Py_RETURN_NONE
+#undef Py_RETURN_TRUE
+#undef Py_RETURN_FALSE
+#define Py_RETURN_NONE return Py_NewRef(Py_None)
+#define Py_RETURN_TRUE return Py_NewRef(Py_True)
+#define Py_RETURN_FALSE return Py_NewRef(Py_False)
+
 #include "layout.h"
 
 /* --- faults.c: places where a test can have this process killed */
