@@ -215,7 +215,10 @@ class Table:
             if self.state(i) == FREE and i not in seen:
                 yield f"block {i} is free and in no list"
             if self.state(i) in (RELEASED, EMPTIED) and i not in released:
-                yield f"block {i} is released and not on the stack"
+                yield (
+                    f"block {i} was released by slot {self.owner(i)} and is not on the stack: "
+                    f"{sorted(released)}, below it {self.rows['below'][i]}"
+                )
 
     def _problems_of_sums(self, n):
         states = [self.state(i) for i in range(n)]

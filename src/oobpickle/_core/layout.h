@@ -43,7 +43,6 @@ enum {
 #define HUGE ((u64)2 << 20)
 #define WINDOW ((u64)64 << 20) /* what is mapped at once; a larger block has windows of its own */
 #define MAGIC 0x4c4b4349504f4f4fULL
-#define NO_LINK 0xFFFFFFFFu
 
 enum state {
     NONE,
@@ -83,7 +82,7 @@ struct row {
     word resident;   /* bytes that have pages, with a check in the upper bits */
     word channel;    /* where the envelope waits; see above */
     half next;       /* link of a free list: index + 1, or 0 */
-    half below;      /* link of the stack of released blocks, likewise; NO_LINK: not on it */
+    half below;      /* link of the stack of released blocks, likewise, while it is on it */
     half last;       /* slot that wrote it last */
     half punches;    /* how often its pages went back to the system */
 };

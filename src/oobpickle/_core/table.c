@@ -184,7 +184,7 @@ static enum shortage make_row(struct table_view *table, u32 size_class, u32 *mad
     put(&row->generation, 0);
     put(&row->channel, 0);
     put(&row->resident, resident_word(index, 0));
-    put_half(&row->below, NO_LINK);
+    put_half(&row->below, 0);
     put_half(&row->punches, 0);
     put(&row->commit, commit_word(index, FREE, 0));
     put(&row->place, place_word(index, offset, size_class));
@@ -414,7 +414,7 @@ void table_free(struct table_view *table, u32 index, u64 generation, bool emptie
     struct row *row = table_row(table, index);
     if (emptied)
         row_emptied(table, index);
-    put_half(&row->below, NO_LINK);
+    /* Its link stays: whoever follows us, if we die here, frees what is below. */
     put(&row->commit, commit_word(index, FREE, generation));
     FAULT("free.committed");
     link_free(table, index);
@@ -501,7 +501,6 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
         bool is_lost = is_released(state) || state == LEASED || state == HELD;
         if (is_lost && is_alive && !is_alive(with, owner_of(commit)) &&
             row_change(row, i, commit, FREE)) {
-            put_half(&row->below, NO_LINK);
             if (state == EMPTIED)
                 row_emptied(table, i);
             if (state == LEASED) /* who knows how many of its pages were made */

@@ -4,6 +4,7 @@ import errno
 import gc
 import multiprocessing
 import os
+import signal
 import struct
 import sys
 import threading
@@ -567,6 +568,24 @@ def test_a_dead_holder_of_the_lock_is_followed(arena):
     assert 1 == arena.statistics().n_participants
     assert 0 == arena.statistics().n_blocks["leased"]
     del lease
+
+
+@pytest.mark.parametrize("n_freed", [1, 2, 3])
+def test_what_a_dead_one_was_about_to_free_is_freed(arena, n_freed):
+    leases = [arena.acquire([MIB]) for _ in range(4)]
+    for lease in leases:
+        lease.release()
+
+    pid = os.fork()
+    if pid == 0:
+        core.arm("free.linked", n_freed, signal.SIGKILL)
+        arena.acquire([100])
+        os._exit(0)
+    assert -signal.SIGKILL == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    arena.reclaim.reap()
+    Table.of(arena).assert_in_order()
+    assert {"free": 4, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
 
 
 def test_who_inherits_a_slot_and_its_lock_goes_on(arena):
