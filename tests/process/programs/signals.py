@@ -131,7 +131,7 @@ def _descriptors():
     return set(os.listdir("/proc/self/fd"))
 
 
-def _at_lines(run, n_places=45 * inside.REPEATS):
+def _at_lines(run, n_places=36 * inside.REPEATS):
     """Run it in a child each, with an exception at places all over; return where sth. was left."""
     n_lines = int(_in_child(_n_lines, run))
     places = np.unique(np.linspace(1, n_lines, n_places).astype(int)).tolist()
