@@ -50,18 +50,14 @@ def by_turns(cases):
 def by_start_method(cases):
     """Return pairs of a case and a start method, for what does not turn on how a child begins.
 
-    Each case with fork, and with spawn or forkserver by turns, which change with the version of
-    Python: so two versions in a row do all of them. The long runs do so with each.
+    Each case with spawn or forkserver by turns, and every second one with fork, which change with
+    the version of Python: so two versions in a row do all of them. The long runs do so with each.
     """
     if REPEATS > 1:
         return [(case, method) for case in cases for method in START_METHODS]
     turn = sys.version_info.minor
-    others = [START_METHODS[1 + (n + turn) % 2] for n in range(len(cases))]
-    return [
-        pair
-        for case, other in zip(cases, others, strict=True)
-        for pair in ((case, "fork"), (case, other))
-    ]
+    others = [(case, START_METHODS[1 + (n + turn) % 2]) for n, case in enumerate(cases)]
+    return sorted(others + [(case, "fork") for case in by_turns(cases)])
 
 
 def eventually(condition, *, within_s=20.0):
