@@ -25,7 +25,7 @@ from oobpickle._memory.plan import views as views_of
 from oobpickle._native import core
 from oobpickle._pickling import payload as payload_module
 from oobpickle._pickling.payload import Payload
-from table import Table, commit_word, place_word, resident_word, rows_word
+from table import IN_FLIGHT, Table, commit_word, place_word, resident_word, rows_word
 
 MIB = 1 << 20
 #: What `pickle` raises for a stream that makes no sense.
@@ -117,6 +117,7 @@ class EnvelopeFuzzer:
 
     def __init__(self):
         self._arena = Arena.create(Options(capacity=64 * MIB))
+        self._table = Table.of(self._arena)
         _envelope.introduce(self._arena)
         objects = [
             [np.full(100_000, 1.0)],
@@ -195,9 +196,10 @@ class EnvelopeFuzzer:
         self._replace_what_was_taken()
 
     def _replace_what_was_taken(self):
-        blocks = self._arena.blocks
+        blocks, table = self._arena.blocks, self._table
         for at, (_, sent) in enumerate(self._sent):
-            if not all(blocks.is_in_flight(*block) for block in sent):
+            in_flight = [(i, table.generation(i)) for i, _ in sent if table.state(i) == IN_FLIGHT]
+            if in_flight != sent:
                 for block in sent:  # as if somebody had read it, and given it up
                     blocks.adopt(*block)
                     blocks.discard(*block)

@@ -283,13 +283,10 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
     stream = rest[start : start + parsed.n_stream]
     pairs = bytes(rest[_PAIR_NBYTES if parsed.indirect else 0 : n_pairs])
     layout = plan(sizes)
-    if len(layout.needs) * _PAIR_NBYTES != len(pairs):
-        raise EnvelopeError(
-            f"{len(pairs) // _PAIR_NBYTES} blocks for buffers that need {len(layout.needs)}"
-        )
-    if len(layout.needs) > 1 and len(set(struct.unpack(f"<{len(pairs) // 8}Q", pairs)[::2])) != len(
-        layout.needs
-    ):
+    indices = struct.unpack(f"<{len(pairs) // 8}Q", pairs)[::2]
+    if len(layout.needs) != len(indices):
+        raise EnvelopeError(f"{len(indices)} blocks for buffers that need {len(layout.needs)}")
+    if len(set(indices)) != len(indices):
         raise EnvelopeError("an envelope names a block twice")
     return views(claim(pairs, layout.needs), layout, sizes), stream
 

@@ -35,7 +35,7 @@ class Process:
         arena.reclaim.look = lambda: 0  # what is lost, and when, is for the rules to say
         self.blocks = arena.blocks
         self.slot = arena.blocks.slot
-        self.incarnation = arena.blocks.incarnation
+        self.incarnation = int(Table.of(arena).participant(self.slot).incarnation[0])
         self.leases = []  # (lease, seeds)
         self.held = []  # (index, generation, view, seed)
         self.keeps = set()

@@ -256,37 +256,6 @@ static PyObject *seal(PyObject *Py_UNUSED(self), PyObject *arguments)
     return n < 0 ? NULL : Py_NewRef(Py_True);
 }
 
-/* depart([Block]): the envelope is about to be written: the blocks are the message's from now on */
-static PyObject *depart(PyObject *Py_UNUSED(self), PyObject *list)
-{
-    Py_ssize_t n = length_of(list);
-    for (Py_ssize_t i = 0; i < n; i++) {
-        struct block *block = block_at(list, i);
-        if (block == NULL)
-            return NULL;
-        if (block->state == IN_FLIGHT) {
-            block->state = NONE;
-            block->is_sending = true;
-        }
-    }
-    return n < 0 ? NULL : Py_NewRef(Py_None);
-}
-
-/* settle([Block]): it has left, or may have */
-static PyObject *settle(PyObject *Py_UNUSED(self), PyObject *list)
-{
-    Py_ssize_t n = length_of(list);
-    for (Py_ssize_t i = 0; i < n; i++) {
-        struct block *block = block_at(list, i);
-        if (block == NULL)
-            return NULL;
-        block->is_sending = false;
-        if (block->state == IN_FLIGHT)
-            block->state = NONE;
-    }
-    return n < 0 ? NULL : Py_NewRef(Py_None);
-}
-
 /* depart_all(): nobody will say when what is sealed has left: it is the messages' from now on */
 static PyObject *depart_all(PyObject *self, PyObject *Py_UNUSED(none))
 {
@@ -296,35 +265,70 @@ static PyObject *depart_all(PyObject *self, PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
-/* release([Block]): it has not left; what is in flight comes back although it has departed */
-static PyObject *release(PyObject *Py_UNUSED(self), PyObject *list)
+static PyObject *for_each(PyObject *list, void (*act)(struct block *))
 {
     Py_ssize_t n = length_of(list);
     for (Py_ssize_t i = 0; i < n; i++) {
         struct block *block = block_at(list, i);
         if (block == NULL)
             return NULL;
-        if (block->is_sending)
-            block->state = IN_FLIGHT;
-        block_release(block);
+        act(block);
     }
     return n < 0 ? NULL : Py_NewRef(Py_None);
+}
+
+static void depart_one(struct block *block)
+{
+    if (block->state == IN_FLIGHT) {
+        block->state = NONE;
+        block->is_sending = true;
+    }
+}
+
+static void settle_one(struct block *block)
+{
+    block->is_sending = false;
+    if (block->state == IN_FLIGHT)
+        block->state = NONE;
+}
+
+static void release_one(struct block *block)
+{
+    if (block->is_sending)
+        block->state = IN_FLIGHT;
+    block_release(block);
+}
+
+static void prepare_one(struct block *block)
+{
+    if (block->state == LEASED && block->epoch == epoch()) {
+        put(&table_row(&block->blocks->table, block->index)->channel, PREPARED);
+        block->is_kept = true;
+    }
+}
+
+/* depart([Block]): the envelope is about to be written: the blocks are the message's from now on */
+static PyObject *depart(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    return for_each(list, depart_one);
+}
+
+/* settle([Block]): it has left, or may have */
+static PyObject *settle(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    return for_each(list, settle_one);
+}
+
+/* release([Block]): it has not left; what is in flight comes back although it has departed */
+static PyObject *release(PyObject *Py_UNUSED(self), PyObject *list)
+{
+    return for_each(list, release_one);
 }
 
 /* prepare([Block]): the pages of these leased blocks are kept for a message */
 static PyObject *prepare(PyObject *Py_UNUSED(self), PyObject *list)
 {
-    Py_ssize_t n = length_of(list);
-    for (Py_ssize_t i = 0; i < n; i++) {
-        struct block *block = block_at(list, i);
-        if (block == NULL)
-            return NULL;
-        if (block->state == LEASED && block->epoch == epoch()) {
-            put(&table_row(&block->blocks->table, block->index)->channel, PREPARED);
-            block->is_kept = true;
-        }
-    }
-    return n < 0 ? NULL : Py_NewRef(Py_None);
+    return for_each(list, prepare_one);
 }
 
 /* --- receiving */
@@ -475,17 +479,6 @@ static bool parse_block(struct blocks *blocks, PyObject *arguments, u32 *index, 
     *index = wide < ROWS ? (u32)wide : ROWS;
     *generation = counted;
     return !has_ended(blocks);
-}
-
-/* is_in_flight(index, generation) */
-static PyObject *is_in_flight(PyObject *self, PyObject *arguments)
-{
-    u32 index;
-    u64 generation;
-    bool is_block = parse_block(of(self), arguments, &index, &generation);
-    if (PyErr_Occurred())
-        return NULL;
-    return PyBool_FromLong(is_block && row_is(&of(self)->table, index, IN_FLIGHT, generation));
 }
 
 /* is_unread(index, generation): in flight, and nobody is known to have read it */
@@ -1114,11 +1107,6 @@ static PyObject *get_slot(PyObject *self, void *Py_UNUSED(closure))
     return PyLong_FromUnsignedLong(of(self)->lock.slot);
 }
 
-static PyObject *get_incarnation(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(of(self)->own.incarnation);
-}
-
 static PyObject *get_n_held(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyLong_FromUnsignedLong(of(self)->n_held);
@@ -1127,11 +1115,6 @@ static PyObject *get_n_held(PyObject *self, void *Py_UNUSED(closure))
 static PyObject *get_is_idle(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(!has_live_objects(of(self)) && !of(self)->n_inside);
-}
-
-static PyObject *get_has_locks(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(file_is_ours(&of(self)->own.handle));
 }
 
 static int set_keep(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
@@ -1182,7 +1165,6 @@ static PyMethodDef methods[] = {
     {"release", release, METH_O, NULL},
     {"prepare", prepare, METH_O, NULL},
     {"claim", claim, METH_VARARGS, NULL},
-    {"is_in_flight", is_in_flight, METH_VARARGS, NULL},
     {"is_unread", is_unread, METH_VARARGS, NULL},
     {"is_damaged", is_damaged, METH_O, NULL},
     {"adopt", adopt, METH_VARARGS, NULL},
@@ -1222,8 +1204,6 @@ static PyGetSetDef attributes[] = {
     {"ended", get_ended, NULL, NULL, NULL},
     {"joined", get_joined, NULL, NULL, NULL},
     {"slot", get_slot, NULL, NULL, NULL},
-    {"incarnation", get_incarnation, NULL, NULL, NULL},
-    {"has_locks", get_has_locks, NULL, NULL, NULL},
     {"is_idle", get_is_idle, NULL, NULL, NULL},
     {"held", get_held, NULL, NULL, NULL},
     {"resident", get_resident, NULL, NULL, NULL},

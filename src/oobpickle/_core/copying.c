@@ -97,7 +97,7 @@ static void copy_with_helper(struct job *job)
     }
 }
 
-/* copy(destination, source, with_helper=True): bytes-like objects of one size */
+/* copy(destination, source): contiguous memory of one size */
 PyObject *copy_bytes(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     Py_buffer to, from;

@@ -20,8 +20,6 @@ from typing import Final
 
 from oobpickle._foreign import pass_on_foreign
 
-HUGE_NBYTES: Final = 2 << 20
-
 NEVER: Final = 0
 BY_FAULT: Final = 1  # only by a fault in a mapping that asked for them
 ALWAYS: Final = 2  # by whatever makes pages

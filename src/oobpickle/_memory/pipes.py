@@ -166,17 +166,6 @@ def is_broken(fd: int, channel: int) -> bool:
     return any(events & gone for _, events in poller.poll(0))
 
 
-def is_readable(fd: int, timeout_s: float) -> bool:
-    """Wait up to `timeout_s` until there is something to read, or the writers are gone."""
-    poller = select.poll()
-    poller.register(fd, select.POLLIN)
-    try:
-        return bool(poller.poll(1000 * timeout_s))
-    except OSError as error:  # EINVAL if RLIMIT_NOFILE is 0; whoever reads will wait
-        pass_on_foreign(error)
-        return True
-
-
 def unreadable(
     channels: Collection[int],
     pids: Collection[int],

@@ -23,11 +23,11 @@ from collections.abc import Callable
 from typing import Any, Final
 
 from oobpickle import _faults, _statistics
+from oobpickle._copying import copy_bytes
 from oobpickle._errors import EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory import headroom
 from oobpickle._memory.options import Options
-from oobpickle._native import core
 
 _LEAST_KEPT_NBYTES: Final = 64 << 20
 _SHARE_KEPT: Final = 8
@@ -203,7 +203,7 @@ def _copy_of(block: Any, nbytes: int) -> memoryview:
     import numpy as np
 
     copy = np.empty(nbytes, np.uint8)
-    core.copy(memoryview(copy), memoryview(block))
+    copy_bytes(memoryview(copy), memoryview(block))
     return memoryview(copy)
 
 

@@ -6,7 +6,6 @@ import os
 import resource
 import socket
 import stat
-import threading
 
 import pytest
 
@@ -14,7 +13,6 @@ from conftest import process_with
 from oobpickle._memory.pipes import (
     channel_id,
     is_broken,
-    is_readable,
     n_unread,
     readers,
     reading_end,
@@ -300,45 +298,6 @@ def test_a_reader_in_another_process_counts(ends):
 
         assert not is_broken(ends[0], channel_id(ends[0]))
     assert is_broken(ends[0], channel_id(ends[0]))
-
-
-# --- waiting
-
-
-def test_nothing_to_read_is_not_readable(ends):
-
-    assert not is_readable(ends[0], 0)
-    os.write(ends[1], b"x")
-    assert is_readable(ends[0], 0)
-    os.read(ends[0], 1)
-    assert not is_readable(ends[0], 0)
-
-
-def test_who_may_open_nothing_does_not_wait(ends):
-    """Then poll(2) refuses; recv waits."""
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (0, limit[1]))
-    try:
-        assert is_readable(ends[0], 60)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limit)
-
-
-@pytest.mark.parametrize("event", ["written", "closed"])
-def test_waiting_ends_when_there_is_something_to_read_or_the_writers_are_gone(ends, event):
-    answers = []
-    thread = threading.Thread(target=lambda: answers.append(is_readable(ends[0], 60)))
-    thread.start()
-    try:
-        assert thread.is_alive()
-    finally:
-        if event == "written":
-            os.write(ends[1], b"x")
-        else:
-            close(ends, 1)
-        thread.join(20)
-
-    assert answers == [True]
 
 
 # --- unreadable
