@@ -17,6 +17,7 @@ import exploring  # noqa: F401  (registers hypothesis's profiles)
 from oobpickle._native import core, reason
 
 START_METHODS = ("fork", "spawn", "forkserver")
+multiprocessing.set_forkserver_preload(["numpy"])  # else each child of it imports it
 #: What can be tested without the extension module, where nothing could be compiled; but for files
 #: that use an arena for what they show.
 WITHOUT_CORE = ("unit/pickling", "unit/test_delegate.py", "unit/test_errors.py")
@@ -119,11 +120,11 @@ def _children():
     return found | own
 
 
-_HELPERS = ("resource_tracker", "forkserver")
+_HELPERS = ("resource_tracker", "forkserver", "starter.py")
 
 
 def _unexpected_children(before):
-    # The standard library's own helper processes live until the interpreter exits.
+    # The standard library's own helper processes live until the interpreter exits; so does ours.
     left = set()
     for pid in _children() - before:
         try:

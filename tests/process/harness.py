@@ -3,19 +3,29 @@
 **What.** `run_program` starts ``programs/<name>.py`` in a session of its own, and asserts its exit
 code, an empty stderr, and that no process of the session outlives it.
 
+**In which process.** In a fork of `starter`, which has NumPy: most of the time of a short program is
+that import. With an interpreter of its own where flags, another command or ``PYTHON...`` are given,
+and where how an interpreter starts or ends is what is tested: ``fresh=True``.
+
 **How it works.** Output goes to files, so an orphan that keeps a pipe open cannot hang the test.
 At the deadline every process of the session is asked for its tracebacks (SIGUSR1, see `inside`)
 and then killed. The memory of an arena is nameless: when the session is empty, it is gone.
 
-**Lifetime.** Nothing outlives `run_program`, whatever happens in it.
+**Lifetime.** Nothing outlives `run_program`, whatever happens in it, but the starter: it ends with
+the process that runs the tests.
 
 **When it cannot.** Without ``/proc`` nothing here works, and oobpickle neither.
 """
 
 import ast
+import atexit
 import contextlib
+import functools
+import json
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -56,6 +66,7 @@ def run_program(
     stderr="",
     prefix=(),
     folder=PROGRAMS,
+    fresh=False,
 ):
     """Run a program to its end and return its stdout.
 
@@ -75,17 +86,14 @@ def run_program(
         Expected; negative for a signal.
     stderr : str
         What it may print there, as a whole; "..." for anything.
+    fresh : bool
+        Whether it needs an interpreter of its own.
     """
     command = [*prefix, sys.executable, *flags, str(folder / f"{name}.py"), *map(str, args)]
+    fresh = fresh or prefix or flags != FLAGS or any(n.startswith("PYTHON") for n in env or {})
+    start = _start if fresh else _Forked
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as err:
-        started = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=err,
-            env=environment(env),
-            start_new_session=True,
-        )
+        started = start(command, out, err, environment(env))
         try:
             late = _wait(started, within_s)
             orphans = [] if late else _orphans(started.pid)
@@ -102,6 +110,57 @@ def run_program(
         assert complaints == stderr, f"unexpected stderr: {story}"
     assert not orphans, f"processes left behind: {orphans}: {story}"
     return printed
+
+
+def _start(command, out, err, environment):
+    return subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=out,
+        stderr=err,
+        env=environment,
+        start_new_session=True,
+    )
+
+
+class _Forked:
+    """A program in a fork of the starter, with the methods of `subprocess.Popen` that we use."""
+
+    def __init__(self, command, out, err, environment):
+        self._answers = _starter()
+        _, *arguments = command[len(FLAGS) + 1 :]
+        request = {
+            "program": command[len(FLAGS) + 1],
+            "arguments": arguments,
+            "environment": environment,
+        }
+        with open(os.devnull) as nothing:
+            fds = [nothing.fileno(), out.fileno(), err.fileno()]
+            socket.send_fds(self._answers, [json.dumps(request).encode()], fds)
+        self.pid = int(self._answers.recv(32))
+        self.returncode = None
+
+    def poll(self):
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.wait(0)
+        return self.returncode
+
+    def wait(self, timeout=None):
+        if self.returncode is None:
+            if not select.select([self._answers], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            self.returncode = int(self._answers.recv(32))
+
+
+@functools.cache
+def _starter():
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with theirs:
+        command = [sys.executable, *FLAGS, str(HERE / "starter.py"), str(theirs.fileno())]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment())
+    atexit.register(process.wait)
+    atexit.register(ours.close)
+    return ours
 
 
 def environment(extra=None):

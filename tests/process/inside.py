@@ -60,8 +60,13 @@ os.register_at_fork(after_in_child=_after_in_child)
 
 def main():
     """Run the case that the first argument names, with the others as its arguments."""
+    import multiprocessing
+
     # A shell starts its background jobs with Ctrl-C ignored, and so would be all that tests it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    # Not each child of a fork server imports NumPy. It has the main module where CPython's own
+    # default is heeded, from 3.12.8 and 3.13.1 on.
+    multiprocessing.set_forkserver_preload(["__main__", "numpy"])
     case = sys.modules["__main__"].__dict__[sys.argv[1]]
     case(*sys.argv[2:])
 

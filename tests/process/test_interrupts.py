@@ -23,6 +23,6 @@ def test_finalizers_that_send_with_threshold(threshold):
 
 
 def test_finalizers_at_interpreter_shutdown():
-    printed = run_program("interrupts", "finalizers_at_interpreter_shutdown")
+    printed = run_program("interrupts", "finalizers_at_interpreter_shutdown", fresh=True)
 
     assert printed == 3 * "dead\n"

@@ -45,4 +45,4 @@ def test_forked_children_have_it(way):
 
 
 def test_nothing_is_different_for_a_file():
-    run_program("lost_main", "by_name_if_it_is_a_file", "spawn")
+    run_program("lost_main", "by_name_if_it_is_a_file", "spawn", fresh=True)

@@ -7,4 +7,4 @@ from process.harness import cases_of, run_program
 
 @pytest.mark.parametrize("case", cases_of("shutdown"))
 def test_shutdown(case):
-    run_program("shutdown", case)
+    run_program("shutdown", case, fresh=True)
