@@ -3,7 +3,7 @@
 **What.** `run_program` starts ``programs/<name>.py`` in a session of its own, and asserts its exit
 code, an empty stderr, and that no process of the session outlives it.
 
-**In which process.** In a fork of `starter`, which has NumPy: most of the time of a short program is
+**In which process.** In a fork of `starter`, which has NumPy: most of a short program's time is
 that import. With an interpreter of its own where flags, another command or ``PYTHON...`` are given,
 and where how an interpreter starts or ends is what is tested: ``fresh=True``.
 

@@ -14,9 +14,9 @@ oobpickle is imported by each program anew.
 
 import gc
 import json
-import multiprocessing.connection  # noqa: F401
-import multiprocessing.managers  # noqa: F401
-import multiprocessing.pool  # noqa: F401
+import multiprocessing.connection
+import multiprocessing.managers
+import multiprocessing.pool
 import multiprocessing.shared_memory  # noqa: F401
 import os
 import socket

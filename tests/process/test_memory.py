@@ -9,7 +9,7 @@ from process.harness import cases_of, eventually, run_program
 from process.test_limits import CGROUPS, _own_cgroup
 
 WITH_ARGUMENTS = {"in_a_small_cgroup", "locked"}
-WITHOUT_METHOD = {"forks_meanwhile"}
+WITHOUT_METHOD = {"address_space_and_trim", "address_space_of_blocks", "forks_meanwhile"}
 WITH_METHOD = sorted(set(cases_of("memory")) - WITH_ARGUMENTS - WITHOUT_METHOD)
 
 
@@ -19,7 +19,7 @@ def test_memory(case, method):
 
 
 @pytest.mark.parametrize("case", sorted(WITHOUT_METHOD))
-def test_memory_of_forks(case):
+def test_memory_of_one_process(case):
     run_program("memory", case)
 
 

@@ -23,11 +23,14 @@ When it cannot. Without a second core, or a second thread, the caller copies eve
 #include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
+#include <time.h>
 #include <unistd.h>
 
 #define LEAST ((size_t)32 << 20)
 #define PIECE ((size_t)8 << 20)
 #define SMALL ((size_t)32 << 10)
+#define YIELDS 3000
+#define NAPS 2000 /* of a millisecond */
 
 struct job {
     char *to;
@@ -74,12 +77,18 @@ static bool is_a_core_idle(void)
     return atoi(running) < CPU_COUNT(&cores);
 }
 
+/* Mostly at once. Its core may be taken from a virtual machine just then, for a tenth of a second. A
+   debugger may have stopped it: not for ever. */
 static void wait_until_gone(int thread)
 {
     char path[48];
     snprintf(path, sizeof path, "/proc/self/task/%d", thread);
-    for (int i = 0; i < 100000 && access(path, F_OK) == 0; i++)
-        sched_yield();
+    for (int i = 0; i < YIELDS + NAPS && access(path, F_OK) == 0; i++) {
+        if (i < YIELDS)
+            sched_yield();
+        else
+            nanosleep(&(struct timespec){.tv_nsec = 1000000}, NULL);
+    }
 }
 
 static void copy_with_helper(struct job *job)

@@ -11,6 +11,8 @@ from inside import content, eventually, fork, message, reap, verify
 
 import oobpickle
 from oobpickle._memory import headroom, receiving
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.options import Options
 
 MIB = 1 << 20
 LIMIT = 4 * MIB
@@ -26,6 +28,39 @@ def _limit():
 
 def _make(seed, nbytes=NBYTES):
     return message(seed, nbytes)
+
+
+# --- address space
+
+
+def _address_space_nbytes():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[0]) * 4096
+
+
+def address_space_of_blocks():
+    """A process maps what it uses, and ended arenas let go of it."""
+    before = _address_space_nbytes()
+    arenas = [Arena.create(Options(capacity=64 * MIB)) for _ in range(10)]
+    for arena in arenas:
+        arena.acquire([MIB]).release()
+    assert _address_space_nbytes() - before < 10 * (64 + 72 + 8) * MIB
+    for arena in arenas:
+        arena.close()
+        assert arena.try_destroy()
+    assert _address_space_nbytes() - before < 20 * MIB
+
+
+def address_space_and_trim():
+    """Windows that nobody uses go with `trim`."""
+    arena = Arena.create(Options(capacity=64 * MIB))
+    before = _address_space_nbytes()
+    arena.acquire([60 * MIB]).release()
+    assert _address_space_nbytes() - before > 50 * MIB
+    arena.trim()
+    assert _address_space_nbytes() - before < 10 * MIB
+    arena.close()
+    assert arena.try_destroy()
 
 
 # --- without another call

@@ -894,35 +894,6 @@ def test_many_threads_send_and_receive(arena):
     assert 0 == arena.statistics().n_blocks["in_flight"]
 
 
-def address_space_nbytes():
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[0]) * 4096
-
-
-def test_a_process_maps_what_it_uses(make_arena):
-    before = address_space_nbytes()
-    arenas = [make_arena() for _ in range(10)]
-    for arena in arenas:
-        arena.acquire([MIB]).release()
-
-    taken = address_space_nbytes() - before
-    assert taken < 10 * (64 + 72 + 8) * MIB
-    for arena in arenas:
-        arena.close()
-        assert arena.try_destroy()
-    assert address_space_nbytes() - before < 20 * MIB
-
-
-def test_windows_that_nobody_uses_go_with_trim(arena):
-    before = address_space_nbytes()
-    arena.acquire([60 * MIB]).release()
-    assert address_space_nbytes() - before > 50 * MIB
-
-    arena.trim()
-
-    assert address_space_nbytes() - before < 10 * MIB
-
-
 def test_a_large_block_is_used_again_for_a_larger_message(make_arena):
     arena = make_arena(capacity=512 * MIB)
     arena.blocks.keep_nbytes = 512 * MIB
