@@ -1,4 +1,4 @@
-"""Inputs that nobody meant: mutated payloads, envelopes, pickles and ledgers, with an oracle each.
+"""Inputs that nobody meant: mutated payloads, envelopes, pickles and tables, with an oracle each.
 
 Each fuzzer has ``one(rng)``, which makes one input, feeds it to the library, and raises
 `AssertionError` (or what the library raised) if anything but the library's own error comes out.

@@ -88,7 +88,7 @@ def test_an_older_worker_with_another_version(start_method):
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_a_participant_that_writes_over_the_ledger(seed):
+def test_a_participant_that_writes_over_the_table(seed):
     run_program("strangers", "faulty_participant", seed)
 
 

@@ -62,6 +62,26 @@ def parent_writes_first():
     reap(pid)
 
 
+def a_child_holds_nothing_of_its_parents():
+    """What it may hold before messages are copied on arrival is all for its own."""
+    arena = oobpickle.install(capacity=256 * MIB)
+    held = [_received(seed) for seed in range(3)]
+    assert arena.blocks.n_held == 3
+
+    def child():
+        assert arena.blocks.n_held == 0
+        held.clear()
+        gc.collect()
+        assert arena.blocks.n_held == 0
+        own = _received(4)
+        assert arena.blocks.n_held == 1, own
+        del own
+        assert arena.blocks.n_held == 0
+
+    reap(fork(child))
+    assert arena.blocks.n_held == 3
+
+
 def child_writes_first():
     oobpickle.install(capacity=256 * MIB)
     held = [_received(seed, size) for seed, size in enumerate(SIZES)]

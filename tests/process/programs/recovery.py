@@ -525,6 +525,25 @@ def message_whose_load_is_interrupted():
     inside.assert_empty(arena)
 
 
+def what_a_dead_one_has_counted_is_counted_once():
+    """Also if who adds it up dies right before, or right after, it is in the sum."""
+    arena = oobpickle.install(capacity=64 * MIB)
+    read, write = _pipe()
+
+    def sender():
+        for seed in range(3):
+            write.send(message(seed))
+
+    for n, point in enumerate(("participant.summed", "participant.absorbed"), start=1):
+        reap(fork(sender))
+        for seed in range(3):
+            verify(read.recv(), seed)
+        reap(fork(arena.blocks.reap, fault=point), expected=inside.KILLED)
+        arena.blocks.reap()
+        found = arena.statistics()
+        assert found.n_messages_out_of_band == 3 * n, (point, found)
+
+
 def statistics_are_asked_for_while_blocks_are_left():
     arenas, errors, done = [], [], threading.Event()
 
