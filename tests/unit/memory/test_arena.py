@@ -444,8 +444,8 @@ def test_what_was_written_is_what_arrives(arena):
 
 
 def test_messages_take_no_reference_of_what_never_dies(arena):
-    # Nothing can be seen where they are immortal, from 3.12 on: but a wheel that was built there
-    # runs on 3.11, too.
+    # They are immortal from 3.12 on: but a wheel that was built there runs on 3.11, too. And 3.14
+    # shows what modules take that were built with older headers, up to a limit, where it stays.
     constants = (None, False)
     before = [sys.getrefcount(constant) for constant in constants]
 
@@ -455,7 +455,10 @@ def test_messages_take_no_reference_of_what_never_dies(arena):
         arena.blocks.is_damaged(0)
 
     after = [sys.getrefcount(constant) for constant in constants]
-    assert all(abs(a - b) < 250 for a, b in zip(after, before, strict=True)), (before, after)
+    gained = [a - b for a, b in zip(after, before, strict=True)]
+    assert min(gained) > -250, (before, after)
+    if sys.version_info < (3, 12):
+        assert max(gained) < 250, (before, after)
 
 
 @pytest.mark.parametrize("block", [(0, 99), (5, 1), (1 << 19, 1), (1 << 40, 1), (0, 0)])
