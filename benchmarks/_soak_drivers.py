@@ -202,7 +202,8 @@ class _MortalDriver(Driver):
 
     def __init__(self, name: str, seed: int, method: str) -> None:
         super().__init__(name, seed)
-        self._context: Any = multiprocessing.get_context(method)
+        # Not `_context`: threads have an attribute of that name from CPython 3.14 on.
+        self._multiprocessing: Any = multiprocessing.get_context(method)
         self._worker: _Mortal | None = None
         self.n_started = 0
 
@@ -220,7 +221,7 @@ class _MortalDriver(Driver):
             target, ends, channels = self.open_channels()
             ends_of_others.update(ends)
             args = (*channels, self._seed % (1 << 30), [first])
-            process = self._context.Process(target=target, args=args, daemon=True)
+            process = self._multiprocessing.Process(target=target, args=args, daemon=True)
             process.start()
             for end in ends:
                 end.close()
@@ -301,7 +302,7 @@ class QueueDriver(_MortalDriver):
     """Up to four parcels on their way, numbered, through two queues with their feeder threads."""
 
     def open_channels(self) -> tuple[Any, list[Any], tuple[Any, ...]]:
-        self._tasks, self._results = self._context.Queue(), self._context.Queue()
+        self._tasks, self._results = self._multiprocessing.Queue(), self._multiprocessing.Queue()
         # As the executor of the standard library does: the worker may be dead.
         self._tasks._ignore_epipe = True
         self._sent: deque[tuple[int, int]] = deque()
