@@ -546,6 +546,7 @@ def what_a_dead_one_has_counted_is_counted_once():
 
 def statistics_are_asked_for_while_blocks_are_left():
     arenas, errors, done = [], [], threading.Event()
+    sys.setswitchinterval(1e-5)  # else this thread waits 5 ms each time that it has let the GIL go
 
     def ask():
         while not done.is_set():
