@@ -128,12 +128,8 @@ class _Forked:
 
     def __init__(self, command, out, err, environment):
         self._answers = _starter()
-        _, *arguments = command[len(FLAGS) + 1 :]
-        request = {
-            "program": command[len(FLAGS) + 1],
-            "arguments": arguments,
-            "environment": environment,
-        }
+        program, *arguments = command[1 + len(FLAGS) :]
+        request = {"program": program, "arguments": arguments, "environment": environment}
         with open(os.devnull) as nothing:
             fds = [nothing.fileno(), out.fileno(), err.fileno()]
             socket.send_fds(self._answers, [json.dumps(request).encode()], fds)

@@ -60,7 +60,7 @@ os.register_at_fork(after_in_child=_after_in_child)
 
 def main():
     """Run the case that the first argument names, with the others as its arguments."""
-    import multiprocessing
+    import multiprocessing  # not in the children: it would change the order in which modules end
 
     # A shell starts its background jobs with Ctrl-C ignored, and so would be all that tests it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
