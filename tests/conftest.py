@@ -21,7 +21,7 @@ multiprocessing.set_forkserver_preload(["numpy"])  # else each child of it impor
 #: What can be tested without the extension module, where nothing could be compiled; but for files
 #: that use an arena for what they show.
 WITHOUT_CORE = ("unit/pickling", "unit/test_delegate.py", "unit/test_errors.py")
-NEED_CORE = ("test_byte_types.py", "test_numpy_subclasses.py", "test_resizable.py")
+NEED_CORE = ("test_byte_types.py", "test_numpy_subclasses.py")
 HERE = Path(__file__).parent
 
 

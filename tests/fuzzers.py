@@ -16,12 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 
 import oobpickle
+from messages import envelope_of
 from oobpickle import _envelope
 from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, PayloadError
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import Options
-from oobpickle._memory.plan import plan
-from oobpickle._memory.plan import views as views_of
 from oobpickle._native import core
 from oobpickle._pickling import payload as payload_module
 from oobpickle._pickling.payload import Payload
@@ -126,8 +125,9 @@ class EnvelopeFuzzer:
             [np.full(10 + i, i) for i in range(1500)],
             [np.full(100_000, 6.0)],
         ]
+        self._objects = objects
         self._payloads = [oobpickle.dumps(obj) for obj in objects]
-        self._sent = [self._send(payload) for payload in self._payloads]
+        self._sent = [self._send(obj) for obj in objects]
         self.n_accepted = 0
 
     def close(self):
@@ -147,8 +147,8 @@ class EnvelopeFuzzer:
         self._arena.detach()
         assert self._arena.try_destroy()
 
-    def _send(self, payload):
-        envelope = _envelope.pack(payload, self._arena.acquire, self._arena.name)
+    def _send(self, obj):
+        envelope = envelope_of(obj, self._arena)
         numbers = struct.unpack(f"<{len(envelope.lease.pairs) // 8}Q", envelope.lease.pairs)
         envelope.lease.settle()
         return bytes(envelope), list(zip(numbers[::2], numbers[1::2], strict=True))
@@ -191,7 +191,7 @@ class EnvelopeFuzzer:
         else:
             self.n_accepted += 1
             if isinstance(loaded, tuple) and len(loaded) == 2 and isinstance(loaded[1], list):
-                assert all(isinstance(view, memoryview) for view in loaded[1])
+                assert all(isinstance(view, (memoryview, bytearray)) for view in loaded[1])
             del loaded
         self._replace_what_was_taken()
 
@@ -203,7 +203,7 @@ class EnvelopeFuzzer:
                 for block in sent:  # as if somebody had read it, and given it up
                     blocks.adopt(*block)
                     blocks.discard(*block)
-                self._sent[at] = self._send(self._payloads[at])
+                self._sent[at] = self._send(self._objects[at])
 
 
 def _load_pickle(data):
@@ -327,7 +327,7 @@ class TableFuzzer:
         contents = [rng.randbytes(16) for _ in sizes]
         for view, content in zip(lease.destinations, contents, strict=True):
             view[:8], view[-8:] = content[:8], content[8:]
-        pairs, needs = lease.pairs, lease.needs
+        pairs = lease.pairs
         if rng.random() < 0.2:
             self._mine += [
                 (arena, view, content)
@@ -337,12 +337,12 @@ class TableFuzzer:
         lease.seal(some_number(rng))
         lease.depart()
         lease.settle()
-        self._sent.append((pairs, needs, sizes, contents))
+        self._sent.append((pairs, sizes, contents))
 
     def _receive(self, rng, arena):
         if not self._sent:
             return
-        pairs, needs, sizes, contents = self._sent.pop(rng.randrange(len(self._sent)))
+        pairs, sizes, contents = self._sent.pop(rng.randrange(len(self._sent)))
         if rng.random() < 0.5:
             self._damage(rng)
         block = struct.unpack_from("<2Q", pairs)
@@ -353,10 +353,9 @@ class TableFuzzer:
         if rng.random() < 0.1:
             arena.blocks.discard(*block)
         try:
-            views = arena.receiving.claim(pairs, needs)
+            found = arena.receiving.claim(pairs, sizes)
         except EnvelopeError:
             return
-        found = views_of(views, plan(sizes), sizes)
         for view, content in zip(found, contents, strict=True):
             assert self._forged or bytes(view[:8]) + bytes(view[-8:]) == content
             self._mine.append((arena, view, bytes(view[:8]) + bytes(view[-8:])))
@@ -384,7 +383,10 @@ class TableFuzzer:
 class CallFuzzer:
     """The functions of the extension module, with arguments that nobody means."""
 
-    ERRORS = (TypeError, ValueError, OverflowError, BufferError, OSError)
+    ERRORS = (
+        *(TypeError, ValueError, OverflowError, BufferError, OSError, IndexError, KeyError),
+        *(MemoryError, SystemError),
+    )
 
     def __init__(self):
         self._arena = Arena.create(Options(capacity=16 * MIB))
@@ -397,9 +399,23 @@ class CallFuzzer:
             for name in sorted(vars(type(blocks)))
             if not name.startswith("_") and name not in spare and callable(getattr(blocks, name))
         ]
-        self._calls += [core.copy, core.constants, core.header, core.epoch]
+        self._calls += [core.copy, core.constants, core.header, core.epoch, core.plan, core.spread]
+        self._calls += [core.headroom, core.Message, core.Rebuild]
+        self._message = self._kept = None
+
+    def _call_of_message(self, rng):
+        if self._message is None or rng.random() < 0.1:
+            blocks = rng.choice((None, False, self._arena.blocks))
+            self._message = core.Message(blocks, rng.choice((0, 1000)), _envelope.tables({}))
+        name = rng.choice([n for n in sorted(vars(core.Message)) if not n.startswith("_")])
+        found = getattr(self._message, name)
+        if callable(found):
+            return found
+        return rng.choice((self._message.__getitem__, lambda: memoryview(self._message)))
 
     def close(self):
+        self._message = self._kept = None
+        self._arena.sending._tell_limits()
         self._blocks.clear()
         core.wait_for_the_lock(2_000_000)
         self._arena.blocks.release([])
@@ -412,21 +428,28 @@ class CallFuzzer:
     def one(self, rng):
         call = rng.choice(self._calls)
         arguments = [self._argument(rng) for _ in range(rng.choice((0, 1, 1, 2, 2, 3)))]
-        if rng.random() < 0.3 and self._blocks:
+        if rng.random() < 0.4:
+            call = self._call_of_message(rng)
+        elif rng.random() < 0.3 and self._blocks:
             call = rng.choice((self._blocks[-1].reserve, self._blocks[-1].empty))
         try:
             result = call(*arguments)
         except self.ERRORS:
             return
         self.n_accepted += 1
+        self._kept = result if rng.random() < 0.5 else None  # a view keeps its message
         if isinstance(result, list):
             self._blocks += [one for one in result if isinstance(one, core.Block)]
         del self._blocks[: -rng.randrange(1, 20)]
 
     def _argument(self, rng):
-        kind = rng.randrange(9)
+        kind = rng.randrange(11)
         if kind == 0:
             return some_number(rng)
+        if kind == 9:
+            return rng.choice((np.ones(9000), np.ones(9000)[::3], np.ones(9, "M8[s]"), np.ndarray))
+        if kind == 10:
+            return rng.choice((pickle.PickleBuffer(b"x" * 5000), bytearray(70_000), b"\x96" * 9))
         if kind == 1:
             return rng.choice((None, -1, 1.5, "text", (), {}, object(), True))
         if kind == 2:

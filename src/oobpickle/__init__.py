@@ -20,7 +20,6 @@ from oobpickle._errors import (
     FallbackWarning,
     OobPickleError,
     PayloadError,
-    ResizedError,
     StaleEnvelopeError,
     StructureError,
 )
@@ -41,7 +40,6 @@ __all__ = [
     "OobPickleError",
     "Payload",
     "PayloadError",
-    "ResizedError",
     "StaleEnvelopeError",
     "Statistics",
     "StructureError",

@@ -1,7 +1,7 @@
 """The envelope: the small picklable message that crosses the pipe. Here pickle meets memory.
 
-**What.** `pack` writes a payload into memory that the caller acquires, and returns the envelope;
-loading it calls `unpack_envelope`.
+**What.** `pack` puts a message that was taken apart (`oobpickle._core.Message`) into the arena, and
+returns the envelope; loading it calls `unpack_envelope`.
 
 **How it works.** An envelope is an ordinary pickle with one global and one ``bytes`` argument::
 
@@ -13,7 +13,10 @@ the receiver of a message need not look closely at each.
 
 A large stream, or a long table, lies in the arena too: then the envelope names the first block
 only, and that block holds the rest (flag 1); the first bytes of the stream follow. Sender and
-receiver compute the layout of the buffers within the blocks from the sizes.
+receiver compute the layout of the buffers within the blocks from the sizes (``_core/plan.c``).
+
+Most messages are in blocks already, since each buffer was copied there when the pickler handed it
+out. One that found no room then lies in ordinary memory; for it room is waited for here.
 
 **Lifetime.** The blocks belong to the `Envelope` until it is sent; they are released if it is
 collected before. The receiver's arrays are the blocks; if loading the stream raises, they are
@@ -29,17 +32,17 @@ import pickle
 import struct
 import zlib
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple
 
 from oobpickle import _faults
-from oobpickle._errors import ArenaError, EnvelopeError, StaleEnvelopeError
+from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import FORCED
-from oobpickle._memory.plan import OWN_BLOCK_NBYTES, plan, views
-from oobpickle._pickling.payload import Payload
-from oobpickle._pickling.serializer import serialize
+from oobpickle._memory.sending import Lease
+from oobpickle._native import core
+from oobpickle._pickling.reducers import levels, special_reducer
+from oobpickle._pickling.serializer import take_apart
 from oobpickle._statistics import N_LOADED
 
 _MAGIC: Final = b"OOBE"
@@ -61,100 +64,109 @@ _arenas: dict[bytes, Arena] = {}
 _ended: Final[deque[bytes]] = deque(maxlen=1 << 10)  # identities of those that nobody needed
 
 
-class Destinations(Protocol):
-    """What `pack` needs of a lease."""
-
-    @property
-    def destinations(self) -> Sequence[memoryview]: ...
-
-    @property
-    def pairs(self) -> bytes: ...
-
-    def seal(self, channel: int) -> None: ...
-
-
 class Envelope(bytes):
     """The bytes to send, with the lease of the blocks that they name."""
 
-    lease: Any
+    lease: Lease
     is_indirect: bool
 
 
-def pack(
-    payload: Payload,
-    acquire: Callable[[Sequence[int]], Destinations],
-    name: bytes,
-    channel: int = 0,
-) -> Envelope:
-    """Write a payload into acquired memory and return its envelope.
+def pack(message: Any, arena: Arena, channel: int = 0) -> Envelope:
+    """Put a message into the arena and return its envelope.
 
     Parameters
     ----------
-    payload : Payload
-        Its buffers are copied exactly once.
-    acquire : callable
-        ``acquire(sizes)`` returns an object with ``destinations``, ``pairs`` and ``seal``.
-    name : bytes
-        `Arena.name`.
+    message : Message
+        What was taken apart.
+    arena : Arena
+        Where it goes.
     channel : int
         Where the envelope will go, for `Lease.seal`.
 
     Raises
     ------
     ArenaFullError
-        From `acquire`; nothing stays leased, here or after any other exception.
+        From `Arena.acquire`; the message is in memory of its own then. Nothing stays leased, here
+        or after any other exception.
     """
-    sizes, n_stream = payload.sizes, payload.stream_nbytes
-    indirect = _is_indirect(payload)
-    if indirect:
-        index_nbytes = _index_nbytes(sizes, n_stream)
-        lease = acquire([index_nbytes, *sizes])
-        pairs = lease.pairs
-        index, *destinations = lease.destinations
-        table = pairs + _numbers(sizes)
+    arena.check_open()
+    sizes, n_stream = message.sizes, message.stream_nbytes
+    is_indirect = _is_indirect(sizes, n_stream)
+    blocks = message.blocks
+    index_needs = []
+    if is_indirect:
+        n_blocks = len(core.plan(sizes) if blocks is None else blocks)
+        index_needs = [_index_nbytes(n_blocks, sizes, n_stream)]
+    if blocks is not None:
+        blocks = _with_index(arena, index_needs, blocks)
+    if blocks is None:
+        message.leave_blocks()
+        blocks = arena.acquire([*index_needs, *core.plan(sizes)]).blocks
+        message.move_into(blocks[len(index_needs) :])
+    arena.sending.note(message.nbytes, message.nbytes_fresh)
+    lease = Lease(arena.blocks, blocks)
+    pairs = lease.pairs
+    if is_indirect:
+        index = lease.destinations[0]
+        table = pairs + sizes
         index[: len(table)] = table
-        payload.write_stream_into(index[len(table) : len(table) + n_stream])
-        payload.write_into(destinations)
+        message.write_stream_into(index[len(table) : len(table) + n_stream])
         start = bytes(index[len(table) : len(table) + min(START_NBYTES, n_stream)])
-        body = pairs[:_PAIR_NBYTES] + _numbers([index_nbytes]) + start.ljust(START_NBYTES, b"\0")
-        del index, destinations
+        body = pairs[:_PAIR_NBYTES] + _numbers(index_needs) + start.ljust(START_NBYTES, b"\0")
+        del index
     else:
-        lease = acquire(sizes)
-        pairs = lease.pairs
-        payload.write_into(lease.destinations)
-        body = pairs + _numbers(sizes) + payload.stream
+        body = pairs + sizes + message.stream
     _faults.reach("envelope.copied")
     lease.seal(channel)
-    n_blocks = len(pairs) // _PAIR_NBYTES
-    framed = _framed(name, (n_blocks, len(sizes), _INDIRECT if indirect else 0, n_stream), body)
+    counts = len(blocks), len(sizes) // 8, _INDIRECT if is_indirect else 0, n_stream
+    framed = _framed(arena.name, counts, body)
     envelope = Envelope(PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
     envelope.lease = lease
-    envelope.is_indirect = indirect
+    envelope.is_indirect = is_indirect
     return envelope
 
 
-def _is_indirect(payload: Payload) -> bool:
-    sizes = payload.sizes
-    n_inline = payload.stream_nbytes + 8 * len(sizes)
-    return FORCED or n_inline > _INLINE_NBYTES or not any(sizes)
+def _with_index(arena: Arena, index_needs: list[int], blocks: list[Any]) -> list[Any] | None:
+    """Lease a block for the index, if there is to be one, without waiting if others are there.
+
+    Who waits with blocks in his hands may wait for somebody who waits for these.
+    """
+    if not index_needs:
+        return blocks
+    if not blocks:
+        return arena.acquire(index_needs).blocks
+    try:
+        return [*arena.acquire(index_needs, wait_timeout=0).blocks, *blocks]
+    except ArenaFullError:
+        return None
 
 
-def sizes_of(payload: Payload) -> list[int]:
-    """Return what `pack` would acquire for the payload, bytes."""
-    sizes = payload.sizes
-    if _is_indirect(payload):
-        sizes = [_index_nbytes(sizes, payload.stream_nbytes), *sizes]
-    return sizes
+def _is_indirect(sizes: bytes, n_stream: int) -> bool:
+    return FORCED or n_stream + len(sizes) > _INLINE_NBYTES or not any(sizes)
 
 
-def _numbers(sizes: Sequence[int]) -> bytes:
+def needs_of(obj: object, threshold: int) -> list[int]:
+    """Return the bytes of each block that a message with the object would need."""
+    message = core.Message(False, threshold, tables({}))
+    take_apart(obj, message, by_value=True)
+    sizes, n_stream = message.sizes, message.stream_nbytes
+    needs: list[int] = core.plan(sizes, True)
+    if _is_indirect(sizes, n_stream):
+        needs.insert(0, _index_nbytes(len(needs), sizes, n_stream))
+    return needs
+
+
+def tables(special: dict[type, Any]) -> tuple[Any, ...]:
+    """Return where a `Message` looks for reducers; `special` are those of its pickler."""
+    return *levels(special), special_reducer
+
+
+def _numbers(sizes: list[int]) -> bytes:
     return struct.pack(f"<{len(sizes)}Q", *sizes)
 
 
-def _index_nbytes(sizes: Sequence[int], n_stream: int) -> int:
-    # At least a block of its own, so that it does not change how the others are laid out.
-    n_blocks = 1 + len(plan(list(sizes)).needs)
-    return max(OWN_BLOCK_NBYTES, 16 * n_blocks + 8 * len(sizes) + n_stream)
+def _index_nbytes(n_others: int, sizes: bytes, n_stream: int) -> int:
+    return _PAIR_NBYTES * (1 + n_others) + len(sizes) + n_stream
 
 
 def _framed(name: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:
@@ -278,24 +290,24 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
         if index_nbytes < n_pairs + 8 * parsed.n_buffers + parsed.n_stream:
             raise EnvelopeError(f"an index of {index_nbytes} bytes for {parsed.n_blocks} blocks")
         (rest,) = claim(bytes(rest[:_PAIR_NBYTES]), [index_nbytes], is_index=True)
-    sizes = list(struct.unpack_from(f"<{parsed.n_buffers}Q", rest, n_pairs))
     start = n_pairs + 8 * parsed.n_buffers
+    sizes = bytes(rest[n_pairs:start])
     stream = rest[start : start + parsed.n_stream]
     pairs = bytes(rest[_PAIR_NBYTES if parsed.indirect else 0 : n_pairs])
-    layout = plan(sizes)
+    needs = core.plan(sizes)
     indices = struct.unpack(f"<{len(pairs) // 8}Q", pairs)[::2]
-    if len(layout.needs) != len(indices):
-        raise EnvelopeError(f"{len(indices)} blocks for buffers that need {len(layout.needs)}")
+    if len(needs) != len(indices):
+        raise EnvelopeError(f"{len(indices)} blocks for buffers that need {len(needs)}")
     if len(set(indices)) != len(indices):
         raise EnvelopeError("an envelope names a block twice")
-    return views(claim(pairs, layout.needs), layout, sizes), stream
+    return core.spread(claim(pairs, needs), sizes, True), stream
 
 
 def introduce(arena: Arena) -> None:
     """Let this process load envelopes of the arena, and prepare for them."""
     arena.keep()
     threshold = arena.options.threshold or 0
-    arena.sizes_of = lambda like: sizes_of(serialize(like, {}, threshold, by_value=True))
+    arena.needs_of = lambda like: needs_of(like, threshold)
     _arenas[arena.identity] = arena
 
 

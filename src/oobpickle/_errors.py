@@ -25,10 +25,6 @@ class PayloadError(OobPickleError, pickle.UnpicklingError):
     """A payload is truncated or altered, or comes with the wrong number or size of buffers."""
 
 
-class ResizedError(PayloadError):
-    """What can be resized was resized between `dumps` and the writing of its payload."""
-
-
 class EnvelopeError(OobPickleError, pickle.UnpicklingError):
     """An envelope is truncated, altered, or from an arena that this process cannot reach."""
 

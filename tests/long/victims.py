@@ -35,7 +35,6 @@ from inside import content, message, verify
 import oobpickle
 from oobpickle import _faults
 from oobpickle._hook import installed
-from oobpickle._memory import plan
 from table import LEASED, Table
 
 SIZES = (300_000, 1_500_000, 70_000)
@@ -209,7 +208,7 @@ class Victim:
         table, leases = Table.of(self.arena), []
         n_rows = table.n_rows
         while table.n_rows < n_rows + 4:
-            leases.append(self.arena.acquire([plan.OWN_BLOCK_NBYTES]))
+            leases.append(self.arena.acquire([32 << 10]))
         for lease in leases:
             lease.release()
 

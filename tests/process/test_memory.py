@@ -9,7 +9,9 @@ from process.harness import cases_of, eventually, run_program
 from process.test_limits import CGROUPS, _own_cgroup
 
 WITH_ARGUMENTS = {"in_a_small_cgroup", "locked"}
-WITHOUT_METHOD = {"address_space_and_trim", "address_space_of_blocks", "forks_meanwhile"}
+WITHOUT_METHOD = {
+    *("address_space_and_trim", "address_space_of_blocks", "forks_meanwhile", "small_survivors")
+}
 WITH_METHOD = sorted(set(cases_of("memory")) - WITH_ARGUMENTS - WITHOUT_METHOD)
 
 

@@ -95,7 +95,7 @@ def _through_memory(payload):
 @given(arrays(), ways, thresholds)
 def test_an_array_arrives_as_pickle_would_deliver_it_but_writable(array, way, threshold):
     before = array.tobytes()
-    arrived = WAYS[way](serialize(array, {}, threshold))
+    arrived = WAYS[way](serialize(array, threshold))
 
     assert described(samples.as_pickle_should(array)) == described(arrived)
     assert type(arrived) is np.ndarray
@@ -193,7 +193,7 @@ def _object_array(items):
 @given(objects(), ways, thresholds)
 def test_an_object_arrives_as_pickle_would_deliver_it(obj, way, threshold):
     before = described(obj)
-    arrived = WAYS[way](serialize(obj, {}, threshold))
+    arrived = WAYS[way](serialize(obj, threshold))
 
     assert described(pickled(obj)) == described(arrived)
     assert described(obj) == before

@@ -43,7 +43,11 @@ class Process:
 
 class Message:
     def __init__(self, lease, seeds, channel):
-        self.pairs, self.needs, self.seeds = lease.pairs, list(lease.needs), seeds
+        self.pairs, self.needs, self.seeds = (
+            lease.pairs,
+            [len(view) for view in lease.destinations],
+            seeds,
+        )
         self.source = channel
         numbers = memoryview(self.pairs).cast("Q").tolist()
         self.blocks = list(zip(numbers[::2], numbers[1::2], strict=True))
@@ -96,7 +100,7 @@ class TableMachine(RuleBasedStateMachine):
         if reason:
             return
         seeds = []
-        for block, need in zip(lease.blocks, lease.needs, strict=True):
+        for block, need in zip(lease.blocks, map(len, lease.destinations), strict=True):
             self.seed += 1
             seeds.append(self.seed)
             start = content(self.seed, need)
@@ -245,7 +249,9 @@ class TableMachine(RuleBasedStateMachine):
     def every_process_has_what_it_believes(self):
         for process in getattr(self, "living", ()):
             for lease, seeds in process.leases:
-                for block, need, seed in zip(lease.blocks, lease.needs, seeds, strict=True):
+                for block, need, seed in zip(
+                    lease.blocks, map(len, lease.destinations), seeds, strict=True
+                ):
                     self.is_his(process, LEASED, block.index, block.generation)
                     self.holds(memoryview(block), need, seed)
             for index, generation, view, seed in process.held:

@@ -12,7 +12,6 @@ from oobpickle._errors import format_nbytes
 
 STANDARD = {
     "PayloadError": pickle.UnpicklingError,
-    "ResizedError": pickle.UnpicklingError,
     "EnvelopeError": pickle.UnpicklingError,
     "StaleEnvelopeError": pickle.UnpicklingError,
     "StructureError": ValueError,

@@ -85,7 +85,7 @@ int block_map(struct block *block, u64 nbytes)
 
 static void populate_for(struct blocks *blocks, char *address, u64 nbytes)
 {
-    if (nbytes <= LONG) {
+    if (nbytes <= LONG || blocks->lock.keeps_gil) {
         populate(address, nbytes, false);
         return;
     }
@@ -261,6 +261,13 @@ static int getbuffer(PyObject *self, Py_buffer *view, int flags)
     return PyBuffer_FillInfo(view, self, block->address, (Py_ssize_t)block->nbytes, 0, flags);
 }
 
+u64 block_fresh(const PyObject *self)
+{
+    const struct block *block = (const struct block *)self;
+    u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
+    return nbytes > block->reserved ? nbytes - block->reserved : 0;
+}
+
 /* --- the type */
 
 static PyObject *get_index(PyObject *self, void *Py_UNUSED(closure))
@@ -280,9 +287,7 @@ static PyObject *get_is_copy(PyObject *self, void *Py_UNUSED(closure))
 
 static PyObject *get_fresh(PyObject *self, void *Py_UNUSED(closure))
 {
-    const struct block *block = (struct block *)self;
-    u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
-    return PyLong_FromUnsignedLongLong(nbytes > block->reserved ? nbytes - block->reserved : 0);
+    return PyLong_FromUnsignedLongLong(block_fresh(self));
 }
 
 static PyObject *get_resident(PyObject *self, void *Py_UNUSED(closure))
@@ -292,32 +297,34 @@ static PyObject *get_resident(PyObject *self, void *Py_UNUSED(closure))
         row_resident(table_row(&block->blocks->table, block->index), block->index));
 }
 
-/* reserve(nbytes): give the block up to so many more bytes of the pages that were counted for it */
-static PyObject *reserve(PyObject *self, PyObject *argument)
+/* Make up to so many more bytes of the pages that were counted for a leased block; -1 with errno. */
+static int reserve_up_to(struct block *block, u64 most)
 {
-    struct block *block = (struct block *)self;
     struct blocks *blocks = block->blocks;
-    u64 most = PyLong_AsUnsignedLongLong(argument);
-    if (PyErr_Occurred())
-        return NULL;
     u64 counted = row_resident(table_row(&blocks->table, block->index), block->index);
     u64 nbytes = counted > block->reserved ? counted - block->reserved : 0;
     if (block->state != LEASED || block->epoch != epoch() || nbytes == 0)
-        Py_RETURN_NONE;
+        return 0;
     if (nbytes > most)
         nbytes = most;
     u64 at = known_of(block)->place.offset + block->reserved;
+    char *address = block->address + block->reserved;
     bool by_fault = blocks->table.by_fault && counted >= HUGE;
     int result, error;
-    blocks->n_inside++;
-    Py_BEGIN_ALLOW_THREADS
-    result = mapping_reserve(&blocks->mapping, at, block->address + block->reserved, nbytes, by_fault);
-    error = errno;
-    Py_END_ALLOW_THREADS
-    blocks->n_inside--;
+    if (blocks->lock.keeps_gil) {
+        result = mapping_reserve(&blocks->mapping, at, address, nbytes, by_fault);
+        error = errno;
+    } else {
+        blocks->n_inside++;
+        Py_BEGIN_ALLOW_THREADS
+        result = mapping_reserve(&blocks->mapping, at, address, nbytes, by_fault);
+        error = errno;
+        Py_END_ALLOW_THREADS
+        blocks->n_inside--;
+    }
     if (result != 0) {
         errno = error;
-        return PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
     }
     FAULT("block.reserved");
     block->reserved += nbytes;
@@ -327,7 +334,61 @@ static PyObject *reserve(PyObject *self, PyObject *argument)
         known->entered = block->reserved;
         known->punches = get_half(&table_row(&blocks->table, block->index)->punches);
     }
+    return 0;
+}
+
+/* All of them, in the middle of a message that has taken `total` bytes of fresh pages with these: in
+   steps, each after a look at what is left of the machine's memory. */
+bool block_reserve_now(PyObject *self, u64 total)
+{
+    struct block *block = (struct block *)self;
+    struct lock *lock = &block->blocks->lock;
+    u64 left;
+    while ((left = block_fresh(self)) > 0) {
+        u64 step = left < WINDOW ? left : WINDOW;
+        if (!headroom_allows(step, total))
+            return false;
+        lock->keeps_gil = true;
+        int result = reserve_up_to(block, step);
+        lock->keeps_gil = false;
+        if (result != 0)
+            return false;
+    }
+    return true;
+}
+
+/* reserve(nbytes): give the block up to so many more bytes of the pages that were counted for it */
+static PyObject *reserve(PyObject *self, PyObject *argument)
+{
+    u64 most = PyLong_AsUnsignedLongLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    if (reserve_up_to((struct block *)self, most) != 0)
+        return PyErr_SetFromErrno(PyExc_OSError);
     Py_RETURN_NONE;
+}
+
+bool block_can_take(const struct block *block, u64 nbytes)
+{
+    return block->state == LEASED && block->epoch == epoch() && block->address &&
+           nbytes <= block->nbytes && block->reserved >= nbytes;
+}
+
+/* So much of a leased block is the message's. */
+void block_use(struct block *block, u64 nbytes)
+{
+    if (block->state != LEASED || block->epoch != epoch())
+        return;
+    put(&table_row(&block->blocks->table, block->index)->used, nbytes);
+    block->nbytes = nbytes;
+}
+
+/* Pages of a leased block that is needed no more go back to the system. */
+void block_punch_range(struct block *block, u64 at, u64 nbytes)
+{
+    u64 offset = known_of(block)->place.offset + at;
+    mapping_punch(&block->blocks->mapping, offset, block->address + at, round_up(nbytes, PAGE));
+    block->is_emptied = true;
 }
 
 /* empty(): give the pages of a block that was leased for it back to the system */

@@ -25,6 +25,7 @@ static PyTypeObject *blocks_type, *reading_type;
 u64 lock_patience_us = 2000000;
 #define HURRIED_US 20000
 #define HURRY_US 5000000
+#define NOW_US 5000 /* while nobody else can run */
 #define KEEP_LEAST ((u64)64 << 20)
 
 static struct blocks *of(PyObject *self)
@@ -60,7 +61,9 @@ int step_begin(struct blocks *blocks)
     if (has_ended(blocks) || !has_joined(blocks))
         return DETACHED;
     /* A stopped holder of the lock is waited for once, not by every message. */
-    u64 bound = now_us() < blocks->hurried_until ? HURRIED_US : lock_patience_us;
+    u64 bound = blocks->lock.keeps_gil           ? NOW_US
+                : now_us() < blocks->hurried_until ? HURRIED_US
+                                                   : lock_patience_us;
     blocks->n_inside++;
     enum taken taken = lock_take(&blocks->lock, bound, is_alive, blocks);
     if (taken == LOCK_LOST)
@@ -68,6 +71,8 @@ int step_begin(struct blocks *blocks)
     blocks->n_inside--;
     if (taken == LOCK_ERROR)
         return -1;
+    if (taken == LOCK_BUSY && blocks->lock.keeps_gil)
+        return BUSY;
     if (taken == LOCK_BUSY) {
         blocks->hurried_until = now_us() + HURRY_US;
         return BUSY;
@@ -195,7 +200,35 @@ done:
     return result;
 }
 
-static struct block *block_at(PyObject *list, Py_ssize_t i)
+bool is_blocks(PyObject *object)
+{
+    return Py_TYPE(object) == blocks_type;
+}
+
+/* Lease a block in the middle of a message, with the GIL kept. NULL, without an exception: there is none
+   at once. */
+PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes)
+{
+    struct leased leased = {0};
+    u64 need, left;
+    if (has_ended(blocks) || get(&blocks->table.shared->header.closed) ||
+        nbytes > blocks->table.data_nbytes || !file_is_ours(&blocks->mapping.data))
+        return NULL;
+    PyObject *list = PyList_New(1), *block = NULL; /* before: this may run finalizers */
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
+    if (list && lease_all(blocks, &nbytes, 1, &leased, &need, &left) == ROOM) {
+        list = fill(list, blocks, &nbytes, 1, &leased);
+        if (list && map_all(blocks, list, &nbytes))
+            block = Py_NewRef(PyList_GetItem(list, 0));
+    }
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = false;
+    if (list == NULL)
+        PyErr_Clear();
+    Py_XDECREF(list);
+    return block;
+}
+
+struct block *block_at(PyObject *list, Py_ssize_t i)
 {
     PyObject *one = PyList_GetItem(list, i);
     if (one && Py_TYPE(one) != block_type) {

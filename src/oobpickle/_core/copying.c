@@ -1,6 +1,7 @@
 /* Copying much memory at once, on two cores where one is idle.
 
-What. `copy(destination, source)`, for contiguous memory of one size.
+What. `copy(destination, source)`, for contiguous memory of one size; `copy_now` for those who keep
+the GIL.
 
 How it works. One core alone cannot move as much as memory can: two reach 1.6 times the rate. So a
 large copy is cut into pieces, and a thread takes some of them if it gets a core in time; the caller
@@ -106,6 +107,16 @@ static void copy_with_helper(struct job *job)
     }
 }
 
+/* With the GIL: the helper needs none. */
+void copy_now(char *to, const void *from, size_t nbytes)
+{
+    struct job job = {.to = to, .from = from, .nbytes = nbytes};
+    if (nbytes >= LEAST && is_a_core_idle())
+        copy_with_helper(&job);
+    else
+        memcpy(to, from, nbytes);
+}
+
 /* copy(destination, source): contiguous memory of one size */
 PyObject *copy_bytes(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
@@ -117,12 +128,8 @@ PyObject *copy_bytes(PyObject *Py_UNUSED(module), PyObject *arguments)
     } else if ((size_t)to.len <= SMALL) {
         memcpy(to.buf, from.buf, (size_t)to.len);
     } else {
-        struct job job = {.to = to.buf, .from = from.buf, .nbytes = (size_t)to.len};
         Py_BEGIN_ALLOW_THREADS
-        if (job.nbytes >= LEAST && is_a_core_idle())
-            copy_with_helper(&job);
-        else
-            memcpy(job.to, job.from, job.nbytes);
+        copy_now(to.buf, from.buf, (size_t)to.len);
         Py_END_ALLOW_THREADS
     }
     PyBuffer_Release(&to);

@@ -150,6 +150,7 @@ struct lock {
     u32 slot;
     u64 epoch;
     bool is_deaf; /* signals wait until it was taken */
+    bool keeps_gil; /* and other threads, but not for long */
 };
 
 enum taken lock_take(struct lock *lock, u64 bound_us, bool (*is_alive)(void *, u32), void *with);
@@ -238,6 +239,14 @@ void count_in(struct blocks *blocks, u32 counter, u64 amount);
 void leave_others(struct blocks *blocks, u64 nbytes);
 int block_type_make(void);
 int blocks_type_make(PyObject *module);
+bool is_blocks(PyObject *object);
+struct block *block_at(PyObject *list, Py_ssize_t i);
+PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes);
+bool block_reserve_now(PyObject *block, u64 total);
+u64 block_fresh(const PyObject *block);
+bool block_can_take(const struct block *block, u64 nbytes);
+void block_use(struct block *block, u64 nbytes);
+void block_punch_range(struct block *block, u64 at, u64 nbytes);
 
 /* --- fork.c: what this process has becomes its own */
 
@@ -256,6 +265,59 @@ PyObject *lost_free(PyObject *self, PyObject *heads);
 
 /* --- copying.c */
 
+void copy_now(char *to, const void *from, size_t nbytes);
 PyObject *copy_bytes(PyObject *module, PyObject *arguments);
+
+/* --- headroom.c: may so many fresh pages be made? */
+
+bool headroom_allows(u64 nbytes, u64 total);
+PyObject *headroom_limits(PyObject *module, PyObject *arguments);
+
+/* --- plan.c: how buffers lie in blocks */
+
+struct chunk {
+    u64 capacity, filled;
+    u32 block;
+};
+
+struct plan {
+    struct chunk small, shared;
+    u32 n_blocks;
+};
+
+struct placed {
+    u64 at, capacity; /* 0: the block is there already */
+    u32 block;
+};
+
+struct placed plan_next(struct plan *plan, u64 nbytes);
+PyObject *plan_needs(PyObject *module, PyObject *arguments);
+PyObject *plan_spread(PyObject *module, PyObject *arguments);
+
+/* --- array.c: how arrays are taken apart, and copied */
+
+struct message;
+
+struct dtype { /* what is known of one */
+    PyObject *object;
+    PyObject *sent; /* what stands for it in the stream */
+    long long itemsize;
+    bool is_ours, is_exported, has_names;
+};
+
+void memory_copy(char *to, const Py_buffer *view);
+void dtype_forget(struct dtype *known);
+int array_view(struct dtype *known, PyObject *array, Py_buffer *view);
+PyObject *array_reduce(struct message *message, PyObject *array);
+
+/* --- message.c: one message, as it is taken apart */
+
+struct dtype *message_dtype(struct message *message);
+bool message_keeps(struct message *message, u64 nbytes);
+void message_made(struct message *message, PyObject *memory);
+PyObject *message_stand_in(struct message *message, Py_buffer *view);
+PyObject *rebuild_new(PyObject *reduced);
+PyObject *numpy_attribute(const char *name);
+int message_type_make(PyObject *module);
 
 #endif

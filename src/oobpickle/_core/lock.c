@@ -8,7 +8,8 @@ the table is rebuilt. There are no thread ids and no pointers in shared memory, 
 namespaces nor stray writes can do more than make somebody wait.
 
 The GIL is held from taking to giving: threads of one process cannot meet inside, and no Python code
-can run there. It is released while waiting. So whoever finds its own slot in the word has inherited
+can run there. It is released while waiting, unless a message is in the middle of being taken apart:
+then nobody waits longer than `bound_us` in all. So whoever finds its own slot in the word has inherited
 that from a dead process.
 
 Lifetime. That of the table. A holder that dies leaves the word; the next waiter takes over.
@@ -49,10 +50,12 @@ static bool try_take(half *address, u32 seen, u32 mine)
 }
 
 /* Sleep until the word changes, or it is time to look at the holder. */
-static int sleep_on(half *address, u32 seen)
+static int sleep_on(half *address, u32 seen, bool keeps_gil)
 {
     const struct timespec look = {.tv_nsec = LOOK_NS};
     int error;
+    if (keeps_gil)
+        return futex(address, FUTEX_WAIT, seen, &look) == 0 ? 0 : errno;
     Py_BEGIN_ALLOW_THREADS
     error = futex(address, FUTEX_WAIT, seen, &look) == 0 ? 0 : errno;
     Py_END_ALLOW_THREADS
@@ -81,7 +84,7 @@ enum taken lock_take(struct lock *lock, u64 bound_us, bool (*is_alive)(void *, u
 {
     half *address = &lock->shared->header.lock;
     const u32 mine = lock->slot + 1;
-    const u64 begun = lock->epoch;
+    const u64 begun = lock->epoch, until = lock->keeps_gil ? now_us() + bound_us : UINT64_MAX;
     u32 watched = 0;
     u64 steps = 0, since = 0;
 
@@ -106,10 +109,12 @@ enum taken lock_take(struct lock *lock, u64 bound_us, bool (*is_alive)(void *, u
             } else if (now - since >= bound_us) {
                 return LOCK_BUSY;
             }
+            if (now >= until)
+                return LOCK_BUSY;
             if (!(seen & WAITERS) && !try_take(address, seen, seen | WAITERS))
                 continue;
             seen |= WAITERS;
-            int error = sleep_on(address, seen);
+            int error = sleep_on(address, seen, lock->keeps_gil);
             if (error == EINTR && !lock->is_deaf && PyErr_CheckSignals() < 0)
                 return LOCK_ERROR;
             is_dead = error == ETIMEDOUT && !is_alive(with, holder - 1);

@@ -1,6 +1,6 @@
 /* The extension module oobpickle._core.
 
-What. `Blocks` and `Block`; `header` and `constants`, the words of a table file that never change;
+What. `Blocks`, `Block` and `Message`; `plan` and `spread`; `header` and `constants`, the words of a table file that never change;
 `copy`; the fork hooks; `arm` for tests.
 
 How it works. One initialisation in a process: sub-interpreters with a lock of their own cannot
@@ -145,6 +145,9 @@ static PyMethodDef functions[] = {
     {"epoch", get_epoch, METH_NOARGS, NULL},
     {"wait_for_the_lock", wait_for_the_lock, METH_O, NULL},
     {"copy", copy_bytes, METH_VARARGS, NULL},
+    {"headroom", headroom_limits, METH_VARARGS, NULL},
+    {"plan", plan_needs, METH_VARARGS, NULL},
+    {"spread", plan_spread, METH_VARARGS, NULL},
     {"fork_before", fork_before, METH_NOARGS, NULL},
     {"fork_in_parent", fork_in_parent, METH_NOARGS, NULL},
     {"fork_in_child", fork_in_child, METH_NOARGS, NULL},
@@ -168,6 +171,7 @@ PyMODINIT_FUNC PyInit__core(void)
     PyObject *module = PyModule_Create(&definition);
     PyObject *reasons = shortages(), *words = layout();
     if (module == NULL || reasons == NULL || words == NULL || blocks_type_make(module) != 0 ||
+        message_type_make(module) != 0 ||
         PyModule_AddObjectRef(module, "SHORTAGES", reasons) != 0 ||
         PyModule_AddObjectRef(module, "LAYOUT", words) != 0 ||
         PyModule_AddIntConstant(module, "TABLE_NBYTES", (long)TABLE_NBYTES) != 0 ||

@@ -5,10 +5,10 @@
 
 **How it works.** On the class, since pools bind the methods early. ::
 
-    dumps        serialize; below the threshold that is the message; else pack it into the arena and
-                 return an envelope; if that cannot be, an ordinary pickle of the same payload,
-                 and count why, with an invitation to join for a reader that is older than the
-                 arena; also before a small one, after a large one from such a process
+    dumps        take the object apart; below the threshold that is the message; else pack it into
+                 the arena and return an envelope; if that cannot be, make an ordinary pickle of
+                 the same message, and count why, with an invitation to join for a reader that
+                 is older than the arena; also before a small one, after a large one from there
     loads        load; if that fails in a pool, hand on the error in the place of the message
     _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
                  in-band message is given back as it is written
@@ -37,17 +37,16 @@ from typing import Any, Final
 
 from oobpickle import _envelope, _faults, _statistics
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
-from oobpickle._errors import ArenaError, ArenaFullError, ResizedError
+from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook import installed, invitations, loading
 from oobpickle._hook.installed import Hook, running
 from oobpickle._hook.readers import is_read_as_object
 from oobpickle._memory.pipes import widened
+from oobpickle._native import core
 from oobpickle._pickling import in_band
 from oobpickle._pickling.in_band import Received
-from oobpickle._pickling.payload import Payload
-from oobpickle._pickling.serializer import serialize
-from oobpickle._pickling.snapshot import Snapshot
+from oobpickle._pickling.serializer import take_apart
 
 _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _N_ASKING: Final = 64  # small messages that may ask after a large one that came uncounted
@@ -68,6 +67,7 @@ def hooked_pickler(original: Any) -> Any:
     namespace = original.__dict__
     own = namespace.get("dumps")
     standard = own if is_standard(own) else _NONE
+    tables = _envelope.tables(getattr(original, "_extra_reducers", {}))
 
     class HookedPickler(original):  # type: ignore[misc]
         """The pickler of multiprocessing, with large messages out of band."""
@@ -82,31 +82,15 @@ def hooked_pickler(original: Any) -> Any:
             if cls is not HookedPickler or namespace.get("dumps") is not standard:
                 return super().dumps(obj)  # by a pickler of somebody else, below or on top of ours
             undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
-            table = original._extra_reducers
             is_lost = False
             if hook.spawned:
                 is_lost = hook.channels.is_spawned(_descriptor_in(sys._getframe(1)))
-            try:
-                payload = serialize(
-                    obj, table, hook.threshold, by_value=True, is_main_lost=is_lost, undo=undo
-                )
-                small = payload.written
-                if type(small) is bytes and len(small) < hook.threshold and not payload.sizes:
-                    if hook.n_asking:
-                        return _asking(hook, small, sys._getframe(1))
-                    return small
-                return _send(hook, payload, sys._getframe(1))
-            except ResizedError:
-                payload = serialize(
-                    *(obj, table, hook.threshold),
-                    by_value=True,
-                    is_main_lost=is_lost,
-                    copying=True,
-                    undo=undo,
-                )
-            if payload.sizes or payload.stream_nbytes >= hook.threshold:
-                return _send(hook, payload, sys._getframe(1))
-            return payload.stream
+            message = core.Message(hook.destination, hook.threshold, tables)
+            take_apart(obj, message, by_value=True, is_main_lost=is_lost, undo=undo)
+            small = message.small()
+            if small is None:
+                return _send(hook, message, sys._getframe(1))
+            return _asking(hook, small, sys._getframe(1)) if hook.n_asking else small
 
         @staticmethod
         def loads(data: Any, /, **options: Any) -> Any:
@@ -145,29 +129,31 @@ def is_standard(function: Any) -> bool:
     return getattr(function, "__globals__", None) is vars(mp_reduction)
 
 
-def _send(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
-    """Return the bytes to write for a payload at or above the threshold."""
-    return _send_through(hook, payload, frame) if running() is hook else _in_band(payload)
+def _send(hook: Hook, message: Any, frame: FrameType) -> Envelope | memoryview | bytes:
+    """Return the bytes to write for a message at or above the threshold."""
+    return _send_through(hook, message, frame) if running() is hook else _in_band(message)
 
 
-def _send_through(hook: Hook, payload: Payload, frame: FrameType) -> Envelope | memoryview | bytes:
-    fd = _descriptor_in(frame)
+def _send_through(hook: Hook, message: Any, frame: FrameType) -> Envelope | memoryview | bytes:
+    fd, nbytes = _descriptor_in(frame), message.nbytes
     channel = 0 if fd is None else hook.channels.known(fd)
     tail = _COUNTED if hook.arena.blocks.joined else _DETACHED
+    # Where the next one is copied to. If that one goes elsewhere, it is copied once more.
+    hook.destination = hook.arena.blocks if channel else None
     if fd is None or not channel:
         # Who has joined cannot be asked without the lock's descriptor.
         lost = not hook.arena.can_be_inherited()
-        hook.count_fallback("detached" if lost else "channel", payload.nbytes)
+        hook.count_fallback("detached" if lost else "channel", nbytes)
         older = fd is not None and hook.channels.is_older(fd) and hook.arena.can_be_inherited()
         head = invitations.prefix(hook.arena.name) if older else b""
-        return _in_band(payload, head, tail, frame if fd is not None else None)
-    hook.channels.backlog.wait(fd, channel, payload.nbytes)
-    envelope = pack(hook, payload, hook.channels.marked(channel))
+        return _in_band(message, head, tail, frame if fd is not None else None)
+    hook.channels.backlog.wait(fd, channel, nbytes)
+    envelope = pack(hook, message, hook.channels.marked(channel))
     if envelope is None:
-        return _in_band(payload, b"", tail, frame)
+        return _in_band(message, b"", tail, frame)
     first, n_in_channel = envelope.lease.blocks[0], _LENGTH_NBYTES + len(envelope)
     block = first.index, first.generation
-    hook.channels.backlog.note(channel, block, payload.nbytes, n_in_channel)
+    hook.channels.backlog.note(channel, block, nbytes, n_in_channel)
     if installed.current is not hook:
         envelope.lease.depart()  # uninstalled meanwhile: nobody will say when it has left
     return envelope
@@ -184,8 +170,8 @@ def _asking(hook: Hook, message: bytes, frame: FrameType) -> bytes:
     return message
 
 
-def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
-    """Put a payload into the arena and count it.
+def pack(hook: Hook, message: Any, channel: int) -> Envelope | None:
+    """Put a message into the arena and count it.
 
     Returns
     -------
@@ -194,20 +180,20 @@ def pack(hook: Hook, payload: Payload, channel: int) -> Envelope | None:
     """
     arena = hook.arena
     try:
-        envelope = _envelope.pack(payload, arena.acquire, arena.name, channel)
+        envelope = _envelope.pack(message, arena, channel)
     except ArenaFullError as error:
-        hook.count_fallback(error.reason, payload.nbytes)
+        hook.count_fallback(error.reason, message.nbytes)
         return None
     except OSError as error:
         pass_on_foreign(error)
         detached = isinstance(error, ArenaError)
-        hook.count_fallback("detached" if detached else "space", payload.nbytes)
+        hook.count_fallback("detached" if detached else "space", message.nbytes)
         return None
-    n_buffers = len(payload.sizes) + envelope.is_indirect
+    n_buffers = message.n_buffers + envelope.is_indirect
     arena.count(
         *(_statistics.N_MESSAGES, 1),
         *(_statistics.N_BUFFERS, n_buffers),
-        *(_statistics.NBYTES, payload.nbytes),
+        *(_statistics.NBYTES, message.nbytes),
     )
     return envelope
 
@@ -223,20 +209,17 @@ def _is_feeder(frame: FrameType) -> bool:
 
 
 def _in_band(
-    payload: Payload, head: bytes = b"", tail: bytes = _COUNTED, frame: FrameType | None = None
+    message: Any, head: bytes = b"", tail: bytes = _COUNTED, frame: FrameType | None = None
 ) -> memoryview | bytes:
     """Return a pickle that every Python can load, and whose tail says who has counted it.
 
     `frame` is that of the caller of ``dumps``, if it is known where the message goes.
     """
-    is_large = payload.nbytes >= in_band.LEAST_NBYTES
-    is_for_one = is_large and frame is not None and _writes_at_once(frame)
-    if not is_for_one and not payload.sizes:
-        return head + payload.stream + tail
-    message = payload.to_pickle(head=head, tail=tail)
-    if is_for_one and type(message.obj) is Snapshot:
-        message.obj.is_for_one = True
-    return message
+    is_large = message.nbytes >= in_band.LEAST_NBYTES
+    message.is_for_one = is_large and frame is not None and _writes_at_once(frame)
+    if not message.is_for_one and not message.n_buffers:
+        return head + message.stream + tail  # type: ignore[no-any-return]
+    return in_band.as_pickle(message, head=head, tail=tail)
 
 
 def hooked_send_bytes(original: Any) -> Any:
@@ -246,9 +229,9 @@ def hooked_send_bytes(original: Any) -> Any:
         n = len(buf)
         if n % MODULUS != MARK or n > most:
             if n >= in_band.LEAST_NBYTES:
-                snapshot = getattr(buf, "obj", None)
-                if type(snapshot) is Snapshot and snapshot.is_for_one and n == len(snapshot):
-                    snapshot.write_to(self._send)
+                message: Any = getattr(buf, "obj", None)
+                if type(message) is core.Message and message.is_for_one:
+                    in_band.write(message, buf, self._send)
                     return
             original(self, buf)
             return

@@ -42,16 +42,16 @@ from collections.abc import Iterator, Mapping
 from typing import IO, Any, Final
 
 from oobpickle._delegate import delegate
-from oobpickle._envelope import Envelope
-from oobpickle._errors import ResizedError
+from oobpickle._envelope import Envelope, tables
 from oobpickle._foreign import ignoring
 from oobpickle._hook.connections import is_standard, pack, undo_list_of_message
 from oobpickle._hook.installed import Hook, running
 from oobpickle._hook.main_module import is_lost
 from oobpickle._memory.descriptors import File, close_if, file_of
 from oobpickle._memory.pipes import channel_id
-from oobpickle._pickling.payload import Payload
-from oobpickle._pickling.serializer import serialize
+from oobpickle._native import core
+from oobpickle._pickling import in_band
+from oobpickle._pickling.serializer import take_apart
 
 SPAWNING: list[Any] = []  # the classes ``Popen`` that pickle their process object
 # Now, not when it is needed: a process may have lost its files by then.
@@ -108,24 +108,16 @@ def hooked_dump(original: Any) -> Any:
     return dump
 
 
-def _parts(hook: Hook, process: object, popen: Any) -> list[bytes | memoryview]:
-    """Return the pickle of a process object, or its envelope and what closes the guard."""
+def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryview]:
+    """Yield the pickle of a process object, or its envelope and what closes the guard."""
     n_fds = len(popen._fds)
-    table = mp_reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
+    special = mp_reduction.ForkingPickler._extra_reducers  # type: ignore[attr-defined]
     undo = [lambda: popen._fds.__delitem__(slice(n_fds, None))]
-    how: dict[str, Any] = {"by_value": True, "is_main_lost": is_lost(), "undo": undo}
-    try:
-        payload = serialize(process, table, hook.threshold, **how)
-        return list(_parts_of(hook, payload, popen))
-    except ResizedError:
-        payload = serialize(process, table, hook.threshold, copying=True, **how)
-        return list(_parts_of(hook, payload, popen))
-
-
-def _parts_of(hook: Hook, payload: Payload, popen: Any) -> Iterator[bytes | memoryview]:
-    if payload.nbytes >= hook.threshold:
+    message = core.Message(hook.arena.blocks, hook.threshold, tables(special))
+    take_apart(process, message, by_value=True, is_main_lost=is_lost(), undo=undo)
+    if message.nbytes >= hook.threshold:
         guard = Guard()
-        envelope = pack(hook, payload, guard.channel)
+        envelope = pack(hook, message, guard.channel)
         if envelope is not None:
             envelope.lease.depart()
             _launching[popen] = envelope, guard
@@ -133,7 +125,7 @@ def _parts_of(hook: Hook, payload: Payload, popen: Any) -> Iterator[bytes | memo
             yield _dropped(guard)
             yield pickle.STOP
             return
-    yield payload.to_pickle() if payload.sizes else payload.stream
+    yield in_band.as_pickle(message) if message.n_buffers else message.stream
 
 
 def _is_standard_pickler(pickler: Any) -> bool:

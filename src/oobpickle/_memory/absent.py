@@ -41,7 +41,7 @@ class AbsentArena(Arena):
         """Always true: nothing is sent through it."""
         return True
 
-    def acquire(self, sizes: Sequence[int], wait_timeout: float | None = None) -> NoReturn:
+    def acquire(self, needs: Sequence[int], wait_timeout: float | None = None) -> NoReturn:
         """Raise `ArenaFullError`."""
         raise ArenaFullError("there is no arena on this system", "detached")
 

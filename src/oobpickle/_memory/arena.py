@@ -1,6 +1,6 @@
 """The arena: shared memory for the messages of one tree of processes, and what its users call.
 
-**What.** `Arena` gives destinations to senders (`acquire`), takes messages in (`receiving`), keeps
+**What.** `Arena` gives blocks to senders (`acquire`), takes messages in (`receiving`), keeps
 memory ready, says what it did, and ends.
 
 **How it works.** Over three nameless files (`files`), and the blocks in them (`oobpickle._core`).
@@ -60,7 +60,7 @@ class Arena:
         self.sending = Sending(self.blocks, self.options, self.reclaim, self.try_join)
         self.receiving = Receiving(self.blocks, self.options, self.try_join)
         self.unloaded = Unloaded(self.blocks)
-        self.sizes_of: Callable[[object], list[int]] = _cannot_pickle
+        self.needs_of: Callable[[object], list[int]] = _cannot_pickle
         fork.start()
 
     @classmethod
@@ -164,13 +164,13 @@ class Arena:
 
     # --- sending
 
-    def acquire(self, sizes: Sequence[int], wait_timeout: float | None = None) -> Lease:
-        """Lease destinations for buffers of the given sizes.
+    def acquire(self, needs: Sequence[int], wait_timeout: float | None = None) -> Lease:
+        """Lease blocks with pages, all or none.
 
         Parameters
         ----------
-        sizes : sequence of int
-            nbytes of each buffer, >= 0.
+        needs : sequence of int
+            Bytes of each block, >= 0.
         wait_timeout : float, optional
             How long to wait for room that others hold, seconds. Default: the arena's option, else
             as long as a pipe would take for as many bytes; not at all while a message that was
@@ -181,6 +181,11 @@ class Arena:
         ArenaFullError
             If there is no room, memory or lock; nothing stays leased. Its ``reason`` says which.
         """
+        self.check_open()
+        return self.sending.lease(needs, wait_timeout)
+
+    def check_open(self) -> None:
+        """Raise `ArenaFullError` if nothing is sent through it any more."""
         if self.blocks.closed:
             raise ArenaFullError("the arena is closed", "detached")
         if self._has_lost_files:
@@ -189,7 +194,6 @@ class Arena:
                 "descriptors that you did not open (os.closerange).",
                 "detached",
             )
-        return self.sending.lease(sizes, wait_timeout)
 
     def count(self, *amounts: int) -> None:
         """Add to counters of `_statistics`: counter, amount, counter, amount, ..."""
@@ -262,10 +266,10 @@ class Arena:
         2
         """
         check_preparation(like, nbytes, count)
-        sizes = self.sizes_of(like) if nbytes is None else [operator.index(nbytes)]
+        needs = self.needs_of(like) if nbytes is None else [operator.index(nbytes)]
         leases = []  # all at the same time, so that each has memory of its own
         for _ in range(count):
-            leases.append(self.acquire(sizes, wait_timeout=0))
+            leases.append(self.acquire(needs, wait_timeout=0))
             self.blocks.prepare(leases[-1].blocks)
             _faults.reach("arena.preallocated")
 

@@ -1,7 +1,8 @@
 """How much memory may still be taken before somebody is killed for it.
 
 **What.** `available_nbytes`: the smallest of what the machine has available and what each memory
-cgroup above this process still allows.
+cgroup above this process still allows. `limits` says where that is read, for ``_core/headroom.c``,
+which does the same in the middle of a message.
 
 **How it works.** A memory cgroup at its limit kills on ``fallocate``, on ``pwrite`` and on a page
 fault alike; none of them returns an error. So the arena asks *before* it reserves. For each
@@ -53,6 +54,14 @@ def available_on_machine_nbytes() -> int:
 def limit_nbytes() -> int:
     """Return the memory of the machine, or the lowest cgroup limit if that is smaller."""
     return min([_meminfo("MemTotal", "SC_PHYS_PAGES"), *(limit for _, _, limit in _cgroups())])
+
+
+def limits() -> list[tuple[int, str, str, tuple[str, ...]]]:
+    """Return limit, path of the usage, path of the statistics and keys there, of each cgroup."""
+    return [
+        (limit, str(directory / files.usage), str(directory / "memory.stat"), files.cache_keys)
+        for directory, files, limit in _cgroups()
+    ]
 
 
 def _meminfo(key: str, otherwise: str) -> int:

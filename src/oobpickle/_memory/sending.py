@@ -2,9 +2,12 @@
 
 **What.** `Sending.lease` gets blocks with pages, `Lease` is what a sender has of one message.
 
-**How it works.** The blocks are leased all at once or not at all. What has no pages yet gets them
-in steps, each after a look at the headroom of the machine and of every cgroup: past a limit the
-kernel kills, it does not refuse. ::
+**How it works.** A message that is taken apart leases its blocks one by one (``_core/message.c``),
+and takes only what is there at once. Here is what comes before and after: the limits of memory
+that it looks at, what has to be freed, and waiting, for a message that found no room. For that the
+blocks are leased all at once or not at all. What has no pages yet gets them in steps, each after a
+look at the headroom of the machine and of every cgroup: past a limit the kernel kills, it does not
+refuse. ::
 
     lease -> Lease -> write -> seal -> depart -> [envelope is written to the pipe] -> settle
               \\------ dropped: blocks are free again --------/
@@ -29,7 +32,6 @@ from oobpickle._errors import ArenaFullError, format_nbytes
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory import headroom
 from oobpickle._memory.options import Options
-from oobpickle._memory.plan import Plan, plan, views
 from oobpickle._memory.reclaim import Reclaim
 from oobpickle._native import core
 
@@ -39,6 +41,7 @@ _LAST_PAUSE_S: Final = 5e-3
 _EVERYTHING: Final = 1 << 62
 _COUNT_EVERY_S: Final = 0.1
 _PAUSE_COUNTS: Final = 4  # what messages find full one after the other is not counted each time
+_TELL_LIMITS_EVERY_S: Final = 1.0
 _STEP_NBYTES: Final = 64 << 20
 _MARGIN_NBYTES: Final = 256 << 20
 
@@ -50,28 +53,24 @@ class Lease:
 
     Attributes
     ----------
-    destinations : list of memoryview
-        One writable view of bytes for each buffer, in order; until `seal`.
     blocks : list of Block
-        What they lie in.
-    needs : list of int
-        Bytes used of each.
+        In the order in which they were asked for.
     """
 
-    __slots__ = ("_all", "blocks", "destinations", "needs")
+    __slots__ = ("_all", "blocks")
 
-    def __init__(self, all_blocks: Any, blocks: Blocks, layout: Plan, sizes: list[int]) -> None:
+    def __init__(self, all_blocks: Any, blocks: Blocks) -> None:
         self._all = all_blocks
         self.blocks = blocks
-        self.needs = layout.needs
-        if len(blocks) == len(sizes) == 1:
-            self.destinations = [memoryview(blocks[0])]
-        else:
-            self.destinations = views([memoryview(block) for block in blocks], layout, sizes)
+
+    @property
+    def destinations(self) -> list[memoryview]:
+        """The memory of each block; until `seal`."""
+        return [memoryview(block) for block in self.blocks]
 
     @property
     def pairs(self) -> bytes:
-        """Index and generation of each block, 64-bit words: with the sizes, the placements."""
+        """Index and generation of each block, 64-bit words: with the sizes, where all lies."""
         pairs: bytes = self._all.pairs(self.blocks)
         return pairs
 
@@ -89,7 +88,6 @@ class Lease:
         ArenaFullError
             In a child that was forked meanwhile: the blocks are its parent's.
         """
-        self.destinations = []
         if not self._all.seal(self.blocks, channel):
             raise ArenaFullError("this process was forked while it sent a message", "detached")
         _faults.reach("lease.sealed")
@@ -135,13 +133,27 @@ class Sending:
         self._usage = ""  # what an error told last
         self._count_again_at = 0.0
         self._allowance = 0
+        self._tell_limits_at = 0.0
+        self._tell_limits()
 
-    def lease(self, sizes: Sequence[int], wait_timeout: float | None = None) -> Lease:
-        """Return destinations for buffers of the given sizes; see `Arena.acquire`."""
-        sizes = list(sizes)
-        layout = plan(sizes)
+    def lease(self, needs: Sequence[int], wait_timeout: float | None = None) -> Lease:
+        """Lease blocks of the given nbytes; see `Arena.acquire`."""
         _faults.reach("sending.leasing")
-        return Lease(self._blocks, self.blocks_for(layout.needs, wait_timeout), layout, sizes)
+        return Lease(self._blocks, self.blocks_for(list(needs), wait_timeout))
+
+    def note(self, nbytes: int, fresh_nbytes: int) -> None:
+        """Note that a message of `nbytes` found room, and how much of that was fresh pages."""
+        if self._vain_nbytes < _EVERYTHING and nbytes >= self._vain_nbytes:
+            self._vain_nbytes = _EVERYTHING
+        if fresh_nbytes:
+            if time.monotonic() >= self._tell_limits_at:
+                self._tell_limits()
+            self._reclaim.look_for_lost(fresh_nbytes)  # perhaps the next one needs none
+
+    def _tell_limits(self) -> None:
+        """Say in which cgroups this process is: it may be moved at any time."""
+        self._tell_limits_at = time.monotonic() + _TELL_LIMITS_EVERY_S
+        core.headroom(headroom.limit_nbytes(), headroom.limits())
 
     def blocks_for(self, needs: list[int], wait_timeout: float | None) -> Blocks:
         """Return leased blocks with pages.

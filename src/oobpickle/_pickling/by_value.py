@@ -48,8 +48,9 @@ class Pickler(pickle.Pickler):
         Why classes did not.
     """
 
-    def __init__(self, file: Any, table: Any, *, is_main_lost: bool, **options: Any) -> None:
-        super().__init__(file, 5, **options)
+    def __init__(self, sink: Any, *, is_main_lost: bool) -> None:
+        super().__init__(sink, 5, buffer_callback=sink.take)
+        table = sink.table
         self.dispatch_table = table
         self._levels: tuple[Mapping[type, Any], ...] = table.levels
         self._is_main_lost = is_main_lost

@@ -1,7 +1,7 @@
 """Byte types: what Python itself has for memory, where pickle would copy it first.
 
 **What.** `reducer_of` knows the subclasses of ``bytes`` and ``bytearray``, ``array.array`` and
-ctypes objects. (Exact ``bytes`` and ``bytearray`` are pickled without a reducer; see `stream`.)
+ctypes objects. (Exact ``bytes`` and ``bytearray`` are pickled without a reducer.)
 
 **How it works.** The reducers of these types put a ``bytes`` object with a copy of the memory into
 their arguments. Ours put in its place a call of ``bytes`` for a buffer that travels out of band:
@@ -23,7 +23,6 @@ from pickle import PickleBuffer
 from typing import Any, Final, Protocol
 
 from oobpickle._pickling.rebuild import Rebuild, inherits
-from oobpickle._pickling.resizable import Resizable
 
 #: Below this the pickler copies less than a call of a reducer takes.
 LEAST_NBYTES: Final = 64 << 10
@@ -37,7 +36,7 @@ class Taker(Protocol):
     def stays(self, nbytes: int) -> bool:
         """Decide about so many bytes: true if they stay in the stream."""
 
-    def stand_in(self, source: Any, nbytes: int) -> PickleBuffer:
+    def stand_in(self, source: Any) -> PickleBuffer:
         """Return what the pickler gets in the place of a source that leaves the stream."""
 
 
@@ -59,18 +58,17 @@ def reducer_of(kind: type) -> Reduce | None:
     return None
 
 
-def as_bytes(stand_in: PickleBuffer) -> Rebuild:
+def as_bytes(stand_in: PickleBuffer) -> Any:
     """Return what arrives as ``bytes`` of a buffer."""
     return Rebuild(bytes, (stand_in,))
 
 
 def _reduce_bytes(taker: Taker, obj: bytes) -> Any:
-    source = PickleBuffer(obj)
-    nbytes = memoryview(source).nbytes
+    nbytes = bytes.__len__(obj)
     if nbytes < LEAST_NBYTES or taker.stays(nbytes):
         return obj.__reduce_ex__(5)
     state = obj.__getstate__()  # type: ignore[attr-defined,unused-ignore]
-    arguments = type(obj), as_bytes(taker.stand_in(source, nbytes))
+    arguments = type(obj), as_bytes(taker.stand_in(obj))
     return copyreg.__newobj__, arguments, state  # type: ignore[attr-defined]
 
 
@@ -79,7 +77,7 @@ def _reduce_bytearray(taker: Taker, obj: bytearray) -> Any:
     if nbytes < LEAST_NBYTES or taker.stays(nbytes):
         return obj.__reduce_ex__(5)
     state = obj.__getstate__()  # type: ignore[attr-defined,unused-ignore]
-    stand_in = taker.stand_in(Resizable(obj, nbytes), nbytes)
+    stand_in = taker.stand_in(obj)
     return type(obj), (as_bytes(stand_in),), state
 
 
@@ -89,7 +87,7 @@ def _reduce_array(taker: Taker, obj: array.array[Any]) -> Any:
         return obj.__reduce_ex__(5)
     empty: Any = array.array(obj.typecode)
     rebuild, (_, *codes, _), _ = empty.__reduce_ex__(5)
-    stand_in = taker.stand_in(Resizable(obj, nbytes), nbytes)
+    stand_in = taker.stand_in(obj)
     return rebuild, (type(obj), *codes, as_bytes(stand_in)), getattr(obj, "__dict__", None)
 
 
@@ -101,5 +99,5 @@ def _reduce_ctypes(taker: Taker, obj: Any) -> Any:
     rebuild, _ = (type(obj) * 0)().__reduce__()
     if taker.stays(nbytes):
         return obj.__reduce_ex__(5)
-    stand_in = taker.stand_in(Resizable(obj, nbytes), nbytes)
+    stand_in = taker.stand_in(obj)
     return rebuild, (type(obj), (obj.__dict__, as_bytes(stand_in)))

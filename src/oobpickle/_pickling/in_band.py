@@ -1,11 +1,14 @@
-"""Zero-copy in-band: large messages from the pipe into the memory of the arrays that arrive.
+"""Zero-copy in-band: large messages through a pipe, with one copy on each side.
 
-**What.** `receive` reads a message from a pipe into the memory where its arrays will be.
+**What.** `as_pickle` makes an ordinary pickle of a message that was taken apart, `write` writes it,
+and `receive` reads one from a pipe into the memory where its arrays will be.
 
-**How it works.** What comes through the pipe is the ordinary pickle that `Payload.to_pickle` makes.
-It is known by how it begins. Each buffer is read into memory of its own, and what is handed on is a
+**How it works.** Such a pickle has its buffers first, and is known by how it begins. They were
+copied when the pickler handed them out, one behind the other (`oobpickle._core.Message`); the pages
+go back to the system as they are written, so that the memory of the sender shrinks while that of
+the receiver grows. There each buffer is read into memory of its own, and what is handed on is a
 small pickle that fetches them. So the receiver needs the object once, where plain pickling needs it
-twice; the sender needs it twice, and gives the copy back as it writes (`snapshot`).
+twice.
 
 **Lifetime.** What has arrived belongs to the message that was handed on, until that is loaded.
 
@@ -22,6 +25,7 @@ import pickle
 import struct
 import sys
 import weakref
+from collections.abc import Callable
 from typing import Any, Final
 
 from oobpickle._errors import StaleEnvelopeError
@@ -33,12 +37,52 @@ from oobpickle._pickling.payload import (
     PICKLE_START,
     Payload,
     fresh_destinations,
+    pickle_middle,
     stream_nbytes_in,
 )
 
 #: Below this one write is as good.
 LEAST_NBYTES: Final = 1 << 20
 _MOST_READ_NBYTES: Final = 1 << 30
+_STEP_NBYTES: Final = 16 << 20  # what is written at a time, and then given back
+
+
+def as_pickle(message: Any, *, head: bytes = b"", tail: bytes = b"") -> memoryview:
+    """Return an ordinary pickle of a message, with the buffers in-band; see `Payload.to_pickle`.
+
+    Parameters
+    ----------
+    message : Message
+        What was taken apart.
+    head : bytes, optional
+        What to put before it: opcodes that leave nothing behind.
+    tail : bytes, optional
+        What to put after its end; loading ignores it.
+    """
+    middle = pickle_middle(message.stream_nbytes)
+    message.to_pickle(head + PICKLE_START, middle, PICKLE_END + tail)
+    return memoryview(message)
+
+
+def write(message: Any, view: memoryview, send: Callable[[Any], None]) -> None:
+    """Write what `as_pickle` returned, as `multiprocessing` frames a message, and give it back.
+
+    Parameters
+    ----------
+    message : Message
+        Its memory goes back to the system as it is written.
+    view : memoryview
+        All of it.
+    send : callable
+        ``Connection._send``: writes all that it is given.
+    """
+    nbytes = len(view)
+    send(struct.pack("!i", nbytes) if nbytes <= 0x7FFFFFFF else struct.pack("!iQ", -1, nbytes))
+    for at in range(0, nbytes, _STEP_NBYTES):
+        with view[at : at + _STEP_NBYTES] as step:
+            send(step)  # what is left of it is sliced off again and again
+            n = len(step)
+        message.give_back(at, n)
 
 
 class _Arrived:
@@ -55,7 +99,7 @@ class _Arrived:
         """Return the message as it was sent."""
         if self.stream is None:
             raise _loaded_already()
-        payload = Payload(bytes(self.stream), self.buffers, [b.nbytes for b in self.buffers])
+        payload = Payload([bytes(self.stream)], self.buffers, [b.nbytes for b in self.buffers])
         return payload.to_pickle(tail=self.tail)
 
 

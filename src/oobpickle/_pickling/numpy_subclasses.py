@@ -69,11 +69,11 @@ def _is_permuted(array: Array) -> bool:
     return array.transpose(axes).flags.c_contiguous
 
 
-def _rebuild_of(taker: Taker, array: Array) -> Rebuild:
+def _rebuild_of(taker: Taker, array: Array) -> Any:
     import numpy as np
 
     order = (0, array.strides) if array.flags.fnc else ()
-    stand_in = taker.stand_in(array, array.nbytes)
+    stand_in = taker.stand_in(array)
     return Rebuild(np.ndarray, (array.shape, array.dtype, stand_in, *order))
 
 
@@ -97,7 +97,7 @@ def _reduce_by_state(taker: Taker, array: Any) -> Any:
         return array.__reduce_ex__(5)
     tiny: Any = np.empty(0, plain.dtype)
     rebuild, (_, *empty), state = tiny.__reduce__()
-    stand_in = taker.stand_in(plain, plain.nbytes)
+    stand_in = taker.stand_in(plain)
     described = plain.shape, plain.dtype, plain.flags.fnc
     return rebuild, (type(array), *empty), (state[0], *described, as_bytes(stand_in))
 
@@ -151,7 +151,7 @@ def _masked_state(taker: Taker, array: Any, data: Array, mask: Array) -> Any:
 
     tiny: Any = np.ma.MaskedArray(np.empty(0, data.dtype))
     rebuild, (_, _, *empty), state = tiny.__reduce__()
-    contents = [as_bytes(taker.stand_in(one, one.nbytes)) for one in (data, mask)]
+    contents = [as_bytes(taker.stand_in(one)) for one in (data, mask)]
     described = data.shape, data.dtype, data.flags.fnc
     arguments = (type(array), array._baseclass, *empty)
     return rebuild, arguments, (state[0], *described, *contents, array._fill_value)

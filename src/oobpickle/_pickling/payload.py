@@ -4,8 +4,8 @@
 writes its buffers into destinations that the caller allocated, and becomes bytes, or an ordinary
 pickle, and back.
 
-**How it works.** Nothing is copied until it is written; then each buffer is copied once, from the
-user's array, strided or not. The bytes of a payload::
+**How it works.** No array is copied until it is written; then it is copied once, from the user's
+memory, strided or not. The bytes of a payload::
 
     magic 8 | version u32 | n_buffers u32 | crc32 u32 | 0 u32 | stream nbytes u64 | nbytes u64 of
     each buffer stream | padding to 64 | buffer | padding to 64 | buffer ...
@@ -33,12 +33,8 @@ from oobpickle._pickling.reducers import (
     EXPORTED_CHARS,
     byte_bounds,
     in_memory_order,
-    part_of,
     with_gaps,
 )
-from oobpickle._pickling.resizable import Resizable
-from oobpickle._pickling.snapshot import taken
-from oobpickle._pickling.stream import Stream
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
@@ -67,23 +63,22 @@ class Payload:
         Stream and buffers together, bytes.
     """
 
-    #: `written` is the stream as the pickler wrote it, for those who can do with its pieces.
-    __slots__ = ("_sources", "sizes", "written")
+    __slots__ = ("_pieces", "_sources", "sizes")
 
-    def __init__(self, stream: bytes | Stream, sources: Sequence[Any], sizes: list[int]) -> None:
-        self.written = stream
+    def __init__(self, pieces: Sequence[bytes], sources: Sequence[Any], sizes: list[int]) -> None:
+        self._pieces = pieces
         self._sources = sources
         self.sizes = sizes
 
     @property
     def stream(self) -> bytes:
-        return bytes(self.written)  # the very object if it is one
+        pieces = self._pieces
+        return pieces[0] if len(pieces) == 1 else b"".join(pieces)  # the very object
 
     @property
     def stream_nbytes(self) -> int:
         """Bytes of the stream."""
-        stream = self.written
-        return stream.nbytes if isinstance(stream, Stream) else len(stream)
+        return sum(map(len, self._pieces))
 
     @property
     def nbytes(self) -> int:
@@ -134,13 +129,6 @@ class Payload:
         for view, source in zip(views, self._sources, strict=True):
             _copy(view, source)
 
-    def write_stream_into(self, view: memoryview) -> None:
-        """Copy the stream once into memory of `stream_nbytes` bytes."""
-        self._in_pieces().write_into(view)
-
-    def _in_pieces(self) -> Stream:
-        return self.written if isinstance(self.written, Stream) else Stream([self.written])
-
     def to_bytes(self) -> bytes:
         """Return everything as one string of bytes, with a checksum; see `from_bytes`."""
         sizes = struct.pack(f"<{len(self.sizes)}Q", *self.sizes)
@@ -149,7 +137,7 @@ class Payload:
         whole = bytearray(total)
         view = memoryview(whole)
         view[: len(head)] = head
-        self.write_stream_into(view[len(head) : len(head) + self.stream_nbytes])
+        view[len(head) : len(head) + self.stream_nbytes] = self.stream
         for at, nbytes, source in zip(offsets, self.sizes, self._sources, strict=True):
             _copy(view[at : at + nbytes], source)
         struct.pack_into("<I", whole, _CRC_AT, zlib.crc32(whole))
@@ -192,9 +180,11 @@ class Payload:
         if found != crc:
             raise PayloadError(f"payload altered: checksum {found:#010x}, expected {crc:#010x}")
         stream = bytes(view[body : body + n_stream])
-        return cls(stream, [view[at : at + n] for at, n in zip(offsets, sizes, strict=True)], sizes)
+        return cls(
+            [stream], [view[at : at + n] for at, n in zip(offsets, sizes, strict=True)], sizes
+        )
 
-    def to_pickle(self, *, head: bytes = b"", tail: bytes = b"") -> memoryview:
+    def to_pickle(self, *, tail: bytes = b"") -> memoryview:
         """Return an ordinary pickle of the object, with the buffers in-band.
 
         Any Python >= 3.8 that can load the stream can load it; it need not have oobpickle. The
@@ -202,19 +192,22 @@ class Payload:
 
         Parameters
         ----------
-        head : bytes, optional
-            What to put before it: opcodes that leave nothing behind.
         tail : bytes, optional
             What to put after its end; loading ignores it.
         """
-        parts: list[Any] = [head + PICKLE_START]
-        for nbytes, source in zip(self.sizes, self._sources, strict=True):
-            parts += PICKLE_BUFFER.pack(BYTEARRAY8, nbytes), part_of(source) if nbytes else b""
-        parts += self._pickle_middle(), *self._in_pieces().pieces, PICKLE_END + tail
-        return taken(parts)
-
-    def _pickle_middle(self) -> bytes:
-        return _PICKLE_MIDDLE + struct.pack("<Q", self.stream_nbytes)
+        headers = [PICKLE_BUFFER.pack(BYTEARRAY8, nbytes) for nbytes in self.sizes]
+        end = b"".join((pickle_middle(self.stream_nbytes), *self._pieces, PICKLE_END, tail))
+        at = len(PICKLE_START)
+        n_headers = PICKLE_BUFFER.size * len(headers)
+        (whole,) = fresh_destinations([at + n_headers + sum(self.sizes) + len(end)])
+        whole[:at] = PICKLE_START
+        for header, source, nbytes in zip(headers, self._sources, self.sizes, strict=True):
+            whole[at : at + len(header)] = header
+            at += len(header)
+            _copy(whole[at : at + nbytes], source)
+            at += nbytes
+        whole[at:] = end
+        return whole
 
 
 # partial(loads, buffers=(bytearray, ...))(stream), written out by hand: nothing is pickled twice.
@@ -226,6 +219,11 @@ BYTEARRAY8: Final = 0x96
 _PICKLE_MIDDLE: Final = b"tsNtb\x8e"
 PICKLE_MIDDLE_NBYTES: Final = len(_PICKLE_MIDDLE) + 8
 PICKLE_END: Final = b"\x85R."
+
+
+def pickle_middle(stream_nbytes: int) -> bytes:
+    """Return what comes between the buffers of an ordinary pickle and the stream."""
+    return _PICKLE_MIDDLE + struct.pack("<Q", stream_nbytes)
 
 
 def start_of_stream(message: memoryview) -> bytes | None:
@@ -280,10 +278,10 @@ def _offsets(start: int, sizes: Sequence[int]) -> tuple[list[int], int]:
 
 
 #: What is bytes in a row; everything else is an array.
-_FLAT: Final = (PickleBuffer, memoryview, Resizable)
+_FLAT: Final = (PickleBuffer, memoryview)
 
 
-def _raw(source: PickleBuffer | memoryview | Resizable) -> memoryview:
+def _raw(source: PickleBuffer | memoryview) -> memoryview:
     return source.cast("B") if isinstance(source, memoryview) else source.raw()
 
 
@@ -307,9 +305,6 @@ def _writable(destination: Buffer) -> memoryview:
 
 
 def _copy(view: memoryview, source: Any) -> None:
-    if isinstance(source, Resizable):
-        source.copy_into(view)
-        return
     if isinstance(source, _FLAT):
         copy_bytes(view, _raw(source))
         return

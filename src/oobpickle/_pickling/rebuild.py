@@ -15,8 +15,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from oobpickle._native import core
 
-class Rebuild:
+
+class _Rebuild:
     """Pickled as ``function(*arguments)``."""
 
     __slots__ = ("reduced",)
@@ -26,6 +28,9 @@ class Rebuild:
 
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
         return self.reduced
+
+
+Rebuild: Any = _Rebuild if core is None else core.Rebuild
 
 
 def inherits(kind: type, base: type, names: Iterable[str]) -> bool:

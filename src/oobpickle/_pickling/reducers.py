@@ -12,6 +12,9 @@ PickleBuffer, for which the array itself goes into the list of buffers. It is re
 A message below the threshold costs nothing extra: buffers stay in the stream until their sum
 reaches the threshold, and what is in-band by then stays there. No reducer runs twice.
 
+A sink refers to the memory that it is given. What is sent through a channel is copied at once
+instead, by `oobpickle._core.Message`, which is a sink too and writes the same stream.
+
 **Lifetime.** A sink lives for one ``dumps``. Registered reducers live until `unregister`.
 
 **When it cannot.** Arrays with Python objects in them and empty arrays take NumPy's way. Other
@@ -20,23 +23,22 @@ classes: `numpy_subclasses` for those of arrays, `byte_types` for Python's own m
 
 from __future__ import annotations
 
+import copyreg
 import sys
 from array import array as _array
 from collections.abc import Callable, Mapping
 from functools import partial
-from itertools import pairwise
 from operator import attrgetter, methodcaller
 from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final
 
 from oobpickle._pickling import arrow_types, byte_types, numpy_subclasses
 from oobpickle._pickling.rebuild import Rebuild
-from oobpickle._pickling.resizable import Resizable
-from oobpickle._pickling.snapshot import taken
-from oobpickle._pickling.stream import LEAST_UNCOPIED_NBYTES
 
 if TYPE_CHECKING:
     import numpy as np
+
+    from oobpickle._pickling.byte_types import Taker
 
     Array = np.ndarray[Any, Any]
     Source = Array | PickleBuffer
@@ -46,6 +48,10 @@ Reducer = Callable[[Any], Any]
 #: Below this a buffer of its own costs more than its bytes in the stream.
 MIN_BUFFER_NBYTES: Final = 512
 _NOTHING: Final = bytearray()
+#: The pickler hands a large bytearray to its file as it is, behind its header. In the place of
+#: that comes a call for a buffer.
+_HEADER_NBYTES: Final = 9
+_CALL_BYTEARRAY: Final = b"cbuiltins\nbytearray\n\x97\x85R"
 _KINDS: Final = frozenset("biufcmMSUV")
 #: Their dtypes the buffer protocol has in every byte order: not that of long doubles.
 EXPORTED_CHARS: Final = frozenset("?bBhHiIlLqQefdFDS")
@@ -112,6 +118,13 @@ def has_reducer(type: type) -> bool:
     return type in _registered
 
 
+def special_reducer(kind: type, sink: Taker) -> Reducer | None:
+    """Return the reducer for a class that derives from one with memory, or ``None``."""
+    found = (module.reducer_of(kind) for module in (numpy_subclasses, byte_types, arrow_types))
+    special = next(filter(None, found), None)
+    return None if special is None else partial(special, sink)
+
+
 class DispatchTable(dict[type, Reducer]):
     """A dispatch table that learns about a class when the first instance of it comes.
 
@@ -137,7 +150,7 @@ class DispatchTable(dict[type, Reducer]):
             if kind in level:
                 self[kind] = level[kind]
                 return level[kind]
-        reduce: Reducer
+        reduce: Reducer | None
         # None too while another thread is importing numpy.
         if kind is getattr(sys.modules.get("numpy"), "ndarray", None):
             reduce = self.sink.reduce_array
@@ -148,11 +161,7 @@ class DispatchTable(dict[type, Reducer]):
         elif issubclass(kind, _type):
             raise KeyError(kind)  # its instances are classes, pickled by their names
         else:
-            found = (
-                module.reducer_of(kind) for module in (numpy_subclasses, byte_types, arrow_types)
-            )
-            special = next(filter(None, found), None)
-            reduce = _AS_PICKLE if special is None else partial(special, self.sink)
+            reduce = special_reducer(kind, self.sink) or _AS_PICKLE
         self[kind] = reduce
         return reduce
 
@@ -173,81 +182,99 @@ def registered() -> dict[type, Reducer]:
     return dict(_registered)
 
 
+def levels(special: Mapping[type, Reducer]) -> tuple[Mapping[type, Reducer], ...]:
+    """Return where a pickler looks for reducers, in this order, before it asks for ours.
+
+    Parameters
+    ----------
+    special : mapping
+        What this pickler has besides those of all.
+    """
+    return _registered, special, copyreg.dispatch_table
+
+
 class Sink:
-    """The buffers of one message, as the pickler comes across them.
+    """The buffers of one message, as the pickler comes across them, and the file that it writes to.
 
     Parameters
     ----------
     threshold : int
         Buffers stay in-band while their sum is below this, bytes.
-    copying : bool
-        Take each buffer's content at once, not when the payload is written.
+    special : mapping of class to reducer, optional
+        What to look for before ``copyreg``.
 
     Attributes
     ----------
+    pieces : list of bytes
+        The stream.
     sources : list
-        Arrays and PickleBuffers to send out of band, in order.
+        Arrays, and what has a buffer, to send out of band, in order.
     sizes : list of int
         Their nbytes.
-    settled : dict of int to bytes
-        What large PickleBuffers held that stay in the stream, by id: the next reducer may use their
-        memory again.
     """
 
     __slots__ = (
-        *("_in_band_nbytes", "_stand_ins", "copying", "settled", "sizes", "sources", "threshold"),
+        *("_dtype", "_in_band_nbytes", "_sent", "_special", "_stand_ins"),
+        *("pieces", "sizes", "sources", "threshold"),
     )
 
-    def __init__(self, threshold: int, copying: bool = False) -> None:
-        self.copying = copying
+    def __init__(self, threshold: int, special: Mapping[type, Reducer] | None = None) -> None:
         self.threshold = threshold
+        self._special = special or {}
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all that was taken apart."""
+        self.pieces: list[bytes] = []
         self.sources: list[Source] = []
         self.sizes: list[int] = []
-        self.settled: dict[int, bytes] = {}
         self._in_band_nbytes = 0
-        self._stand_ins: dict[int, tuple[Any, int]] = {}
+        self._dtype: Any = None
+        self._sent: Any = None
+        self._stand_ins: dict[int, tuple[Any, PickleBuffer]] = {}
 
-    def dispatch_table(
-        self, general: Mapping[type, Reducer], special: Mapping[type, Reducer]
-    ) -> DispatchTable:
-        """Return the table for a pickler: what users registered, both tables, and then ours."""
+    @property
+    def table(self) -> DispatchTable:
+        """The dispatch table for a pickler: what users registered, `special`, and then ours."""
         table = DispatchTable()
         table.sink = self
-        table.levels = (_registered, special, general)
+        table.levels = levels(self._special)
         return table
+
+    @property
+    def nbytes(self) -> int:
+        """Of stream and buffers, bytes."""
+        return sum(map(len, self.pieces)) + sum(self.sizes)
+
+    def write(self, piece: bytes | bytearray | PickleBuffer) -> None:
+        """Take what the pickler has written."""
+        if isinstance(piece, bytes):
+            self.pieces.append(piece)
+        elif isinstance(piece, bytearray) and not self.stays(len(piece)):
+            self.pieces[-1] = self.pieces[-1][:-_HEADER_NBYTES] + _CALL_BYTEARRAY
+            self._add(PickleBuffer(piece))
+        else:
+            self.pieces.append(memoryview(piece).tobytes("A"))
 
     def take(self, buffer: PickleBuffer) -> bool:
         """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
-        source, nbytes = self._stand_ins.pop(id(buffer), (buffer, -1))
-        if source is buffer:
-            nbytes = memoryview(buffer).nbytes
-            if self.stays(nbytes):
-                if nbytes >= LEAST_UNCOPIED_NBYTES:
-                    self.settled[id(buffer)] = memoryview(buffer).tobytes("A")
-                return True
-        self.sources.append(_settled(source) if self.copying else source)
-        self.sizes.append(nbytes)
+        source, _ = self._stand_ins.pop(id(buffer), (buffer, None))
+        if source is buffer and self.stays(memoryview(buffer).nbytes):
+            return True
+        self._add(source)
         return False
 
-    def stand_in(self, source: Any, nbytes: int) -> PickleBuffer:
+    def _add(self, source: Any) -> None:
+        self.sources.append(source)
+        self.sizes.append(source.nbytes if hasattr(source, "nbytes") else memoryview(source).nbytes)
+
+    def stand_in(self, source: Any) -> PickleBuffer:
         """Return what the pickler gets in the place of a source that leaves the stream."""
         stand_in = PickleBuffer(_NOTHING)
-        self._stand_ins[id(stand_in)] = source, nbytes
+        # An array that is no ndarray has to stay as large as it is.
+        is_array = type(source) is getattr(sys.modules.get("numpy"), "ndarray", None)
+        self._stand_ins[id(stand_in)] = (source if is_array else PickleBuffer(source)), stand_in
         return stand_in
-
-    def has_overlap(self) -> bool:
-        """Tell whether two buffers lie in the same memory.
-
-        Plain pickle takes the content when an object is reduced, we when all are. So a reducer that
-        fills one scratch memory for each of its objects would have all arrive as the last one.
-        """
-        owners = [id(_owner_of(source)) for source in self.sources]
-        if len(set(owners)) == len(owners):
-            return False  # before a list is made for each: those are work for the collector
-        groups: dict[int, list[Source]] = {}
-        for owner, source in zip(owners, self.sources, strict=True):
-            groups.setdefault(owner, []).append(source)
-        return any(_overlap(group) for group in groups.values() if len(group) > 1)
 
     def stays(self, nbytes: int) -> bool:
         """Decide about so many bytes: true if they stay in the stream."""
@@ -257,6 +284,14 @@ class Sink:
             return True
         return False
 
+    def _sent_as(self, dtype: Any) -> Any:
+        """Return what stands for a dtype in the stream; the same object for the same one."""
+        if dtype is not self._dtype:
+            # The name of a builtin dtype is much cheaper to send and to load than the object.
+            is_builtin = dtype.isbuiltin == 1 and dtype.metadata is None
+            self._dtype, self._sent = dtype, dtype.str if is_builtin else dtype
+        return self._sent
+
     def reduce_array(self, array: Array) -> Any:
         """Reduce an exact ndarray: ``ndarray(shape, dtype, buffer[, 0, strides])``."""
         dtype, nbytes = array.dtype, array.nbytes
@@ -264,12 +299,11 @@ class Sink:
             return array.__reduce_ex__(5)
         if nbytes == 0:
             return type(array), (array.shape, dtype)
-        # The name of a builtin dtype is much cheaper to send and to load than the object.
-        kind = dtype.str if dtype.isbuiltin == 1 and dtype.metadata is None else dtype
+        kind = self._sent_as(dtype)
         strides = kept_strides(array)
         order = () if strides is None else (0, strides)
         if nbytes >= MIN_BUFFER_NBYTES and not self.stays(nbytes):
-            return type(array), (array.shape, kind, self.stand_in(array, nbytes), *order)
+            return type(array), (array.shape, kind, self.stand_in(array), *order)
         if nbytes <= _MOST_OWNED_NBYTES:
             if dtype.names is not None and (strides is None or array.flags.f_contiguous):
                 # In the copy below, what is between the fields would be anything.
@@ -307,51 +341,14 @@ def in_memory_order(array: Array) -> Array:
     return array.transpose(_axes_by_stride(array))
 
 
-def _settled(source: Any) -> Any:
-    """Return a copy in the order in which its bytes are sent."""
-    return PickleBuffer(taken([part_of(source)]))
-
-
-def part_of(source: Any) -> Any:
-    """Return a source as a part of a snapshot."""
-    if isinstance(source, Resizable):
-        return source
-    if isinstance(source, PickleBuffer):
-        return source.raw()
-    if isinstance(source, memoryview):
-        return source.cast("B")
-    flat = in_memory_order(source)
-    if flat.flags.c_contiguous:
-        return memoryview(flat.reshape(-1).view("u1"))
-    return with_gaps(flat)
-
-
 def with_gaps(array: Array) -> Array:
     """Return the array with the bytes between its fields, or the receiver would see others."""
     return array if array.dtype.names is None else array.view(f"V{array.itemsize}")
 
 
-def _owner_of(source: Any) -> object:
-    """Return the object whose memory it is, as far as that can be seen."""
-    if isinstance(source, Resizable):
-        return source.owner
-    if isinstance(source, PickleBuffer):
-        source = source.raw()
-    while True:
-        owner = source.obj if isinstance(source, memoryview) else getattr(source, "base", None)
-        if owner is None or owner is source:
-            return source
-        source = owner
-
-
-def _overlap(sources: list[Source]) -> bool:
-    bounds = sorted(byte_bounds(source) for source in sources)
-    return any(start < end for (_, end), (start, _) in pairwise(bounds))
-
-
 def byte_bounds(source: Any) -> tuple[int, int]:
     """Return the addresses of the first byte of an array or other memory, and after its last."""
-    if isinstance(source, (PickleBuffer, Resizable, memoryview)):
+    if isinstance(source, (PickleBuffer, memoryview)):
         import numpy as np
 
         raw = source.cast("B") if isinstance(source, memoryview) else source.raw()

@@ -8,6 +8,9 @@ types, then the dispatch table, then ``__reduce_ex__``. The hook also has functi
 this pickler refuses, since no module has them, taken apart by `by_value`, which is asked second:
 it costs several times more.
 
+What is taken apart goes into a sink: `reducers.Sink` refers to the object's memory, and a
+`oobpickle._core.Message` has copied each buffer before the pickler goes on.
+
 **Lifetime.** No state. A payload refers to the object's memory until it is written.
 
 **When it cannot.** What is refused by both is refused here, with the plain pickler's error.
@@ -15,19 +18,17 @@ it costs several times more.
 
 from __future__ import annotations
 
-import copyreg
 import pickle
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Final, TypeVar, overload
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar, overload
 
-from oobpickle._errors import PayloadError, ResizedError
+from oobpickle._errors import PayloadError
 from oobpickle._foreign import annotate, pass_on_foreign
 from oobpickle._pickling.into import load_into
 from oobpickle._pickling.large_globals import LEAST_NBYTES, warn_of_large
 from oobpickle._pickling.locating import add_place
 from oobpickle._pickling.payload import Payload, check_sizes, fresh_destinations
 from oobpickle._pickling.reducers import Reducer, Sink
-from oobpickle._pickling.stream import Pieces, Stream, joined
 
 if TYPE_CHECKING:
     from collections.abc import Buffer  # type: ignore[attr-defined,unused-ignore]
@@ -57,6 +58,11 @@ def dumps(obj: object) -> Payload:
     -----
     Arrays arrive writable whatever they were. Source: PEP 574.
 
+    What the payload refers to is read when it is written, as with the ``buffer_callback`` of
+    ``pickle``. So an object whose ``__reduce__`` fills one scratch array for each of its parts has
+    to be sent through a channel, where each buffer is copied as it is reached. While a payload
+    refers to a ``bytearray`` or an ``array.array``, that cannot be resized.
+
     Examples
     --------
     >>> import numpy as np, oobpickle
@@ -66,122 +72,85 @@ def dumps(obj: object) -> Payload:
     >>> oobpickle.loads(payload)["weights"][:3]
     array([0., 1., 2.])
     """
-    return serialize(obj, {}, 0)
+    return serialize(obj)
 
 
 def serialize(
     obj: object,
-    reducers: dict[type, Reducer],
-    threshold: int,
+    threshold: int = 0,
+    special: Mapping[type, Reducer] | None = None,
     *,
     by_value: bool = False,
     is_main_lost: bool = False,
-    copying: bool = False,
-    undo: list[Callable[[], Any]] | None = None,
 ) -> Payload:
     """Do what `dumps` does, with further reducers; buffers stay in-band up to `threshold` bytes.
 
-    With `by_value`, functions and classes that cannot be found by their names go by value; with
-    `is_main_lost` those of the main module too, since the receiver cannot import it. With
-    `copying`, this is another attempt, for which the content is taken at once. What is in `undo` by
-    then is called before reducers run a second time.
-
-    Raises
-    ------
-    ResizedError
-        If something was resized before a small stream was put together: try again with `copying`.
+    For the rest see `take_apart`.
     """
-    if copying:
-        _call_all(undo)
-    sink = Sink(threshold, copying)
+    sink = Sink(threshold, special)
+    take_apart(obj, sink, by_value=by_value, is_main_lost=is_main_lost)
+    return Payload(sink.pieces, sink.sources, sink.sizes)
+
+
+class Taker(Protocol):
+    """What takes a message: a `Sink`, or an `oobpickle._core.Message`."""
+
+    @property
+    def nbytes(self) -> int: ...
+    @property
+    def table(self) -> Any: ...
+    def clear(self) -> None: ...
+    def write(self, piece: Any, /) -> None: ...
+    def take(self, buffer: Any, /) -> bool: ...
+
+
+def take_apart(
+    obj: object,
+    sink: Taker,
+    *,
+    by_value: bool = False,
+    is_main_lost: bool = False,
+    undo: list[Callable[[], Any]] | None = None,
+) -> None:
+    """Pickle `obj` into a sink.
+
+    With `by_value`, functions and classes that cannot be found by their names go by value; with
+    `is_main_lost` those of the main module too, since the receiver cannot import it. What is in
+    `undo` by then is called before reducers run a second time.
+    """
     try:
         if is_main_lost:
-            return _ByValue(is_main_lost).serialize(obj, reducers, sink, undo)
-        # `_dump` and `_settled`, for what a small message is: each Python call shows there.
-        file: Any = Stream() if copying else Pieces()
-        pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
-        pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
+            _ByValue(is_main_lost).dump(obj, sink)
+            return
+        pickler = pickle.Pickler(sink, 5, buffer_callback=sink.take)
+        pickler.dispatch_table = sink.table
         pickler.dump(obj)
-        if not sink.sizes and not copying and len(file) == 1:
-            return Payload(file[0], sink.sources, sink.sizes)
-        return _independent(_dump, _settled(file, sink), obj, reducers, sink, undo)
     except Exception as error:
         pass_on_foreign(error)
-        if isinstance(error, ResizedError):
-            raise  # the caller makes another attempt
         if by_value and not is_main_lost and isinstance(error, _REFUSALS):
             _call_all(undo)
+            sink.clear()
             attempt = _ByValue(is_main_lost)
             try:
-                return attempt.serialize(obj, reducers, Sink(threshold, copying), undo)
+                attempt.dump(obj, sink)
+                return
             except Exception as second:
                 pass_on_foreign(second)
-                if isinstance(second, ResizedError):
-                    raise
                 attempt.explain(error, second)
         _call_all(undo)
-        add_place(error, obj, Sink(0).dispatch_table(copyreg.dispatch_table, reducers))
+        sink.clear()
+        add_place(error, obj, Sink(0, sink.table.levels[1]).table)
         _call_all(undo)
         raise
 
 
 #: What the plain pickler raises when it meets something that it cannot take.
 _REFUSALS: Final = (pickle.PicklingError, AttributeError, TypeError)
-_Dump = Callable[[object, dict[type, Reducer], Sink], bytes | Stream]
 
 
 def _call_all(undo: list[Callable[[], Any]] | None) -> None:
     for call in undo or ():
         call()
-
-
-def _independent(
-    dump: _Dump,
-    stream: bytes | Stream,
-    obj: object,
-    reducers: dict[type, Reducer],
-    sink: Sink,
-    undo: list[Callable[[], Any]] | None,
-) -> Payload:
-    """Return the payload of what was dumped; dump again if its buffers are in common memory."""
-    if not sink.copying and len(sink.sources) > 1 and sink.has_overlap():
-        # Perhaps scratch memory that a reducer has used again: then it reduces twice.
-        _call_all(undo)
-        sink = Sink(sink.threshold, True)
-        stream = dump(obj, reducers, sink)
-    return Payload(stream, sink.sources, sink.sizes)
-
-
-def has_common_memory(obj: object) -> bool:
-    """Tell whether two buffers of an object overlap, so that `dumps` takes it apart twice."""
-    sink = Sink(0)
-    try:
-        _dump(obj, {}, sink)
-    except _REFUSALS:
-        sink = Sink(0)
-        _ByValue(False).dump(obj, {}, sink)
-    return sink.has_overlap()
-
-
-def _dump(obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
-    file: Any = Stream() if sink.copying else Pieces()
-    pickler = pickle.Pickler(file, 5, buffer_callback=sink.take)
-    pickler.dispatch_table = sink.dispatch_table(copyreg.dispatch_table, reducers)
-    pickler.dump(obj)
-    return _settled(file, sink)
-
-
-def _settled(file: Any, sink: Sink) -> bytes | Stream:
-    if type(file) is Stream:
-        return file
-    if len(file) == 1:
-        return file[0]  # type: ignore[no-any-return]
-    if len(file) == 3 and type(file[1]) in (bytearray, bytes):  # one array that stays in-band
-        start, content, end = file
-        if len(start) + len(content) + len(end) < sink.threshold:
-            return joined(start, content, end)
-    stream = Stream.of(file, sink.settled)
-    return bytes(stream) if stream.nbytes < sink.threshold else stream
 
 
 class _ByValue:
@@ -192,32 +161,18 @@ class _ByValue:
         self._taken: list[Any] = []
         self._reasons: list[str] = []
 
-    def serialize(
-        self,
-        obj: object,
-        reducers: dict[type, Reducer],
-        sink: Sink,
-        undo: list[Callable[[], Any]] | None,
-    ) -> Payload:
-        stream = self.dump(obj, reducers, sink)
-        payload = _independent(self.dump, stream, obj, reducers, sink, undo)
-        if self._taken and payload.nbytes >= LEAST_NBYTES:
-            warn_of_large(self._taken)
-        return payload
-
-    def dump(self, obj: object, reducers: dict[type, Reducer], sink: Sink) -> bytes | Stream:
+    def dump(self, obj: object, sink: Taker) -> None:
         from oobpickle._pickling.by_value import Pickler
 
-        file: Any = Stream() if sink.copying else Pieces()
-        table = sink.dispatch_table(copyreg.dispatch_table, reducers)
-        pickler = Pickler(file, table, is_main_lost=self._is_main_lost, buffer_callback=sink.take)
+        pickler = Pickler(sink, is_main_lost=self._is_main_lost)
         self._taken, self._reasons = pickler.taken, pickler.reasons
         pickler.dump(obj)
         if not pickler.taken and not self._is_main_lost:
             raise pickle.PicklingError(
                 "nothing in it can go by value"
             )  # so what refused it was right
-        return _settled(file, sink)
+        if pickler.taken and sink.nbytes >= LEAST_NBYTES:
+            warn_of_large(pickler.taken)
 
     def explain(self, error: Exception, second: Exception) -> None:
         """Note on the plain pickler's error why it does not go by value."""

@@ -12,10 +12,9 @@ import numpy as np
 from inside import Token, address, fork, reap
 
 import oobpickle
-from oobpickle._memory import plan
 
 MIB = 1 << 20
-N_MANY = 40_000  # of vm.max_map_count = 65,530; each block mapped apart would need two
+N_MANY = 20_000  # each block mapped apart would need two of vm.max_map_count = 65,530
 
 
 def _many(n_arrays, base):
@@ -23,21 +22,20 @@ def _many(n_arrays, base):
     read, write = multiprocessing.Pipe(duplex=False)
     held = []
     for first in range(base, base + n_arrays, 400):
-        write.send([np.full(500, n) for n in range(first, first + 400)])
+        write.send([np.full(4096, n) for n in range(first, first + 400)])
         held += read.recv()
     return held
 
 
 def _assert_many(arrays, base, step=1):
-    found = np.array([(one[0], one[250], one[-1]) for one in arrays])
+    found = np.array([(one[0], one[2000], one[-1]) for one in arrays])
     expected = np.arange(base, base + step * len(arrays), step)
     assert (found == expected[:, None]).all()
 
 
-def forty_thousand_held_blocks():
+def twenty_thousand_held_blocks():
     """Also if copying out is forbidden: what a fork cannot make private is copied nevertheless."""
-    plan.PACK_NBYTES = 4096  # small arrays have a block each, too
-    arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_on_receive=False)
+    arena = oobpickle.install(capacity=1024 * MIB, threshold=1, copy_on_receive=False)
     held = _many(N_MANY, 0)
     n_held = arena.statistics().n_blocks["held"]
     assert n_held > 15_000, n_held
@@ -80,7 +78,6 @@ def forty_thousand_held_blocks():
 
 
 def one_message_of_more_blocks_than_a_fork_can_make_private():
-    plan.PACK_NBYTES = 4096
     arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_on_receive=False)
     arena.receiving._most_held = 300
     held = _many(400, 0)
@@ -91,7 +88,6 @@ def one_message_of_more_blocks_than_a_fork_can_make_private():
 
 def a_program_that_has_used_up_its_mappings():
     """The system allows no more: what stays shared is counted, and the fork does not take long."""
-    plan.PACK_NBYTES = 4096
     arena = oobpickle.install(capacity=512 * MIB, threshold=1)
     held = _many(2_000, 0)
     ballast = mmap.mmap(-1, 70_000 * mmap.PAGESIZE)

@@ -4,7 +4,6 @@ import contextlib
 import errno
 import faulthandler
 import gc
-import itertools
 import multiprocessing
 import os
 import resource
@@ -498,37 +497,38 @@ def _verify_many(received, seed):
 @contextlib.contextmanager
 def _refusing(what, arena):
     """Refuse it from the tenth block on; yield a list of what was refused."""
-    refused, calls = [], itertools.count()
+    refused, undos = [], []
 
-    def patched(module, name, refusal, after=10):
+    def patched(module, name, refusal):
         original = getattr(module, name)
 
         def call(*args):
-            if next(calls) < after:
-                return original(*args)
             refused.append(args)
             return refusal(*args)
 
         setattr(module, name, call)
-        return lambda: setattr(module, name, original)
+        undos.append(lambda: setattr(module, name, original))
 
     def failing(point, number):
         core.arm(point, 11, -number)
         refused.append(point)
-        return lambda: core.arm(None, 0, 0)
+        undos.append(lambda: core.arm(None, 0, 0))
 
-    undo = {
+    {
         "allocate": lambda: failing("mapping.reserve", errno.ENOSPC),
         "unsupported": lambda: failing("mapping.reserve", errno.EOPNOTSUPP),
-        # After one look the next 64 MB are taken on trust.
-        "memory": lambda: patched(headroom, "available_nbytes", lambda: 0, after=1),
+        "memory": lambda: (
+            failing("headroom.look", errno.ENOMEM),
+            patched(headroom, "available_nbytes", lambda: 0),
+        ),
         "table": lambda: failing("row.make", errno.ENOSPC),
         "damaged": lambda: failing("row.make", errno.EIO),
-    }.get(what, lambda: lambda: None)()
+    }.get(what, lambda: None)()
     try:
         yield refused
     finally:
-        undo()
+        for undo in undos:
+            undo()
 
 
 def limits_between_messages():

@@ -30,6 +30,31 @@ def _make(seed, nbytes=NBYTES):
     return message(seed, nbytes)
 
 
+# --- what survives of a message
+
+
+def small_survivors():
+    """One of the arrays of each message is kept: what it keeps is at most sixteen times itself."""
+    for n_items, n_arrays, most in ((64, 1600, 0), (1000, 400, 16 * 8000)):
+        arena = oobpickle.install(capacity=64 * MIB)
+        read, write = multiprocessing.Pipe(duplex=False)
+
+        def produce(n_items=n_items, n_arrays=n_arrays, write=write):
+            for i in range(100):
+                write.send([np.full(n_items, float(i)) for _ in range(n_arrays)])
+
+        pid = fork(produce)
+        write.close()
+        kept = [read.recv()[-1] for _ in range(100)]
+        reap(pid)
+        held = arena.statistics().nbytes["held"]
+        assert held <= 100 * most, held
+        for i, array in enumerate(kept):
+            assert (array == i).all()
+        del kept
+        oobpickle.uninstall()
+
+
 # --- address space
 
 

@@ -22,10 +22,6 @@ MIB = 1 << 20
 SMALL, LARGE, LARGER = MIB // 4, 3 * MIB, 12 * MIB
 
 
-#: Newer ones let other threads in when they pickle a strided array.
-NUMPY_KEEPS_GIL = tuple(map(int, np.__version__.split(".")[:2])) < (2, 4)
-
-
 class Changing:
     """Memory of several kinds, of which each is filled with one value at a time."""
 
@@ -44,7 +40,7 @@ class Changing:
             "bytearray": bytearray(nbytes),
             "array.array": array.array("d", bytes(nbytes)),
         }
-        if overlapping:  # these are taken apart twice
+        if overlapping:
             self.parts |= {"one and": whole[5], "the same": whole[5][: nbytes // 2]}
         self.patterns = [bytes([k]) * nbytes for k in range(5)]
         self.turn = 0
@@ -75,9 +71,9 @@ def _is_torn(part):
 
 
 @contextlib.contextmanager
-def _receiver_of_whole_messages():
+def _receiver_of_whole_messages(capacity):
     """Yield what sends to a process that fails if a message is not whole."""
-    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB) as arena:
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=capacity) as arena:
         warnings.simplefilter("ignore")
         read, write = multiprocessing.Pipe(duplex=False)
 
@@ -91,8 +87,9 @@ def _receiver_of_whole_messages():
         yield write
         write.send(None)
         reap(pid)
-        assert arena.statistics().n_messages_out_of_band == 0
-        assert arena.statistics().n_fallbacks > 0
+        statistics = arena.statistics()
+        found = statistics.n_messages_out_of_band > 0, statistics.n_fallbacks > 0
+        assert found == (capacity > MIB, capacity == MIB), statistics
 
 
 @contextlib.contextmanager
@@ -114,8 +111,16 @@ def _alarms(handler, every_s):
 
 
 def by_a_signal_handler():
-    """Of a process with one thread."""
-    with _receiver_of_whole_messages() as write:
+    """Of a process with one thread, while it falls back to the pipe."""
+    _changed_by_handler(MIB)
+
+
+def by_a_signal_handler_out_of_band():
+    _changed_by_handler(512 * MIB)
+
+
+def _changed_by_handler(capacity):
+    with _receiver_of_whole_messages(capacity) as write:
         for nbytes, n in (SMALL, 10), (LARGE, 3), (LARGER, 1):
             for overlapping in [False, True] if n > 1 else [False]:
                 changing = Changing(nbytes, overlapping=overlapping)
@@ -144,11 +149,17 @@ def _another_thread(change):
 
 
 def by_another_thread():
-    with _receiver_of_whole_messages() as write:
+    _changed_by_thread(MIB)
+
+
+def by_another_thread_out_of_band():
+    _changed_by_thread(512 * MIB)
+
+
+def _changed_by_thread(capacity):
+    with _receiver_of_whole_messages(capacity) as write:
         for nbytes, n in (SMALL, 10), (LARGE, 2):
             changing = Changing(nbytes, overlapping=n > 2)
-            if not NUMPY_KEEPS_GIL:
-                del changing.parts["strided"], changing.parts["masked strided"]
             with _another_thread(changing.change):
                 for _ in range(n):
                     write.send(changing.parts)
@@ -161,8 +172,6 @@ def while_a_feeder_sends():
         queue, simple = multiprocessing.Queue(), multiprocessing.SimpleQueue()
         for nbytes in 3 * [SMALL, 2 * SMALL] + [LARGE]:
             changing = Changing(nbytes, overlapping=nbytes == SMALL)
-            if not NUMPY_KEEPS_GIL:
-                del changing.parts["strided"], changing.parts["masked strided"]
             with _alarms(changing.change, nbytes / 1e9):
                 queue.put(changing.parts)
                 assert (torn := _torn_in(queue.get())) == [], torn
@@ -170,6 +179,55 @@ def while_a_feeder_sends():
                 sending.start()
                 assert (torn := _torn_in(simple.get())) == [], torn
                 sending.join()
+
+
+class Frame:
+    """Its pixels are decompressed into one memory, again and again."""
+
+    scratch = np.empty(MIB, np.uint8)
+
+    def __init__(self, value, nbytes):
+        self.value, self.nbytes = value, nbytes
+
+    def __reduce__(self):
+        self.scratch[: self.nbytes] = self.value
+        return list, ((self.scratch[: self.nbytes],),)
+
+
+class PutOff:
+    """Does its work when it is pickled: it changes an array that was pickled before."""
+
+    def __init__(self, array):
+        self.array = array
+
+    def __getstate__(self):
+        self.array[:] = 7
+        return {"done": True}
+
+
+def scratch_memory():
+    """Plain pickle takes the content when it reduces an object; so do we, wherever it goes."""
+    for capacity in MIB, 256 * MIB:
+        with warnings.catch_warnings(), oobpickle.enabled(capacity=capacity):
+            warnings.simplefilter("ignore")
+            with multiprocessing.Pool(1) as pool:
+                sizes = (MIB, MIB // 10, 100, 5000, MIB // 2)
+                frames = [Frame(value, nbytes) for value, nbytes in enumerate(sizes)]
+                arrived = pool.apply(_returned, (frames,))
+                for value, ((array,), nbytes) in enumerate(zip(arrived, sizes, strict=True)):
+                    assert (array.shape, set(array.tolist())) == ((nbytes,), {value})
+                array = np.ones(MIB)
+                arrived = pool.apply(_first, ([array, PutOff(array)],))
+                assert (arrived == 1).all()
+                assert (array == 7).all()
+
+
+def _returned(obj):
+    return obj
+
+
+def _first(objects):
+    return objects[0]
 
 
 def _send_and_resize(write, nbytes, after_s):

@@ -37,7 +37,7 @@ def test_every_name_arrives(accepted, name):
 
 def test_an_offer_goes_before_a_payload(accepted):
     payload = oobpickle.dumps(np.arange(1000))
-    whole = payload.to_pickle(head=invitations.prefix(NAME), tail=b"tail")
+    whole = invitations.prefix(NAME) + bytes(payload.to_pickle(tail=b"tail"))
 
     np.testing.assert_array_equal(np.arange(1000), pickle.loads(whole))
     assert [NAME] == accepted

@@ -10,25 +10,24 @@ import numpy as np
 import pytest
 
 import oobpickle
+from messages import envelope_of, message_of
 from oobpickle import _envelope
 from oobpickle._hook import invitations, loading
 from oobpickle._hook.loading import Substitute, numbers_in
-from oobpickle._pickling.in_band import Received, receive
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.options import Options
+from oobpickle._pickling.in_band import Received, as_pickle, receive
 
 BIG = np.ones(1 << 18)
 
 
-class FakeLease:
-    def __init__(self, sizes):
-        self.destinations = [memoryview(bytearray(nbytes)) for nbytes in sizes]
-        self.pairs = bytes(16 * len(_envelope.plan(list(sizes)).needs))
-
-    def seal(self, channel):
-        pass
-
-
 def envelope(obj):
-    return bytes(_envelope.pack(oobpickle.dumps(obj), FakeLease, bytes(32)))
+    arena = Arena.create(Options(capacity=64 << 20))
+    try:
+        return bytes(envelope_of(obj, arena))
+    finally:
+        arena.close()
+        assert arena.try_destroy()
 
 
 def in_band(obj):
@@ -55,8 +54,8 @@ WAYS = {
     "plain, protocol 2": lambda obj: pickle.dumps(obj, 2),
     "small": lambda obj: oobpickle.dumps(obj).stream,
     "in-band": lambda obj: oobpickle.dumps(obj).to_pickle(tail=b"\0tail"),
-    "with an invitation": lambda obj: oobpickle.dumps(obj).to_pickle(
-        head=invitations.prefix(bytes(32))
+    "with an invitation": lambda obj: as_pickle(
+        message_of(obj), head=invitations.prefix(bytes(32))
     ),
     "small, with an invitation": lambda obj: invitations.prefix(bytes(32)) + pickle.dumps(obj),
     "envelope": envelope,

@@ -1,30 +1,88 @@
 """How the buffers of a message lie in its blocks."""
 
 import random
+import struct
 
-from oobpickle._memory.plan import ALIGN_NBYTES, OWN_BLOCK_NBYTES, PACK_NBYTES, plan
+import pytest
+
+from oobpickle._native import core
+
+KIB, MIB = 1 << 10, 1 << 20
+OWN_NBYTES = 32 * KIB
+ALIGN_NBYTES = 64
+
+
+def packed(sizes):
+    return struct.pack(f"<{len(sizes)}Q", *sizes)
+
+
+def lie(sizes):
+    """Return the bytes used of each block, and where in which block each buffer lies."""
+    needs = core.plan(packed(sizes))
+    memory = [bytearray(need) for need in needs]
+    views = [memoryview(one) for one in memory]
+    places = []
+    for position, part in enumerate(core.spread(views, packed(sizes), False)):
+        assert len(part) == sizes[position]
+        if not sizes[position]:
+            places.append(None)
+            continue
+        part[:] = b"\1" * sizes[position]
+        (block,) = (i for i, one in enumerate(memory) if any(one))
+        places.append((block, memory[block].index(1)))
+        assert memory[block].count(1) == sizes[position]
+        part[:] = bytes(sizes[position])
+    return needs, places
 
 
 def test_a_large_buffer_has_a_block_of_its_own():
-    sizes = [OWN_BLOCK_NBYTES, 10, OWN_BLOCK_NBYTES + 1, 0]
+    sizes = [OWN_NBYTES, 5000, OWN_NBYTES + 1, 0, 3 * MIB]
 
-    assert (
-        [OWN_BLOCK_NBYTES, 10, OWN_BLOCK_NBYTES + 1],
-        [(0, 0), (1, 0), (2, 0), (-1, 0)],
-    ) == plan(sizes)
+    expected = [OWN_NBYTES, 5000, OWN_NBYTES + 1, 3 * MIB], [(0, 0), (1, 0), (2, 0), None, (3, 0)]
+    assert expected == lie(sizes)
 
 
 def test_small_buffers_share_blocks_and_do_not_overlap():
     chance = random.Random(1)
-    for _ in range(50):
-        sizes = [chance.randrange(OWN_BLOCK_NBYTES) for _ in range(chance.randrange(1, 200))]
-        needs, places = plan(sizes)
+    for _ in range(20):
+        most = chance.choice([100, 4000, OWN_NBYTES])
+        sizes = [chance.randrange(most) for _ in range(chance.randrange(1, 200))]
+        needs, places = lie(sizes)
         ends = dict.fromkeys(range(len(needs)), 0)
-        for (block, at), nbytes in zip(places, sizes, strict=True):
+        for place, nbytes in zip(places, sizes, strict=True):
             if nbytes:
+                block, at = place
                 assert at >= ends[block]
                 assert at % ALIGN_NBYTES == 0
                 ends[block] = at + nbytes
         assert needs == list(ends.values())
-        assert all(need <= PACK_NBYTES for need in needs)
-        assert len(needs) <= 1 + sum(sizes) // (PACK_NBYTES - OWN_BLOCK_NBYTES)
+
+
+def test_what_survives_pins_at_most_sixteen_times_itself():
+    sizes = [4 * KIB, 10_000, 100, 20_000, 4095, 31 * KIB] * 100
+    needs, places = lie(sizes)
+
+    for (block, _), nbytes in zip(places, sizes, strict=True):
+        assert needs[block] <= 16 * nbytes or nbytes < 4 * KIB  # which is copied
+
+
+def test_many_of_the_smallest_take_few_blocks():
+    assert 1 + 100 == len(core.plan(packed([1 * KIB] * 102_400)))
+
+
+def test_what_is_received_is_memory_of_its_own_if_it_is_small():
+    blocks = [bytearray(range(100)), bytearray(5000)]
+    small, large = core.spread([memoryview(one) for one in blocks], packed([100, 5000]), True)
+    blocks[0][:] = bytes(100)
+
+    assert (bytearray(range(100)), memoryview) == (small, type(large))
+
+
+def test_before_the_message_is_there_whole_chunks_are_leased():
+    assert [64 * KIB, OWN_NBYTES] == core.plan(packed([100, OWN_NBYTES]), True)
+
+
+@pytest.mark.parametrize("blocks", [[], [memoryview(bytearray(99))], [5], [None, None]])
+def test_blocks_that_do_not_fit_are_refused(blocks):
+    with pytest.raises((ValueError, IndexError, TypeError)):
+        core.spread(blocks, packed([100]), True)

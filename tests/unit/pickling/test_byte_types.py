@@ -9,7 +9,8 @@ import pytest
 
 import oobpickle
 import samples
-from oobpickle import ResizedError
+from messages import message_of
+from oobpickle._pickling.in_band import as_pickle
 from oobpickle.testing import check_roundtrip
 
 NBYTES = 100_000
@@ -139,12 +140,26 @@ def test_what_holds_pointers_is_refused_as_ever():
     assert str(plain.value) == str(ours.value)
 
 
-@pytest.mark.parametrize("obj", [Slotted(DATA), array.array("b", DATA)])
-def test_it_may_be_resized_before_it_is_written_and_that_is_seen(obj):
+@pytest.mark.parametrize("obj", [bytearray(DATA), Slotted(DATA), array.array("b", DATA)])
+def test_it_cannot_be_resized_while_a_payload_refers_to_it(obj):
     payload = oobpickle.dumps(obj)
+    with pytest.raises(BufferError):
+        obj.append(1)
+    assert payload.sizes == [len(DATA)]
+
+    del payload
     obj.append(1)
-    with pytest.raises(ResizedError, match="100000 bytes had 100001"):
-        payload.to_bytes()
+
+
+@pytest.mark.parametrize("obj", [bytearray(DATA), Slotted(DATA), array.array("b", DATA)])
+def test_it_can_be_resized_once_it_was_taken_apart_for_a_channel(obj):
+    message = message_of(obj)
+    obj[0] = 99
+    obj.append(1)
+
+    arrived = pickle.loads(as_pickle(message))
+    assert type(arrived) is type(obj)
+    assert bytes(arrived) == DATA
 
 
 def test_a_cycle_through_it_stays():

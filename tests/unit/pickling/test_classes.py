@@ -22,7 +22,7 @@ from oobpickle._pickling.serializer import serialize
 
 
 def dumped(obj):
-    return serialize(obj, {}, 1 << 40, by_value=True).stream
+    return serialize(obj, 1 << 40, by_value=True).stream
 
 
 @pytest.fixture
@@ -643,7 +643,7 @@ def test_a_reducer_for_the_metaclass_comes_first():
     def reduce(cls):
         return int, (7,)
 
-    stream = serialize([Local, lambda: 1], {Quiet: reduce}, 0, by_value=True).stream
+    stream = serialize([Local, lambda: 1], 0, {Quiet: reduce}, by_value=True).stream
 
     assert pickle.loads(stream)[0] == 7
 

@@ -22,7 +22,7 @@ TABLE = types.MappingProxyType({"a": importlib})
 
 
 def crossed(obj):
-    return pickle.loads(serialize(obj, {}, 1 << 40, by_value=True).stream)
+    return pickle.loads(serialize(obj, 1 << 40, by_value=True).stream)
 
 
 def test_everything_of_a_function_arrives():
@@ -122,7 +122,7 @@ def test_functions_of_one_message_share_their_globals():
 
 def test_submodules_that_are_used_are_imported():
     futures = lambda: concurrent.futures.ThreadPoolExecutor  # noqa: E731
-    stream = serialize(futures, {}, 1 << 40, by_value=True).stream
+    stream = serialize(futures, 1 << 40, by_value=True).stream
 
     assert b"concurrent.futures.thread" in stream or b"concurrent.futures" in stream
     assert pickle.loads(stream)() is concurrent.futures.ThreadPoolExecutor
@@ -275,7 +275,7 @@ def main(monkeypatch):
     monkeypatch.setitem(sys.modules, "__main__", module)
 
     def load(obj):
-        stream = serialize(obj, {}, 1 << 40, by_value=True, is_main_lost=True).stream
+        stream = serialize(obj, 1 << 40, by_value=True, is_main_lost=True).stream
         own = functions._own[:]
         functions._own.clear()
         try:
@@ -331,7 +331,7 @@ def test_classes_and_functions_of_a_lost_main_module_go_by_value(main):
     for name in names:
         obj = getattr(module, name)
         assert crossed(obj) is obj
-        streams[name] = serialize(obj, {}, 1 << 40, by_value=True, is_main_lost=True).stream
+        streams[name] = serialize(obj, 1 << 40, by_value=True, is_main_lost=True).stream
     for name in names:
         delattr(module, name)
     assert pickle.loads(streams["Model"]) is model  # as it is tracked here

@@ -19,7 +19,7 @@ def nothing_said(monkeypatch):
 
 
 def sent(obj):
-    serialize(obj, {}, 0, by_value=True)
+    serialize(obj, 0, by_value=True)
 
 
 def warnings_of(obj):

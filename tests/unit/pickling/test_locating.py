@@ -64,7 +64,7 @@ def test_the_type_and_the_path_are_said_with_pickles_own_error(name, place):
         pickle.dumps(obj, 5)
     for by_value in (False, True):
         with pytest.raises(plain.type) as ours:
-            serialize(obj, {}, 0, by_value=by_value)
+            serialize(obj, 0, by_value=by_value)
 
         assert str(plain.value) == str(ours.value)
         note = f"oobpickle: pickling a {kind.__module__}.{kind.__qualname__} at {place}"
@@ -115,4 +115,4 @@ def test_an_error_that_takes_no_notes_is_raised_as_it_is():
     with pytest.raises(Exception, match="no") as plain:  # CPython 3.15 adds notes of its own
         pickle.dumps([FailsFrozen()])
     with pytest.raises(plain.type, match="no"):
-        serialize([FailsFrozen()], {}, 0, by_value=True)
+        serialize([FailsFrozen()], 0, by_value=True)

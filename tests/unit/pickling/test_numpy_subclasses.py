@@ -164,7 +164,7 @@ def test_below_the_threshold_it_is_numpys_own_pickle():
     from oobpickle._pickling.serializer import serialize
 
     for array in (ARRAY.view(Bare), ARRAY.view(Finalized), np.ma.masked_less(ARRAY, 7)):
-        payload = serialize(array, {}, 1 << 20)
+        payload = serialize(array, 1 << 20)
 
         assert payload.sizes == []
         assert pickle.dumps(array, 5) == payload.stream

@@ -34,8 +34,8 @@ def test_what_plain_pickle_refuses_is_taken_by_value(threshold):
     array = np.arange(1000.0)
     obj = [local_object(array), lambda: array, array]
     with pytest.raises((AttributeError, pickle.PicklingError)):
-        serialize(obj, {}, threshold)
-    payload = serialize(obj, {}, threshold, by_value=True)
+        serialize(obj, threshold)
+    payload = serialize(obj, threshold, by_value=True)
     one, function, third = oobpickle.loads(payload)
 
     assert payload.sizes == ([] if threshold else [8000])
@@ -50,7 +50,7 @@ def test_registered_reducers_come_before_those_by_value():
     class Local:
         pass
 
-    payload = serialize([Local(), lambda: 1], {Local: lambda _: (int, (7,))}, 0, by_value=True)
+    payload = serialize([Local(), lambda: 1], 0, {Local: lambda _: (int, (7,))}, by_value=True)
 
     assert oobpickle.loads(payload)[0] == 7
 
@@ -65,7 +65,7 @@ class Counts:
 
 def test_what_plain_pickle_takes_is_not_asked_about_twice():
     Counts.n_reduced = 0
-    serialize(Counts(), {}, 0, by_value=True)
+    serialize(Counts(), 0, by_value=True)
 
     assert Counts.n_reduced == 1
 
@@ -78,7 +78,7 @@ def test_what_both_refuse_has_the_error_of_plain_pickle(bad):
     with pytest.raises(Exception) as plain:
         pickle.dumps(bad, 5)
     with pytest.raises(plain.type) as caught:
-        serialize(bad, {}, 0, by_value=True)
+        serialize(bad, 0, by_value=True)
 
     assert str(plain.value) == str(caught.value)
 
@@ -94,7 +94,7 @@ def test_an_alarm_during_the_second_attempt_reaches_the_program():
         armed = False
 
     with pytest.raises(TimeoutError, match="alarm"):
-        serialize([Slow(), lambda: 1], {}, 0, by_value=True)
+        serialize([Slow(), lambda: 1], 0, by_value=True)
 
 
 # --- arrays
@@ -104,7 +104,7 @@ def test_an_alarm_during_the_second_attempt_reaches_the_program():
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_arrays_arrive_as_pickle_would_deliver_them_but_writable(layout, threshold):
     def cross(array):
-        return oobpickle.loads(serialize(array, {}, threshold))
+        return oobpickle.loads(serialize(array, threshold))
 
     assert samples.differing(layout, cross) == {}
 
@@ -143,7 +143,7 @@ def test_every_special_array_is_listed_here(special):
 def test_special_arrays_arrive_as_pickle_would_deliver_them(special, name, threshold):
     if name not in special:
         pytest.skip("this numpy has no such dtype")
-    arrived = oobpickle.loads(serialize(special[name], {}, threshold))
+    arrived = oobpickle.loads(serialize(special[name], threshold))
 
     assert described(pickled(special[name])) == described(arrived)
     assert type(arrived) is not np.ndarray or arrived.flags.writeable
@@ -326,7 +326,7 @@ def test_bytes_between_fields_arrive_as_they_are(nbytes, threshold, order):
     """Some take the checksum of an array's memory."""
     raw = np.arange(nbytes).astype("u1").view("V32").reshape((2, -1), order=order)
     array = raw.view(samples.dtypes()["gap"])
-    arrived = oobpickle.loads(serialize(array, {}, threshold))
+    arrived = oobpickle.loads(serialize(array, threshold))
 
     assert arrived.flags.owndata or nbytes > 320
     assert arrived.view("V32").tobytes("A") == raw.tobytes("A")

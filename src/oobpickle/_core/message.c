@@ -1,0 +1,1026 @@
+/* A message that is being taken apart: its stream, and its buffers as they were handed out.
+
+What. `Message` is all that the pickler needs of us: the file that it writes to, the callback that it
+asks about each buffer, and the table that it looks for reducers in. What leaves the stream is copied
+at once.
+
+How it works. Plain pickle takes the content of an object when it reduces it, under the GIL. So do
+we: each buffer is copied as the pickler hands it out, into a block of the arena that is leased for
+it, and nothing between the first buffer and the last waits or lets the GIL go. A buffer leaves the
+stream once the sum of all so far reaches the threshold; what is in the stream by then stays. ::
+
+    IN_BLOCKS   the buffers are in leased blocks, laid out by plan.c
+    IN_MEMORY   in ordinary memory, as an ordinary pickle has them, one after the other: there was no
+                room, or the message will not go through an arena
+    NOWHERE     they are counted only
+
+A message goes from IN_BLOCKS to IN_MEMORY as a whole when there is no room for its next buffer, and
+back as a whole when room was waited for.
+
+Lifetime. Blocks and memory are the message's until it is sealed; it may be dropped at any time. A
+forked child that goes on with a message of its parent reads the blocks, and then looks whether they
+were its parent's still.
+
+When it cannot. What finds no room is in memory; why there was none, is found out when room is waited
+for. Without memory: MemoryError. */
+
+#include "core.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#define HEAD_ROOM 1024 /* for what is put before the first buffer */
+#define BYTEARRAY8 '\x96'
+#define HEADER_NBYTES 9 /* that opcode, and 64 bits */
+#define LONG_NBYTES ((u64)64 << 10) /* the pickler hands these to the file as they are */
+#define STEP ((u64)16 << 20)
+#define LARGE ((u64)32 << 20)
+
+/* In the place of the header of a bytearray: its content is a buffer. */
+#define CALL_BYTEARRAY "cbuiltins\nbytearray\n\x97\x85R"
+
+enum where { IN_BLOCKS, IN_MEMORY, NOWHERE };
+
+struct buffer {
+    u64 nbytes;
+    u64 at; /* within its block, or the memory */
+    u32 block;
+};
+
+/* What the pickler has in the place of memory, until it asks about that. */
+struct pending {
+    PyObject *stand_in, *source; /* `source`: its buffer has not been taken yet */
+    Py_buffer view;
+};
+
+struct message {
+    PyObject_HEAD
+    struct blocks *blocks; /* a reference, or NULL */
+    PyObject *tables;      /* (registered, special, general, find) */
+    u64 threshold, kept_nbytes, stream_nbytes, buffers_nbytes, fresh_nbytes;
+    PyObject *pieces; /* of the stream: [bytes] */
+    PyObject *leased; /* [Block] */
+    PyObject *made;   /* a bytearray that nobody else has */
+    struct buffer *buffers;
+    size_t n_buffers, buffers_room;
+    struct pending *pending;
+    size_t n_pending, pending_room;
+    struct plan plan;
+    struct dtype dtype;
+    enum where where, begun;
+    char *memory; /* HEAD_ROOM, and then (header, content) of each buffer */
+    u64 used, room, from;
+    Py_ssize_t n_exports;
+    bool is_for_one; /* it is written once, and then it is gone */
+};
+
+static PyTypeObject *message_type, *rebuild_type;
+static PyObject *as_pickle, *as_rebuild, *picklebuffer, *shared_stand_in;
+
+static struct message *of(PyObject *self)
+{
+    return (struct message *)self;
+}
+
+/* --- the small helpers of array.c */
+
+struct dtype *message_dtype(struct message *message)
+{
+    return &message->dtype;
+}
+
+/* Decide about so many bytes: true if they stay in the stream. */
+bool message_keeps(struct message *message, u64 nbytes)
+{
+    if (message->kept_nbytes + nbytes >= message->threshold)
+        return false;
+    message->kept_nbytes += nbytes;
+    return true;
+}
+
+/* A bytearray that was made for the stream, so that it need not be copied again. */
+void message_made(struct message *message, PyObject *memory)
+{
+    Py_XDECREF(message->made);
+    message->made = Py_XNewRef(memory);
+}
+
+static struct pending *new_pending(struct message *message)
+{
+    if (message->n_pending == message->pending_room) {
+        size_t room = message->pending_room ? 2 * message->pending_room : 8;
+        struct pending *more = realloc(message->pending, room * sizeof *more);
+        if (more == NULL) {
+            PyErr_NoMemory();
+            return NULL;
+        }
+        message->pending = more;
+        message->pending_room = room;
+    }
+    return memset(&message->pending[message->n_pending], 0, sizeof *message->pending);
+}
+
+/* What the pickler gets in the place of memory that leaves the stream; takes over `view`. One for all
+   will do: what is reduced within an array's arguments is asked about before the array. */
+PyObject *message_stand_in(struct message *message, Py_buffer *view)
+{
+    struct pending *pending = new_pending(message);
+    if (pending == NULL) {
+        PyBuffer_Release(view);
+        return NULL;
+    }
+    pending->view = *view;
+    pending->stand_in = Py_NewRef(shared_stand_in);
+    message->n_pending++;
+    return Py_NewRef(shared_stand_in);
+}
+
+static void drop_pending(struct message *message, size_t i)
+{
+    struct pending *pending = &message->pending[i];
+    PyObject *stand_in = pending->stand_in, *source = pending->source;
+    Py_buffer view = pending->view;
+    message->n_pending--;
+    memmove(pending, pending + 1, (message->n_pending - i) * sizeof *pending);
+    if (view.obj)
+        PyBuffer_Release(&view);
+    Py_XDECREF(source);
+    Py_XDECREF(stand_in);
+}
+
+/* --- classes of modules that the program may have imported */
+
+/* A class of a module that the program has imported, or NULL. */
+static PyTypeObject *imported_class(const char *module, const char *name)
+{
+    PyObject *modules = PyImport_GetModuleDict();
+    PyObject *found = modules ? PyDict_GetItemString(modules, module) : NULL;
+    PyObject *class = found ? PyObject_GetAttrString(found, name) : NULL;
+    PyErr_Clear(); /* also while another thread is importing it */
+    if (class && !PyType_Check(class))
+        Py_CLEAR(class);
+    return (PyTypeObject *)class;
+}
+
+static bool is_ndarray(const PyTypeObject *kind)
+{
+    static PyTypeObject *ndarray;
+    if (ndarray == NULL)
+        ndarray = imported_class("numpy", "ndarray");
+    return kind == ndarray;
+}
+
+/* --- ordinary memory */
+
+static void free_memory(struct message *message)
+{
+    free(message->memory);
+    message->memory = NULL;
+    message->used = message->room = 0;
+}
+
+/* Room for so many bytes more: an address, or NULL with an exception. */
+static char *more_memory(struct message *message, u64 nbytes)
+{
+    u64 used = message->memory ? message->used : HEAD_ROOM, needed = used + nbytes;
+    if (needed > message->room) {
+        u64 room = needed + needed / 2;
+        char *memory = realloc(message->memory, room);
+        if (memory == NULL)
+            memory = realloc(message->memory, room = needed);
+        if (memory == NULL) {
+            PyErr_Format(PyExc_MemoryError, "no memory to copy %llu bytes of a message",
+                         (unsigned long long)nbytes);
+            return NULL;
+        }
+        message->memory = memory;
+        message->room = room;
+        if (room >= STEP) {
+            uintptr_t start = round_up((uintptr_t)memory, PAGE);
+            madvise((void *)start, room - (start - (uintptr_t)memory) - PAGE, MADV_HUGEPAGE);
+        }
+    }
+    message->used = needed;
+    return message->memory + used;
+}
+
+/* Room for a buffer behind its header. */
+static char *more_for_buffer(struct message *message, u64 nbytes)
+{
+    char *header = more_memory(message, HEADER_NBYTES + nbytes);
+    if (header == NULL)
+        return NULL;
+    *header = BYTEARRAY8;
+    memcpy(header + 1, &nbytes, sizeof nbytes);
+    return header + HEADER_NBYTES;
+}
+
+/* The pages of a range of the memory go back to the system. */
+static void give_back(struct message *message, u64 at, u64 nbytes)
+{
+    uintptr_t start = round_up((uintptr_t)message->memory + at, PAGE);
+    uintptr_t end = ((uintptr_t)message->memory + at + nbytes) / PAGE * PAGE;
+    if (end > start)
+        madvise((void *)start, end - start, MADV_DONTNEED); /* refused if they are locked */
+}
+
+/* --- blocks */
+
+static struct block *block_of(const struct message *message, u32 i)
+{
+    return (struct block *)PyList_GetItem(message->leased, (Py_ssize_t)i);
+}
+
+/* NULL: there is no room now; or, without memory, with an exception. */
+static struct block *lease_block(struct message *message, u64 nbytes)
+{
+    PyObject *block = blocks_lease_now(message->blocks, nbytes);
+    if (block == NULL)
+        return NULL;
+    u64 fresh = block_fresh(block);
+    bool is_there = block_reserve_now(block, message->fresh_nbytes + fresh) &&
+                    PyList_Append(message->leased, block) == 0;
+    message->fresh_nbytes += fresh;
+    Py_DECREF(block); /* the list has it */
+    return is_there ? (struct block *)block : NULL;
+}
+
+static void drop_blocks(struct message *message)
+{
+    PyObject *leased = message->leased;
+    message->leased = NULL;
+    Py_XDECREF(leased);
+}
+
+/* Copy out of a block that we need no more; of a large one the pages go as they are read, so that no
+   message is there twice. */
+static void copy_out_of(struct block *block, u64 at, char *to, u64 nbytes)
+{
+    bool is_ours = block->epoch == epoch() && block->state == LEASED;
+    if (nbytes < LARGE || at || !is_ours || !block->is_using) {
+        copy_now(to, block->address + at, nbytes);
+        return;
+    }
+    for (u64 done = 0; done < nbytes; done += STEP) {
+        u64 step = nbytes - done < STEP ? nbytes - done : STEP;
+        copy_now(to + done, block->address + done, step);
+        block_punch_range(block, done, step);
+    }
+}
+
+/* In a child of fork the blocks are its parent's, who may have sent them by now, and their receiver
+   may have changed them. */
+static bool are_unchanged(const struct message *message)
+{
+    atomic_thread_fence(memory_order_acquire);
+    for (Py_ssize_t i = 0; i < PyList_Size(message->leased); i++) {
+        struct block *block = block_of(message, (u32)i);
+        struct table_view *table = &block->blocks->table;
+        if (block->epoch != epoch() && !row_is(table, block->index, LEASED, block->generation) &&
+            !row_is(table, block->index, IN_FLIGHT, block->generation))
+            return false;
+    }
+    return true;
+}
+
+/* From blocks to ordinary memory. */
+static int leave_blocks(struct message *message)
+{
+    for (size_t i = 0; i < message->n_buffers; i++) {
+        struct buffer *buffer = &message->buffers[i];
+        char *to = more_for_buffer(message, buffer->nbytes);
+        if (to == NULL) {
+            message->where = NOWHERE; /* half of it is gone */
+            return -1;
+        }
+        if (buffer->nbytes)
+            copy_out_of(block_of(message, buffer->block), buffer->at, to, buffer->nbytes);
+        buffer->at = (u64)(to - message->memory);
+    }
+    bool is_sound = are_unchanged(message);
+    drop_blocks(message);
+    message->where = IN_MEMORY;
+    if (is_sound)
+        return 0;
+    PyErr_SetString(PyExc_RuntimeError, "this process was forked while it sent a message, and its "
+                                        "parent has sent that: send it again");
+    return -1;
+}
+
+/* --- taking buffers */
+
+static struct buffer *new_buffer(struct message *message, u64 nbytes)
+{
+    if (message->n_buffers == message->buffers_room) {
+        size_t room = message->buffers_room ? 2 * message->buffers_room : 8;
+        struct buffer *more = realloc(message->buffers, room * sizeof *more);
+        if (more == NULL) {
+            PyErr_NoMemory();
+            return NULL;
+        }
+        message->buffers = more;
+        message->buffers_room = room;
+    }
+    struct buffer *buffer = &message->buffers[message->n_buffers];
+    *buffer = (struct buffer){.nbytes = nbytes};
+    return buffer;
+}
+
+/* Where the next buffer goes: an address; NULL: nowhere, or with an exception. */
+static char *place_of(struct message *message, struct buffer *buffer)
+{
+    if (message->where == IN_BLOCKS && buffer->nbytes) {
+        struct placed placed = plan_next(&message->plan, buffer->nbytes);
+        struct block *block = placed.capacity ? lease_block(message, placed.capacity)
+                                              : block_of(message, placed.block);
+        if (block && block->epoch == epoch()) {
+            buffer->block = placed.block;
+            buffer->at = placed.at;
+            return block->address + placed.at;
+        }
+        if (PyErr_Occurred() || leave_blocks(message) != 0)
+            return NULL;
+    }
+    if (message->where == NOWHERE || (message->where == IN_BLOCKS && buffer->nbytes == 0))
+        return NULL;
+    char *to = more_for_buffer(message, buffer->nbytes);
+    if (to)
+        buffer->at = (u64)(to - message->memory);
+    return to;
+}
+
+static int take_memory(struct message *message, const Py_buffer *view)
+{
+    struct buffer *buffer = new_buffer(message, (u64)view->len);
+    if (buffer == NULL)
+        return -1;
+    char *to = place_of(message, buffer);
+    if (to)
+        memory_copy(to, view);
+    else if (PyErr_Occurred())
+        return -1;
+    message->n_buffers++;
+    message->buffers_nbytes += (u64)view->len;
+    return 0;
+}
+
+static int view_of(struct message *message, PyObject *source, Py_buffer *view)
+{
+    if (is_ndarray(Py_TYPE(source)))
+        return array_view(&message->dtype, source, view);
+    return PyObject_GetBuffer(source, view, PyBUF_STRIDED_RO);
+}
+
+/* take(buffer): what the pickler asks about each PickleBuffer: True leaves it in the stream */
+static PyObject *take(PyObject *self, PyObject *buffer)
+{
+    struct message *message = of(self);
+    Py_buffer view = {0};
+    size_t i = message->n_pending;
+    while (i > 0 && message->pending[i - 1].stand_in != buffer)
+        i--;
+    struct pending *pending = i > 0 ? &message->pending[i - 1] : NULL;
+    if (pending && pending->view.obj) {
+        view = pending->view;
+        pending->view.obj = NULL; /* ours now */
+    } else if (view_of(message, pending ? pending->source : buffer, &view) != 0) {
+        return NULL;
+    }
+    if (pending)
+        drop_pending(message, i - 1);
+    bool stays = !pending && message_keeps(message, (u64)view.len);
+    int result = stays ? 0 : take_memory(message, &view);
+    PyBuffer_Release(&view);
+    return result == 0 ? PyBool_FromLong(stays) : NULL;
+}
+
+/* stays(nbytes): whether so many bytes stay in the stream */
+static PyObject *stays(PyObject *self, PyObject *argument)
+{
+    u64 nbytes = PyLong_AsUnsignedLongLong(argument);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(message_keeps(of(self), nbytes));
+}
+
+/* stand_in(source): what a reducer hands out in the place of memory that leaves the stream */
+static PyObject *stand_in(PyObject *self, PyObject *source)
+{
+    struct message *message = of(self);
+    PyObject *nothing = PyByteArray_FromStringAndSize(NULL, 0);
+    PyObject *made = nothing ? PyObject_CallFunctionObjArgs(picklebuffer, nothing, NULL) : NULL;
+    Py_XDECREF(nothing);
+    struct pending *pending = made ? new_pending(message) : NULL;
+    if (pending == NULL) {
+        Py_XDECREF(made);
+        return NULL;
+    }
+    pending->stand_in = Py_NewRef(made);
+    pending->source = Py_NewRef(source);
+    message->n_pending++;
+    return made;
+}
+
+/* --- the stream */
+
+static int add_piece(struct message *message, PyObject *piece)
+{
+    if (piece == NULL || PyList_Append(message->pieces, piece) != 0)
+        return -1;
+    message->stream_nbytes += (u64)PyBytes_Size(piece);
+    return 0;
+}
+
+/* A large bytearray becomes a buffer; the header that the pickler has written for it becomes the call
+   that makes it. */
+static int take_bytearray(struct message *message, PyObject *owner)
+{
+    Py_ssize_t n = PyList_Size(message->pieces);
+    PyObject *last = n ? PyList_GetItem(message->pieces, n - 1) : NULL, *changed = NULL;
+    Py_ssize_t nbytes = last ? PyBytes_Size(last) : 0;
+    Py_buffer view;
+    if (nbytes < HEADER_NBYTES || PyBytes_AsString(last)[nbytes - HEADER_NBYTES] != BYTEARRAY8) {
+        PyErr_SetString(PyExc_SystemError, "a bytearray without its header");
+        return -1;
+    }
+    if (PyObject_GetBuffer(owner, &view, PyBUF_SIMPLE) != 0)
+        return -1;
+    int result = take_memory(message, &view);
+    PyBuffer_Release(&view);
+    nbytes -= HEADER_NBYTES;
+    if (result == 0)
+        changed = PyBytes_FromStringAndSize(NULL, nbytes + (Py_ssize_t)sizeof CALL_BYTEARRAY - 1);
+    if (changed == NULL)
+        return -1;
+    char *to = PyBytes_AsString(changed);
+    memcpy(to, PyBytes_AsString(last), (size_t)nbytes);
+    memcpy(to + nbytes, CALL_BYTEARRAY, sizeof CALL_BYTEARRAY - 1);
+    message->stream_nbytes += sizeof CALL_BYTEARRAY - 1 - HEADER_NBYTES;
+    return PyList_SetItem(message->pieces, n - 1, changed);
+}
+
+/* write(piece): as the file of a pickler */
+static PyObject *write_piece(PyObject *self, PyObject *piece)
+{
+    struct message *message = of(self);
+    int result;
+    if (PyBytes_CheckExact(piece)) {
+        result = add_piece(message, piece);
+    } else if (PyByteArray_CheckExact(piece) && piece != message->made &&
+               !message_keeps(message, (u64)PyByteArray_Size(piece))) {
+        result = take_bytearray(message, piece);
+    } else { /* its owner may change it */
+        Py_buffer view;
+        if (PyObject_GetBuffer(piece, &view, PyBUF_STRIDED_RO) != 0)
+            return NULL;
+        PyObject *copy = PyBytes_FromStringAndSize(NULL, view.len);
+        if (copy)
+            memory_copy(PyBytes_AsString(copy), &view);
+        PyBuffer_Release(&view);
+        result = add_piece(message, copy);
+        Py_XDECREF(copy);
+    }
+    return result == 0 ? Py_NewRef(Py_None) : NULL;
+}
+
+static void copy_stream(const struct message *message, char *to)
+{
+    for (Py_ssize_t i = 0; i < PyList_Size(message->pieces); i++) {
+        PyObject *piece = PyList_GetItem(message->pieces, i);
+        size_t nbytes = (size_t)PyBytes_Size(piece);
+        copy_now(to, PyBytes_AsString(piece), nbytes);
+        to += nbytes;
+    }
+}
+
+static PyObject *get_stream(PyObject *self, void *Py_UNUSED(closure))
+{
+    struct message *message = of(self);
+    if (PyList_Size(message->pieces) == 1)
+        return Py_NewRef(PyList_GetItem(message->pieces, 0));
+    PyObject *stream = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)message->stream_nbytes);
+    if (stream)
+        copy_stream(message, PyBytes_AsString(stream));
+    return stream;
+}
+
+/* small(): the stream, if that is all, and below the threshold; else None */
+static PyObject *small(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct message *message = of(self);
+    if (message->n_buffers || message->stream_nbytes >= message->threshold)
+        Py_RETURN_NONE;
+    return get_stream(self, NULL);
+}
+
+/* write_stream_into(memory) */
+static PyObject *write_stream_into(PyObject *self, PyObject *argument)
+{
+    struct message *message = of(self);
+    Py_buffer view;
+    if (PyObject_GetBuffer(argument, &view, PyBUF_WRITABLE) != 0)
+        return NULL;
+    bool fits = (u64)view.len == message->stream_nbytes;
+    if (fits)
+        copy_stream(message, view.buf);
+    else
+        PyErr_Format(PyExc_ValueError, "a stream of %llu bytes does not fit into %zd",
+                     (unsigned long long)message->stream_nbytes, view.len);
+    PyBuffer_Release(&view);
+    return fits ? Py_NewRef(Py_None) : NULL;
+}
+
+/* --- where reducers are found */
+
+static PyObject *reduce_as_pickle(PyObject *Py_UNUSED(module), PyObject *object)
+{
+    return PyObject_CallMethod(object, "__reduce_ex__", "i", 5);
+}
+
+static PyObject *reduce_array(PyObject *self, PyObject *array)
+{
+    return array_reduce(of(self), array);
+}
+
+static PyMethodDef reducers[] = {
+    {"reduce_as_pickle", reduce_as_pickle, METH_O, NULL},
+    {"reduce_array", reduce_array, METH_O, NULL},
+};
+
+static bool is_a(PyTypeObject *kind, PyTypeObject **known, const char *module, const char *name)
+{
+    if (*known == NULL)
+        *known = imported_class(module, name);
+    return *known && PyType_IsSubtype(kind, *known);
+}
+
+PyObject *numpy_attribute(const char *name)
+{
+    PyObject *modules = PyImport_GetModuleDict();
+    PyObject *numpy = modules ? PyDict_GetItemString(modules, "numpy") : NULL;
+    if (numpy)
+        return PyObject_GetAttrString(numpy, name);
+    PyErr_SetString(PyExc_ImportError, "numpy");
+    return NULL;
+}
+
+/* Whether a class derives from one that has memory: those Python knows more about. */
+static bool may_be_special(PyTypeObject *kind)
+{
+    static PyTypeObject *array, *ndarray, *arrow, *structure, *data;
+    if (PyType_IsSubtype(kind, &PyBytes_Type) || PyType_IsSubtype(kind, &PyByteArray_Type) ||
+        is_a(kind, &array, "array", "array") || is_a(kind, &ndarray, "numpy", "ndarray") ||
+        is_a(kind, &arrow, "pyarrow", "Array"))
+        return true;
+    if (structure == NULL && (structure = imported_class("_ctypes", "Structure")) != NULL)
+        data = PyType_GetSlot(structure, Py_tp_base);
+    return data && PyType_IsSubtype(kind, data);
+}
+
+static PyObject *found_in(PyObject *table, PyObject *kind)
+{
+    if (PyDict_CheckExact(table))
+        return Py_XNewRef(PyDict_GetItemWithError(table, kind));
+    PyObject *found = PyObject_GetItem(table, kind);
+    if (found == NULL && PyErr_ExceptionMatches(PyExc_KeyError))
+        PyErr_Clear();
+    return found;
+}
+
+/* message[class]: its reducer */
+static PyObject *subscript(PyObject *self, PyObject *kind)
+{
+    struct message *message = of(self);
+    for (Py_ssize_t i = 0; i < 3; i++) {
+        PyObject *found = found_in(PyTuple_GetItem(message->tables, i), kind);
+        if (found || PyErr_Occurred())
+            return found;
+    }
+    PyTypeObject *type = (PyTypeObject *)kind;
+    if (is_ndarray(type))
+        return PyCFunction_NewEx(&reducers[1], self, NULL);
+    if (type == rebuild_type)
+        return Py_NewRef(as_rebuild);
+    if (!PyType_Check(kind) || PyType_IsSubtype(type, &PyType_Type)) {
+        PyErr_SetObject(PyExc_KeyError, kind); /* its instances are classes, pickled by their names */
+        return NULL;
+    }
+    if (may_be_special(type)) {
+        PyObject *find = PyTuple_GetItem(message->tables, 3);
+        PyObject *found = PyObject_CallFunctionObjArgs(find, kind, self, NULL);
+        if (found != Py_None)
+            return found;
+        Py_DECREF(found);
+    }
+    return Py_NewRef(as_pickle);
+}
+
+/* get(class, default): what the pickler in Python asks for */
+static PyObject *get_reducer(PyObject *self, PyObject *arguments)
+{
+    PyObject *kind, *otherwise = Py_None;
+    if (!PyArg_ParseTuple(arguments, "O|O", &kind, &otherwise))
+        return NULL;
+    PyObject *found = subscript(self, kind);
+    if (found == NULL && PyErr_ExceptionMatches(PyExc_KeyError)) {
+        PyErr_Clear();
+        return Py_NewRef(otherwise);
+    }
+    return found;
+}
+
+/* --- what becomes of it */
+
+/* blocks: [Block] with the buffers, in the order of the plan, each as large as what is in it; None if
+   the buffers are not in blocks */
+static PyObject *get_blocks(PyObject *self, void *Py_UNUSED(closure))
+{
+    struct message *message = of(self);
+    if (message->where != IN_BLOCKS)
+        Py_RETURN_NONE;
+    for (size_t i = 0; i < message->n_buffers; i++) {
+        const struct buffer *buffer = &message->buffers[i];
+        if (buffer->nbytes)
+            block_use(block_of(message, buffer->block), buffer->at + buffer->nbytes);
+    }
+    return PyList_GetSlice(message->leased, 0, PyList_Size(message->leased));
+}
+
+/* move_into([Block]): from ordinary memory into blocks that were leased for the plan of its sizes */
+static PyObject *move_into(PyObject *self, PyObject *list)
+{
+    struct message *message = of(self);
+    struct plan plan = {0};
+    if (message->where != IN_MEMORY || message->n_exports || !PyList_Check(list)) {
+        PyErr_SetString(PyExc_ValueError, "not in memory of its own, or that is in use");
+        return NULL;
+    }
+    for (int is_real = 0; is_real < 2; is_real++) {
+        plan = (struct plan){0};
+        for (size_t i = 0; i < message->n_buffers; i++) {
+            struct buffer *buffer = &message->buffers[i];
+            if (buffer->nbytes == 0)
+                continue;
+            struct placed placed = plan_next(&plan, buffer->nbytes);
+            struct block *block = block_at(list, (Py_ssize_t)placed.block);
+            if (block == NULL)
+                return NULL;
+            if (!block_can_take(block, placed.at + buffer->nbytes)) {
+                PyErr_SetString(PyExc_ValueError, "a block is not leased, or too small");
+                return NULL;
+            }
+            if (!is_real)
+                continue;
+            char *to = block->address + placed.at;
+            for (u64 done = 0; done < buffer->nbytes; done += STEP) {
+                u64 step = buffer->nbytes - done < STEP ? buffer->nbytes - done : STEP;
+                copy_now(to + done, message->memory + buffer->at + done, step);
+                give_back(message, buffer->at + done, step);
+            }
+            buffer->block = placed.block;
+            buffer->at = placed.at;
+        }
+        if (PyList_Size(list) != (Py_ssize_t)plan.n_blocks) {
+            PyErr_SetString(PyExc_ValueError, "not as many blocks as the message needs");
+            return NULL;
+        }
+    }
+    drop_blocks(message);
+    message->leased = PyList_GetSlice(list, 0, PyList_Size(list));
+    message->where = IN_BLOCKS;
+    message->plan = plan;
+    free_memory(message);
+    return message->leased ? Py_NewRef(Py_None) : NULL;
+}
+
+/* leave_blocks(): from blocks into ordinary memory */
+static PyObject *leave(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    return of(self)->where != IN_BLOCKS || leave_blocks(of(self)) == 0 ? Py_NewRef(Py_None) : NULL;
+}
+
+/* to_pickle(before, between, after): all of it as one pickle: the buffers, one after the other, each as
+   a bytearray, and the stream. memoryview(message) shows it. */
+static PyObject *to_pickle(PyObject *self, PyObject *arguments)
+{
+    struct message *message = of(self);
+    Py_buffer before, between, after;
+    if (!PyArg_ParseTuple(arguments, "y*y*y*", &before, &between, &after))
+        return NULL;
+    PyObject *result = NULL;
+    if (before.len > HEAD_ROOM || message->n_exports || message->from || message->where == NOWHERE) {
+        PyErr_SetString(PyExc_ValueError, "it is a pickle already, or what comes first is too long");
+    } else if (message->where != IN_BLOCKS || leave_blocks(message) == 0) {
+        u64 nbytes = (u64)between.len + message->stream_nbytes + (u64)after.len;
+        char *to = more_memory(message, nbytes);
+        if (to) {
+            message->from = HEAD_ROOM - (u64)before.len;
+            memcpy(message->memory + message->from, before.buf, (size_t)before.len);
+            memcpy(to, between.buf, (size_t)between.len);
+            copy_stream(message, to + between.len);
+            memcpy(to + nbytes - after.len, after.buf, (size_t)after.len);
+            result = Py_NewRef(Py_None);
+        }
+    }
+    PyBuffer_Release(&before);
+    PyBuffer_Release(&between);
+    PyBuffer_Release(&after);
+    return result;
+}
+
+static int getbuffer(PyObject *self, Py_buffer *view, int flags)
+{
+    struct message *message = of(self);
+    if (message->from == 0) {
+        PyErr_SetString(PyExc_BufferError, "it is no pickle yet");
+        view->obj = NULL;
+        return -1;
+    }
+    int result = PyBuffer_FillInfo(view, self, message->memory + message->from,
+                                   (Py_ssize_t)(message->used - message->from), 1, flags);
+    message->n_exports += result == 0;
+    return result;
+}
+
+static void releasebuffer(PyObject *self, Py_buffer *Py_UNUSED(view))
+{
+    of(self)->n_exports--;
+}
+
+/* give_back(at, nbytes): these bytes of the pickle are needed no more; they read as anything */
+static PyObject *give_back_range(PyObject *self, PyObject *arguments)
+{
+    struct message *message = of(self);
+    unsigned long long at, nbytes;
+    if (!PyArg_ParseTuple(arguments, "KK", &at, &nbytes))
+        return NULL;
+    u64 whole = message->used - message->from;
+    if (message->from && at <= whole && nbytes <= whole - at)
+        give_back(message, message->from + at, nbytes);
+    Py_RETURN_NONE;
+}
+
+static void forget(struct message *message)
+{
+    while (message->n_pending)
+        drop_pending(message, message->n_pending - 1);
+    drop_blocks(message);
+    Py_CLEAR(message->made);
+    Py_CLEAR(message->pieces);
+    dtype_forget(&message->dtype);
+    free_memory(message);
+    message->n_buffers = 0;
+    message->kept_nbytes = message->stream_nbytes = message->buffers_nbytes = 0;
+    message->fresh_nbytes = 0;
+    message->plan = (struct plan){0};
+    message->where = message->begun;
+}
+
+static int begin(struct message *message)
+{
+    message->pieces = PyList_New(0);
+    message->leased = message->pieces ? PyList_New(0) : NULL;
+    return message->leased ? 0 : -1;
+}
+
+/* clear(): as if nothing had been taken apart */
+static PyObject *clear(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    if (of(self)->n_exports) {
+        PyErr_SetString(PyExc_BufferError, "its memory is in use");
+        return NULL;
+    }
+    forget(of(self));
+    return begin(of(self)) == 0 ? Py_NewRef(Py_None) : NULL;
+}
+
+/* --- the type */
+
+/* Message(blocks, threshold, tables): `blocks` is None if the buffers are not to go into an arena, and
+   False if they are only to be counted */
+static PyObject *new_message(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(keywords))
+{
+    PyObject *blocks, *number, *tables;
+    if (!PyArg_ParseTuple(arguments, "OOO!", &blocks, &number, &PyTuple_Type, &tables))
+        return NULL;
+    u64 threshold = PyLong_AsUnsignedLongLong(number);
+    if (PyErr_Occurred())
+        return NULL;
+    if (PyTuple_Size(tables) != 4 || !(blocks == Py_None || blocks == Py_False || is_blocks(blocks))) {
+        PyErr_SetString(PyExc_TypeError, "expected Blocks, None or False, a threshold, four tables");
+        return NULL;
+    }
+    struct message *message = PyObject_New(struct message, type);
+    if (message == NULL)
+        return NULL;
+    PyObject head = *(PyObject *)message;
+    *message = (struct message){.threshold = threshold};
+    *(PyObject *)message = head;
+    message->begun = blocks == Py_None ? IN_MEMORY : blocks == Py_False ? NOWHERE : IN_BLOCKS;
+    message->where = message->begun;
+    message->tables = Py_NewRef(tables);
+    if (message->begun == IN_BLOCKS)
+        message->blocks = (struct blocks *)Py_NewRef(blocks);
+    if (begin(message) != 0)
+        Py_CLEAR(message);
+    return (PyObject *)message;
+}
+
+static void dealloc(PyObject *self)
+{
+    struct message *message = of(self);
+    PyTypeObject *type = Py_TYPE(self);
+    forget(message);
+    free(message->buffers);
+    free(message->pending);
+    Py_XDECREF(message->tables);
+    Py_XDECREF((PyObject *)message->blocks);
+    PyObject_Free(self);
+    Py_DECREF((PyObject *)type);
+}
+
+#define NUMBER(name, value)                                                                        \
+    static PyObject *get_##name(PyObject *self, void *Py_UNUSED(closure))                          \
+    {                                                                                              \
+        return PyLong_FromUnsignedLongLong(value);                                                 \
+    }
+
+NUMBER(stream_nbytes, of(self)->stream_nbytes)
+NUMBER(nbytes, of(self)->stream_nbytes + of(self)->buffers_nbytes)
+NUMBER(n_buffers, of(self)->n_buffers)
+NUMBER(nbytes_fresh, of(self)->fresh_nbytes)
+
+/* sizes: nbytes of each buffer, 64-bit words */
+static PyObject *get_sizes(PyObject *self, void *Py_UNUSED(closure))
+{
+    struct message *message = of(self);
+    PyObject *sizes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(8 * message->n_buffers));
+    for (size_t i = 0; sizes && i < message->n_buffers; i++)
+        memcpy(PyBytes_AsString(sizes) + 8 * i, &message->buffers[i].nbytes, 8);
+    return sizes;
+}
+
+/* table: where a pickler is to look for reducers */
+static PyObject *get_table(PyObject *self, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(self);
+}
+
+/* levels: where reducers are looked for before ours are */
+static PyObject *get_levels(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyTuple_GetSlice(of(self)->tables, 0, 3);
+}
+
+static PyObject *get_for_one(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(of(self)->is_for_one);
+}
+
+static int set_for_one(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
+{
+    of(self)->is_for_one = value == Py_True;
+    return 0;
+}
+
+static PyMethodDef methods[] = {
+    {"write", write_piece, METH_O, NULL},
+    {"take", take, METH_O, NULL},
+    {"stays", stays, METH_O, NULL},
+    {"stand_in", stand_in, METH_O, NULL},
+    {"get", get_reducer, METH_VARARGS, NULL},
+    {"small", small, METH_NOARGS, NULL},
+    {"write_stream_into", write_stream_into, METH_O, NULL},
+    {"move_into", move_into, METH_O, NULL},
+    {"leave_blocks", leave, METH_NOARGS, NULL},
+    {"to_pickle", to_pickle, METH_VARARGS, NULL},
+    {"give_back", give_back_range, METH_VARARGS, NULL},
+    {"clear", clear, METH_NOARGS, NULL},
+    {0},
+};
+
+static PyGetSetDef attributes[] = {
+    {"table", get_table, NULL, NULL, NULL},
+    {"levels", get_levels, NULL, NULL, NULL},
+    {"stream", get_stream, NULL, NULL, NULL},
+    {"stream_nbytes", get_stream_nbytes, NULL, NULL, NULL},
+    {"nbytes", get_nbytes, NULL, NULL, NULL},
+    {"n_buffers", get_n_buffers, NULL, NULL, NULL},
+    {"nbytes_fresh", get_nbytes_fresh, NULL, NULL, NULL},
+    {"sizes", get_sizes, NULL, NULL, NULL},
+    {"blocks", get_blocks, NULL, NULL, NULL},
+    {"is_for_one", get_for_one, set_for_one, NULL, NULL},
+    {0},
+};
+
+static PyType_Slot slots[] = {
+    {Py_tp_new, new_message},
+    {Py_tp_dealloc, dealloc},
+    {Py_tp_methods, methods},
+    {Py_tp_getset, attributes},
+    {Py_mp_subscript, subscript},
+    {Py_bf_getbuffer, getbuffer},
+    {Py_bf_releasebuffer, releasebuffer},
+    {0, NULL},
+};
+
+static PyType_Spec spec = {
+    .name = "oobpickle._core.Message",
+    .basicsize = sizeof(struct message),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = slots,
+};
+
+/* --- Rebuild: pickled as a call */
+
+struct rebuild {
+    PyObject_HEAD
+    PyObject *reduced; /* (function, arguments) */
+};
+
+PyObject *rebuild_new(PyObject *reduced)
+{
+    struct rebuild *rebuild = PyObject_New(struct rebuild, rebuild_type);
+    if (rebuild)
+        rebuild->reduced = reduced;
+    else
+        Py_DECREF(reduced);
+    return (PyObject *)rebuild;
+}
+
+static PyObject *new_rebuild(PyTypeObject *Py_UNUSED(type), PyObject *arguments,
+                             PyObject *Py_UNUSED(keywords))
+{
+    PyObject *function, *its;
+    if (!PyArg_ParseTuple(arguments, "OO!", &function, &PyTuple_Type, &its))
+        return NULL;
+    PyObject *reduced = PyTuple_Pack(2, function, its);
+    return reduced ? rebuild_new(reduced) : NULL;
+}
+
+static PyObject *get_reduced(PyObject *self, void *Py_UNUSED(closure))
+{
+    return Py_NewRef(((struct rebuild *)self)->reduced);
+}
+
+static PyObject *reduce_rebuild(PyObject *Py_UNUSED(module), PyObject *rebuild)
+{
+    if (Py_TYPE(rebuild) == rebuild_type)
+        return get_reduced(rebuild, NULL);
+    PyErr_SetString(PyExc_TypeError, "not a Rebuild");
+    return NULL;
+}
+
+static PyObject *rebuild_reduce(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    return get_reduced(self, NULL);
+}
+
+static void rebuild_dealloc(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    Py_DECREF(((struct rebuild *)self)->reduced);
+    PyObject_Free(self);
+    Py_DECREF((PyObject *)type);
+}
+
+static PyMethodDef rebuild_methods[] = {{"__reduce__", rebuild_reduce, METH_NOARGS, NULL}, {0}};
+static PyMethodDef rebuild_reducer = {"reduce_rebuild", reduce_rebuild, METH_O, NULL};
+static PyGetSetDef rebuild_attributes[] = {{"reduced", get_reduced, NULL, NULL, NULL}, {0}};
+static PyType_Slot rebuild_slots[] = {
+    {Py_tp_new, new_rebuild},
+    {Py_tp_dealloc, rebuild_dealloc},
+    {Py_tp_methods, rebuild_methods},
+    {Py_tp_getset, rebuild_attributes},
+    {0, NULL},
+};
+
+static PyType_Spec rebuild_spec = {
+    .name = "oobpickle._core.Rebuild",
+    .basicsize = sizeof(struct rebuild),
+    .flags = Py_TPFLAGS_DEFAULT,
+    .slots = rebuild_slots,
+};
+
+int message_type_make(PyObject *module)
+{
+    if (message_type == NULL)
+        message_type = (PyTypeObject *)PyType_FromSpec(&spec);
+    if (rebuild_type == NULL)
+        rebuild_type = (PyTypeObject *)PyType_FromSpec(&rebuild_spec);
+    if (as_pickle == NULL)
+        as_pickle = PyCFunction_NewEx(&reducers[0], NULL, NULL);
+    if (as_rebuild == NULL)
+        as_rebuild = PyCFunction_NewEx(&rebuild_reducer, NULL, NULL);
+    PyObject *pickle = PyImport_ImportModule("_pickle");
+    if (picklebuffer == NULL && pickle)
+        picklebuffer = PyObject_GetAttrString(pickle, "PickleBuffer");
+    Py_XDECREF(pickle);
+    PyObject *nothing = PyByteArray_FromStringAndSize(NULL, 0);
+    if (shared_stand_in == NULL && picklebuffer && nothing)
+        shared_stand_in = PyObject_CallFunctionObjArgs(picklebuffer, nothing, NULL);
+    Py_XDECREF(nothing);
+    if (!message_type || !rebuild_type || !as_pickle || !as_rebuild || !shared_stand_in)
+        return -1;
+    return PyModule_AddObjectRef(module, "Message", (PyObject *)message_type) ||
+           PyModule_AddObjectRef(module, "Rebuild", (PyObject *)rebuild_type);
+}

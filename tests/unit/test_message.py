@@ -1,0 +1,471 @@
+"""A message as it is taken apart: in blocks, in memory, and from one to the other."""
+
+import ctypes
+import gc
+import os
+import pickle
+import threading
+import weakref
+
+import numpy as np
+import pytest
+
+import oobpickle
+from messages import envelope_of, message_of
+from oobpickle import _envelope
+from oobpickle._memory.arena import Arena
+from oobpickle._memory.options import Options
+from oobpickle._native import core
+from oobpickle._pickling.in_band import as_pickle
+from oobpickle._pickling.reducers import Sink
+from oobpickle._pickling.serializer import take_apart
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def make_arena():
+    arenas = []
+
+    def make(**options):
+        arenas.append(Arena.create(Options(**{"capacity": 64 * MIB, **options})))
+        _envelope.introduce(arenas[-1])
+        return arenas[-1]
+
+    yield make
+    gc.collect()
+    for arena in arenas:
+        _envelope.forget(arena)
+        arena.close()
+        arena.detach()
+        assert arena.try_destroy(), "a test left a lease, an array or a message"
+
+
+@pytest.fixture
+def arena(make_arena):
+    return make_arena()
+
+
+def used(arena):
+    return {state: n for state, n in arena.statistics().n_blocks.items() if n and state != "free"}
+
+
+# --- arrays: the same as in Python
+
+ARRAYS = {
+    "floats": np.arange(1000.0),
+    "few": np.arange(10.0),
+    "no axis": np.array(5),
+    "empty": np.zeros((0, 5)),
+    "Fortran": np.asfortranarray(np.arange(3000.0).reshape(50, 60)),
+    "few in Fortran's order": np.asfortranarray(np.arange(12.0).reshape(3, 4)),
+    "axes in another order": np.arange(4000).reshape(10, 20, 20).transpose(1, 0, 2),
+    "every second": np.arange(5000)[::2],
+    "backwards": np.arange(5000)[::-1],
+    "a column": np.arange(5000).reshape(500, 10)[:, 3],
+    "a column in a box": np.arange(6000).reshape(10, 20, 30)[2:5, ::3, 1:-1],
+    "transposed with gaps": np.arange(6000).reshape(60, 100)[:, ::2].T,
+    "broadcast": np.broadcast_to(np.arange(100.0), (30, 100)),
+    "one element axes": np.arange(3000.0).reshape(1, 3000, 1)[:, ::3],
+    "read-only": np.arange(1000).view(),
+    "dates": np.arange(1000).astype("M8[D]"),
+    "every second date": np.arange(2000).astype("M8[D]")[::2],
+    "durations": np.arange(1000).astype("m8[s]"),
+    "text": np.array(["abc", "de"] * 500),
+    "bytes": np.array([b"abc", b"de"] * 500),
+    "half": np.arange(1000, dtype="f2"),
+    "long double": np.arange(1000, dtype="g"),
+    "other byte order": np.arange(1000, dtype=">i4"),
+    "long double in the other order": np.arange(1000, dtype=np.dtype("g").newbyteorder()),
+    "complex": np.arange(1000) * 1j,
+    "bool": np.arange(1000) % 3 == 0,
+    "fields": np.zeros(500, [("a", "i1"), ("b", "f8")]),
+    "fields with gaps": np.zeros(500, np.dtype([("a", "i1"), ("b", "f8")], align=True))[::2],
+    "few fields": np.ones(5, [("a", "i1"), ("b", "f8")]),
+    "few fields with gaps": np.ones(8, np.dtype([("a", "i1"), ("b", "f8")], align=True))[::2],
+    "without a meaning": np.zeros(500, "V7"),
+    "objects": np.array([1, "two", None] * 10, dtype=object),
+    "metadata": np.zeros(1000, np.dtype("f8", metadata={"unit": "m"})),
+    "13 bytes each, with gaps": np.zeros(1000, "S13")[::3],
+    "48 axes": np.zeros((1,) * 30 + (20, 30)),
+}
+ARRAYS["read-only"].flags.writeable = False
+
+
+class Structure(ctypes.Structure):
+    _fields_ = (("numbers", ctypes.c_int * 30_000),)
+
+
+class Kept(np.ndarray):
+    pass
+
+
+def both(obj, threshold):
+    sink, message = Sink(threshold), core.Message(None, threshold, _envelope.tables({}))
+    take_apart(obj, sink)
+    take_apart(obj, message)
+    return sink, message
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 40])
+@pytest.mark.parametrize("name", ARRAYS)
+def test_an_array_is_taken_apart_as_in_python(name, threshold):
+    obj = [ARRAYS[name], {"again": ARRAYS[name]}, ARRAYS[name].copy()]
+    sink, message = both(obj, threshold)
+
+    assert b"".join(sink.pieces) == message.stream
+    assert sink.sizes == list(np.frombuffer(message.sizes, "u8"))
+    payload = oobpickle.dumps(obj)
+    if threshold == 0:
+        assert bytes(payload.to_pickle()) == bytes(as_pickle(message))
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 100_000, 1 << 40])
+def test_everything_is_taken_apart_as_in_python(threshold):
+    ones = [np.ones(n) for n in (10, 1000, 3000, 20_000)]
+    ones += [bytearray(200_000), b"x" * 100_000, "t" * 80_000, bytearray(10)]
+    ones += [np.ones(40_000).view(np.recarray), np.ma.masked_array(np.ones(20_000), False)]
+    ones += [pickle.PickleBuffer(bytearray(70_000)), pickle.PickleBuffer(b"y" * 1000)]
+    ones += [Structure(), int, [1, 2], {"three": 4}]
+    sink, message = both(ones, threshold)
+
+    assert b"".join(sink.pieces) == message.stream
+    assert sink.sizes == list(np.frombuffer(message.sizes, "u8"))
+    assert message.nbytes == sink.nbytes
+
+
+# --- where it is
+
+
+def test_buffers_are_in_blocks_as_soon_as_they_are_handed_out(arena):
+    array = np.ones(100_000)
+    message = message_of([array, "text"], arena.blocks)
+    array[:] = 2
+
+    assert {"leased": 1} == used(arena)
+    (block,) = message.blocks
+    assert (np.frombuffer(block) == 1).all()
+    del message, block
+    assert {} == used(arena)
+
+
+def test_a_message_goes_from_blocks_to_memory_and_back(arena):
+    obj = [np.arange(5_000_000), np.arange(10.0), bytearray(70_000), np.arange(2000), np.zeros(0)]
+    message = message_of(obj, arena.blocks)
+    message.leave_blocks()
+    assert message.blocks is None
+    assert {} == used(arena)
+
+    envelope = _envelope.pack(message, arena)
+    envelope.lease.settle()
+
+    for sent, arrived in zip(obj, pickle.loads(envelope), strict=True):
+        np.testing.assert_array_equal(sent, arrived)
+
+
+def test_the_pages_of_a_large_block_go_as_it_is_read(make_arena):
+    arena = make_arena(capacity=256 * MIB)
+    arena.blocks.keep_nbytes = 256 * MIB
+    message = message_of(np.ones(16 * MIB), arena.blocks)
+    assert arena.statistics().nbytes_resident >= 128 * MIB
+
+    message.leave_blocks()
+
+    assert arena.statistics().nbytes_resident < 16 * MIB
+    assert (pickle.loads(as_pickle(message)) == 1).all()
+
+
+def test_what_finds_no_room_is_in_memory_as_a_whole(make_arena):
+    arena = make_arena(capacity=2 * MIB)
+    obj = [np.full(100_000, float(i)) for i in range(4)]
+
+    message = message_of(obj, arena.blocks)
+
+    assert message.blocks is None
+    assert {} == used(arena)
+    for sent, arrived in zip(obj, pickle.loads(as_pickle(message)), strict=True):
+        np.testing.assert_array_equal(sent, arrived)
+
+
+def test_who_waits_for_room_has_no_block(make_arena):
+    """Two that each held what the other one waits for would wait until the clock says no."""
+    arena = make_arena(capacity=4 * MIB)
+    held = [arena.acquire([MIB]) for _ in range(3)]
+    message = message_of([np.ones(100_000), "t" * 20_000], arena.blocks)
+    others = arena.acquire([MIB // 8])  # so that there is no room for the index
+    assert message.blocks
+
+    thread = threading.Thread(target=lambda: held.clear())
+    thread.start()
+    envelope = _envelope.pack(message, arena)
+    thread.join()
+
+    envelope.lease.settle()
+    assert (pickle.loads(envelope)[0] == 1).all()
+    others.release()
+
+
+def test_a_message_that_goes_through_no_arena_takes_no_room(arena):
+    message = message_of([np.ones(100_000)])
+
+    assert {} == used(arena)
+    assert message.blocks is None
+
+
+def test_a_pickle_may_have_something_before_it_and_after_it():
+    message = message_of([np.arange(1000)])
+    view = as_pickle(message, head=b"\x80\x04N0", tail=b"tail")
+
+    assert view.readonly
+    assert bytes(view[:4]) == b"\x80\x04N0"
+    assert bytes(view[-4:]) == b"tail"
+    np.testing.assert_array_equal([np.arange(1000)], pickle.loads(view))
+    with pytest.raises(ValueError, match="pickle already"):
+        as_pickle(message)
+    with pytest.raises(ValueError, match="too long"):
+        as_pickle(message_of([np.arange(1000)]), head=bytes(2000))
+
+
+def test_what_was_given_back_is_gone_and_the_rest_is_not():
+    message = message_of([np.ones(4 * MIB)])
+    view = as_pickle(message)
+    nbytes = len(view)
+
+    message.give_back(0, 16 * MIB)
+    message.give_back(nbytes, 1)
+    message.give_back(1 << 63, 1 << 63)
+
+    assert not any(view[MIB : MIB + 1000])
+    assert np.frombuffer(view[16 * MIB + 4096 : 16 * MIB + 4104], "u1").any()
+
+
+def test_a_message_can_be_cleared_and_used_again(arena):
+    message = message_of(np.ones(100_000), arena.blocks)
+    message.clear()
+    assert {} == used(arena)
+    assert (0, 0, b"") == (message.nbytes, message.n_buffers, message.sizes)
+
+    take_apart(np.full(100_000, 3.0), message)
+    envelope = _envelope.pack(message, arena)
+    envelope.lease.settle()
+    assert (pickle.loads(envelope) == 3).all()
+
+
+def test_memory_that_is_looked_at_is_not_cleared():
+    message = message_of(np.ones(100_000))
+    view = as_pickle(message)
+    with pytest.raises(BufferError):
+        message.clear()
+    del view
+    message.clear()
+
+
+# --- errors
+
+
+class Raises:
+    def __reduce__(self):
+        raise RuntimeError("not me")
+
+
+def test_an_error_leaves_nothing_leased_and_no_reference(arena):
+    array = np.ones(100_000)
+    kept = np.ones(100_000).view(Kept)
+    died = weakref.ref(kept)
+    message = core.Message(arena.blocks, 0, _envelope.tables({}))
+    with pytest.raises(RuntimeError, match="not me"):
+        take_apart([array, kept, Raises()], message)
+    del kept
+    gc.collect()
+
+    assert {} == used(arena)
+    assert died() is None
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [(), (None,), (None, 0), (None, 0, ()), (5, 0, ({}, {}, {}, None)), (None, -1, ({},) * 4)],
+)
+def test_wrong_arguments_are_refused(arguments):
+    with pytest.raises((TypeError, OverflowError, ValueError)):
+        core.Message(*arguments)
+
+
+def test_a_bytearray_without_its_header_is_refused():
+    message = core.Message(None, 0, _envelope.tables({}))
+    with pytest.raises(SystemError, match="without its header"):
+        message.write(bytearray(100_000))
+    message.write(b"short")
+    with pytest.raises(SystemError, match="without its header"):
+        message.write(bytearray(100_000))
+
+
+def test_blocks_that_do_not_fit_are_refused(arena):
+    message = message_of([np.ones(100_000)])
+    for needs in ([], [100], [100_000]):
+        blocks = arena.acquire(needs).blocks
+        with pytest.raises((ValueError, IndexError)):
+            message.move_into(blocks)
+    sealed = arena.acquire([800_000])
+    sealed.seal(0)
+    with pytest.raises(ValueError, match="not leased"):
+        message.move_into(sealed.blocks)
+
+    message.move_into(arena.acquire([800_000]).blocks)
+    with pytest.raises(ValueError, match="not in memory"):
+        message.move_into(arena.acquire([800_000]).blocks)
+
+
+# --- copied as handed out
+
+
+class Writer:
+    """Changes what was pickled before it."""
+
+    def __init__(self, *arrays):
+        self.arrays = arrays
+
+    def __reduce__(self):
+        for array in self.arrays:
+            array[:] = np.full((), 7).astype(array.dtype)
+        return int, ()
+
+
+MEMORY = {
+    "array": lambda: np.ones(100_000),
+    "small array": lambda: np.ones(100),
+    "strided": lambda: np.ones(200_000)[::2],
+    "dates": lambda: np.ones(100_000, "M8[s]"),
+    "bytearray": lambda: np.frombuffer(bytearray(b"\1" * 100_000), "u1"),
+    "record array": lambda: np.ones(50_000).view(np.recarray),
+    "masked": lambda: np.ma.masked_array(np.ones(50_000), False),
+    "memory map": lambda: np.memmap("/dev/zero", "u1", "c", shape=(100_000,)),
+}
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 40])
+@pytest.mark.parametrize("name", MEMORY)
+def test_what_is_changed_afterwards_arrives_as_it_was(arena, name, threshold):
+    array = MEMORY[name]()
+    before = array.copy()
+    message = message_of([array, Writer(array)], arena.blocks, threshold)
+
+    arrived, _ = pickle.loads(as_pickle(message))
+    np.testing.assert_array_equal(before, arrived)
+    assert not np.array_equal(before, array)
+
+
+class Scratch:
+    """Fills one memory again and again."""
+
+    memory = np.empty(100_000)
+
+    def __init__(self, value, nbytes, wrap):
+        self.value, self.n, self.wrap = value, nbytes, wrap
+
+    def __reduce__(self):
+        self.memory[: self.n] = self.value
+        return list, ((self.wrap(self.memory[: self.n]),),)
+
+
+WRAPS = {
+    "slice": lambda array: array,
+    "copy of the object": lambda array: np.frombuffer(memoryview(array)),
+    "PickleBuffer": pickle.PickleBuffer,
+    "subclass": lambda array: array.view(np.recarray),
+    "from an address": lambda array: np.frombuffer(
+        (ctypes.c_double * len(array)).from_address(array.ctypes.data)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRAPS)
+@pytest.mark.parametrize("threshold", [0, 100_000, 1 << 40])
+def test_scratch_memory_arrives_as_it_was_each_time(arena, name, threshold):
+    obj = [Scratch(float(i), n, WRAPS[name]) for i, n in enumerate((100, 50_000, 100_000, 70_000))]
+    envelope = _envelope.pack(message_of(obj, arena.blocks, threshold), arena)
+    envelope.lease.settle()
+
+    for i, (memory,) in enumerate(pickle.loads(envelope)):
+        assert {float(i)} == set(np.frombuffer(memory).tolist())
+
+
+def test_no_thread_runs_between_the_first_buffer_and_the_last(arena):
+    """What one thread changes in this order never arrives the other way around."""
+    arrays = [np.zeros(2000) for _ in range(200)]
+    views = [memoryview(array) for array in arrays]
+    stop = threading.Event()
+
+    def change():
+        value = 0
+        while not stop.is_set():
+            value += 1
+            content = memoryview(np.full(2000, float(value)))
+            for view in views:
+                view[:] = content  # in one piece: NumPy gives up the GIL in the middle
+
+    thread = threading.Thread(target=change)
+    thread.start()
+    try:
+        for _ in range(100):
+            envelope = envelope_of(arrays, arena)
+            envelope.lease.settle()
+            arrived = pickle.loads(envelope)
+            firsts = np.array([array[0] for array in arrived])
+            assert all((array == array[0]).all() for array in arrived)
+            assert (np.diff(firsts) <= 0).all()
+            assert firsts[0] - firsts[-1] in (0, 1)
+    finally:
+        stop.set()
+        thread.join()
+
+
+# --- fork
+
+
+def test_a_child_that_goes_on_with_a_message_of_its_parent_sends_what_it_was(arena):
+    message = message_of([np.arange(100_000)], arena.blocks)
+
+    def go_on():
+        return bool((pickle.loads(as_pickle(message))[0] == np.arange(100_000)).all())
+
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(write, b"y" if go_on() else b"n")
+        os._exit(0)
+    assert b"y" == os.read(read, 1)
+    os.waitpid(pid, 0)
+    os.close(read)
+    os.close(write)
+    envelope = _envelope.pack(message, arena)
+    envelope.lease.settle()
+    np.testing.assert_array_equal(np.arange(100_000), pickle.loads(envelope)[0])
+
+
+def test_a_child_does_not_send_what_its_parent_has_sent(arena):
+    message = message_of([np.arange(100_000)], arena.blocks)
+    ready, go = os.pipe(), os.pipe()
+
+    def go_on():
+        os.read(go[0], 1)
+        try:
+            as_pickle(message)
+        except RuntimeError as error:
+            return "forked while it sent" in str(error)
+        return False
+
+    pid = os.fork()
+    if pid == 0:
+        os.write(ready[1], b"y" if go_on() else b"n")
+        os._exit(0)
+    envelope = _envelope.pack(message, arena)
+    envelope.lease.settle()
+    arrived = pickle.loads(envelope)
+    os.write(go[1], b"x")
+
+    assert b"y" == os.read(ready[0], 1)
+    os.waitpid(pid, 0)
+    for fd in (*ready, *go):
+        os.close(fd)
+    np.testing.assert_array_equal(np.arange(100_000), arrived[0])
