@@ -217,7 +217,7 @@ class Side:
             start_s = time.perf_counter()
             ForkingPickler.dumps(objects)
             between_s = time.perf_counter()
-            take_apart(objects, core.Message(None, 192 << 10, tables(special)), by_value=True)
+            take_apart(objects, core.Message(None, 128 << 10, tables(special)), by_value=True)
             times.append((between_s - start_s, time.perf_counter() - between_s))
         return times
 

@@ -210,7 +210,7 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
         memory cgroup's limit. What is available is looked at again whenever fresh memory is
         taken.
     threshold : int, optional
-        Messages of fewer bytes in all travel as they always did. Default: 192 KiB, the
+        Messages of fewer bytes in all travel as they always did. Default: 128 KiB, the
         measured crossover.
     wait_timeout : float, optional
         How long a sender waits for room that others hold, seconds, before the message travels

@@ -71,7 +71,7 @@ class Envelope(bytes):
     is_indirect: bool
 
 
-def pack(message: Any, arena: Arena, channel: int = 0) -> Envelope:
+def pack(message: core.Message, arena: Arena, channel: int = 0) -> Envelope:
     """Put a message into the arena and return its envelope.
 
     Parameters

@@ -13,12 +13,16 @@ works, and everything travels in-band. `_system.lacking` says so.
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from typing import TYPE_CHECKING
 
-core: Any
 reason = ""
-try:
-    core = importlib.import_module("oobpickle._core")
-    core.Blocks  # noqa: B018  a folder of that name is a package without content
-except (ImportError, AttributeError) as error:
-    core, reason = None, str(error)
+if TYPE_CHECKING:
+    from oobpickle import _core
+
+    core = _core
+else:
+    try:
+        core = importlib.import_module("oobpickle._core")
+        core.Blocks  # noqa: B018  a folder of that name is a package without content
+    except (ImportError, AttributeError) as error:
+        core, reason = None, str(error)

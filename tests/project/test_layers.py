@@ -86,7 +86,7 @@ def ours(module, *, in_types=False):
     found = set()
     for name in imports_of(parse(module), in_types=in_types):
         package, _, rest = name.partition(".")
-        if package == "oobpickle" and (rest or module != "__init__"):
+        if package == "oobpickle" and (rest or module != "__init__") and rest != "_core":
             found.add(_module_of(rest) if rest else "__init__")
     return found - {module}
 

@@ -84,7 +84,7 @@ class Backlog:
             pass_on_foreign(error)  # closed meanwhile
 
     def _is_unread(self, sent: Sent) -> bool:
-        return self._arena.blocks.is_unread(*sent.block)  # type: ignore[no-any-return]
+        return self._arena.blocks.is_unread(*sent.block)
 
     def _at_most(self, fd: int, channel: int) -> int:
         """Return a number of bytes that is not less than what is unread."""

@@ -129,12 +129,14 @@ def is_standard(function: Any) -> bool:
     return getattr(function, "__globals__", None) is vars(mp_reduction)
 
 
-def _send(hook: Hook, message: Any, frame: FrameType) -> Envelope | memoryview | bytes:
+def _send(hook: Hook, message: core.Message, frame: FrameType) -> Envelope | memoryview | bytes:
     """Return the bytes to write for a message at or above the threshold."""
     return _send_through(hook, message, frame) if running() is hook else _in_band(message)
 
 
-def _send_through(hook: Hook, message: Any, frame: FrameType) -> Envelope | memoryview | bytes:
+def _send_through(
+    hook: Hook, message: core.Message, frame: FrameType
+) -> Envelope | memoryview | bytes:
     fd, nbytes = _descriptor_in(frame), message.nbytes
     channel = 0 if fd is None else hook.channels.known(fd)
     tail = _COUNTED if hook.arena.blocks.joined else _DETACHED
@@ -170,7 +172,7 @@ def _asking(hook: Hook, message: bytes, frame: FrameType) -> bytes:
     return message
 
 
-def pack(hook: Hook, message: Any, channel: int) -> Envelope | None:
+def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
     """Put a message into the arena and count it.
 
     Returns
@@ -209,7 +211,7 @@ def _is_feeder(frame: FrameType) -> bool:
 
 
 def _in_band(
-    message: Any, head: bytes = b"", tail: bytes = _COUNTED, frame: FrameType | None = None
+    message: core.Message, head: bytes = b"", tail: bytes = _COUNTED, frame: FrameType | None = None
 ) -> memoryview | bytes:
     """Return a pickle that every Python can load, and whose tail says who has counted it.
 
@@ -218,7 +220,7 @@ def _in_band(
     is_large = message.nbytes >= in_band.LEAST_NBYTES
     message.is_for_one = is_large and frame is not None and _writes_at_once(frame)
     if not message.is_for_one and not message.n_buffers:
-        return head + message.stream + tail  # type: ignore[no-any-return]
+        return head + message.stream + tail
     return in_band.as_pickle(message, head=head, tail=tail)
 
 

@@ -74,7 +74,9 @@ class Hook:
         self.channels = channels
         self.spawned = channels.spawned  # mostly empty; every message asks
         self.threshold = arena.options.threshold or 0
-        self.destination: Any = arena.blocks  # for the buffers of the next message; None: memory
+        self.destination: core.Blocks | None = (
+            arena.blocks
+        )  # for the buffers of the next message; None: memory
         self.n_asking = 0  # how many small messages to come may ask an older process to join
         # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.
         self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()

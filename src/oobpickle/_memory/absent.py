@@ -34,7 +34,7 @@ class AbsentArena(Arena):
     def __init__(self, options: Options) -> None:
         self.options = options.resolve()
         self.identity = bytes(16)
-        self.blocks = None
+        self.blocks = None  # type: ignore[assignment]
 
     @property
     def closed(self) -> bool:

@@ -20,7 +20,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, SupportsIndex
+from typing import SupportsIndex
 
 from oobpickle import _faults, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
@@ -51,7 +51,7 @@ class Arena:
 
     def __init__(self, files: Files) -> None:
         self._files = files
-        self.blocks: Any = core.Blocks(*files.descriptors)
+        self.blocks = core.Blocks(*files.descriptors)
         self.identity = files.identity
         self.options = files.options
         self._has_lost_files = False

@@ -30,7 +30,7 @@ _UNLIMITED: Final = 1 << 60
 class _Files(NamedTuple):
     limit: str
     usage: str
-    cache_keys: tuple[str, ...]
+    cache_keys: tuple[str, str]
 
 
 _V1 = _Files(
@@ -56,7 +56,7 @@ def limit_nbytes() -> int:
     return min([_meminfo("MemTotal", "SC_PHYS_PAGES"), *(limit for _, _, limit in _cgroups())])
 
 
-def limits() -> list[tuple[int, str, str, tuple[str, ...]]]:
+def limits() -> list[tuple[int, str, str, tuple[str, str]]]:
     """Return limit, path of the usage, path of the statistics and keys there, of each cgroup."""
     return [
         (limit, str(directory / files.usage), str(directory / "memory.stat"), files.cache_keys)

@@ -21,7 +21,7 @@ from typing import Final
 from oobpickle._memory import headroom
 
 #: Measured crossover of plain pickling and the arena for one message through a warm Pool.
-DEFAULT_THRESHOLD: Final = 192 << 10
+DEFAULT_THRESHOLD: Final = 128 << 10
 #: For tests: every message goes through the arena, with its stream, however small it is.
 FORCED: Final = os.environ.get("OOBPICKLE_FORCE") == "1"
 _MIN_CAPACITY: Final = 1 << 20

@@ -28,6 +28,7 @@ from oobpickle._errors import EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory import headroom
 from oobpickle._memory.options import Options
+from oobpickle._native import core
 
 _LEAST_KEPT_NBYTES: Final = 64 << 20
 _SHARE_KEPT: Final = 8
@@ -39,7 +40,7 @@ Block = tuple[int, int]  # index and generation
 class Receiving:
     """The receiving side of an arena."""
 
-    def __init__(self, blocks: Any, options: Options, join: Callable[[], bool]) -> None:
+    def __init__(self, blocks: core.Blocks, options: Options, join: Callable[[], bool]) -> None:
         self._blocks = blocks
         self._options = options
         self._capacity = options.capacity or 0
@@ -82,7 +83,7 @@ class Receiving:
         except (OSError, ValueError) as error:
             pass_on_foreign(error)
             raise EnvelopeError(f"the arena cannot be read in this process: {error}") from error
-        if type(claimed) is int:
+        if isinstance(claimed, int):
             raise self._refusal(*struct.unpack_from("<2Q", pairs, 16 * claimed))
         self._keep_within_limit()
         views = []

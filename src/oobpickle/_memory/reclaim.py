@@ -17,10 +17,11 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any, Final
+from typing import Final
 
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory.pipes import unreadable
+from oobpickle._native import core
 
 FOLLOWS: Final = 1 << 62
 ADOPTED: Final = 1 << 61
@@ -42,7 +43,7 @@ class Reclaim:
         The arena, as this process has it.
     """
 
-    def __init__(self, blocks: Any) -> None:
+    def __init__(self, blocks: core.Blocks) -> None:
         self._blocks = blocks
         self._look_again_at = 0.0
         self._look_s = 0.0

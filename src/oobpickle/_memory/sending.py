@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple
+from typing import Final, NamedTuple
 
 from oobpickle import _faults
 from oobpickle._errors import ArenaFullError, format_nbytes
@@ -45,7 +45,7 @@ _TELL_LIMITS_EVERY_S: Final = 1.0
 _STEP_NBYTES: Final = 64 << 20
 _MARGIN_NBYTES: Final = 256 << 20
 
-Blocks = list[Any]  # of `oobpickle._core.Block`
+Blocks = list["core.Block"]
 
 
 class Lease:
@@ -59,7 +59,7 @@ class Lease:
 
     __slots__ = ("_all", "blocks")
 
-    def __init__(self, all_blocks: Any, blocks: Blocks) -> None:
+    def __init__(self, all_blocks: core.Blocks, blocks: Blocks) -> None:
         self._all = all_blocks
         self.blocks = blocks
 
@@ -122,7 +122,7 @@ class Sending:
     """The sending side of an arena."""
 
     def __init__(
-        self, blocks: Any, options: Options, reclaim: Reclaim, join: Callable[[], bool]
+        self, blocks: core.Blocks, options: Options, reclaim: Reclaim, join: Callable[[], bool]
     ) -> None:
         self._blocks = blocks
         self._options = options
@@ -164,23 +164,27 @@ class Sending:
             If there is no room, memory or lock; nothing stays leased.
         """
         found = self._blocks.lease(needs)
-        if type(found) is tuple:
+        if isinstance(found, tuple):
             found = self._wait_for(needs, found, wait_timeout)
         elif self._vain_nbytes < _EVERYTHING and sum(needs) >= self._vain_nbytes:
             self._vain_nbytes = _EVERYTHING  # there is room again
         fresh_nbytes = sum([block.nbytes_fresh for block in found])
         if not fresh_nbytes:
-            return found  # type: ignore[no-any-return]
+            return found
         try:
             if self._reclaim.look_for_lost(fresh_nbytes):  # there are pages that were lost
                 self._blocks.release(found)
                 found, again = [], self._blocks.lease(needs)
-                found = again if type(again) is list else self._wait_for(needs, again, wait_timeout)
+                found = (
+                    self._wait_for(needs, again, wait_timeout)
+                    if isinstance(again, tuple)
+                    else again
+                )
             self._reserve(found)
         except BaseException:
             self._blocks.release(found)  # an error that is kept refers to this frame
             raise
-        return found  # type: ignore[no-any-return]
+        return found
 
     # --- waiting for room
 
@@ -207,8 +211,8 @@ class Sending:
                 pause_s = min(2 * pause_s, _LAST_PAUSE_S)
                 again = True
             found = self._blocks.lease(needs)
-            if type(found) is not tuple:
-                return found  # type: ignore[no-any-return]
+            if not isinstance(found, tuple):
+                return found
             shortage = found
 
     def _patience(self, needs: list[int], wait_timeout: float | None) -> _Patience:

@@ -15,10 +15,10 @@ channel is taken for lost as long as this process lives."""
 from __future__ import annotations
 
 import threading
-from typing import Any
 
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory.pipes import open_channels
+from oobpickle._native import core
 
 
 class Unloaded:
@@ -30,7 +30,7 @@ class Unloaded:
         Has the row.
     """
 
-    def __init__(self, blocks: Any) -> None:
+    def __init__(self, blocks: core.Blocks) -> None:
         self._blocks = blocks
         self._n_asked: dict[int, int] = {}
         # Re-entrant: a signal handler may ask for a descriptor while this thread notes one.
