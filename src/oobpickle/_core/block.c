@@ -140,6 +140,98 @@ void leave_others(struct blocks *blocks, u64 nbytes)
     blocks->unused_nbytes = 0;
 }
 
+/* --- tails: pages of a larger message that was in the block before */
+
+/* What pages a block keeps for its message; an eighth more is not worth the trouble. */
+static u64 kept_pages(const struct block *block)
+{
+    u64 nbytes = block->nbytes ? block->nbytes : 1;
+    return table_pages(&block->blocks->table, nbytes + nbytes / 8);
+}
+
+/* Note a block that was claimed, if it has one. Most are dropped soon, and the next message needs the
+   pages: only those that outlive the next claim give them back. */
+void tail_note(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    u64 resident = row_resident(table_row(&blocks->table, block->index), block->index);
+    if (block->state != HELD || !block->is_using || blocks->n_tails == TAILS ||
+        resident <= kept_pages(block))
+        return;
+    blocks->tails[blocks->n_tails++] = block;
+    block->has_tail = true;
+}
+
+static void tail_forget(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    for (u32 i = 0; i < blocks->n_tails; i++)
+        if (blocks->tails[i] == block) {
+            blocks->tails[i] = blocks->tails[--blocks->n_tails];
+            break;
+        }
+    block->has_tail = false;
+}
+
+/* Count the pages no more: how many bytes there are to give back, or -1 without the lock, which no load
+   waits for. If we die before they are back they are there and not counted, until nothing is in use. */
+static int64_t tail_uncount(struct block *block, u64 kept)
+{
+    struct blocks *blocks = block->blocks;
+    struct row *row = table_row(&blocks->table, block->index);
+    u64 resident = row_resident(row, block->index), left = 0;
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
+    enum taken taken = lock_take(&blocks->lock, 0, is_alive, blocks);
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = false;
+    if (taken != TAKEN && taken != TAKEN_DIRTY)
+        return -1;
+    if (taken == TAKEN_DIRTY)
+        table_rebuild(&blocks->table, NULL, NULL);
+    struct header *header = &blocks->table.shared->header;
+    if (resident > kept && row_is(&blocks->table, block->index, HELD, block->generation)) {
+        left = resident - kept;
+        put(&row->resident, resident_word(block->index, kept));
+        put(&header->resident, get(&header->resident) - left);
+    }
+    lock_give(&blocks->lock);
+    return (int64_t)left;
+}
+
+/* As long as the block is ours, nobody else can use what is behind its message. */
+static void tail_punch(struct block *block, u64 kept, u64 nbytes)
+{
+    struct blocks *blocks = block->blocks;
+    struct known *known = known_of(block);
+    if (known->entered > kept) {
+        blocks->entered_nbytes -= known->entered - kept;
+        known->entered = kept;
+    }
+    u64 offset = known->place.offset + kept;
+    char *address = block->address + kept;
+    Py_INCREF((PyObject *)block); /* it may be dropped while the GIL is gone */
+    blocks->n_inside++;
+    Py_BEGIN_ALLOW_THREADS
+    mapping_punch(&blocks->mapping, offset, address, nbytes);
+    Py_END_ALLOW_THREADS
+    blocks->n_inside--;
+    Py_DECREF((PyObject *)block);
+}
+
+void tails_cut(struct blocks *blocks)
+{
+    while (blocks->n_tails) {
+        struct block *block = blocks->tails[blocks->n_tails - 1];
+        bool is_ours = block->state == HELD && block->epoch == epoch() && !block->is_private;
+        u64 kept = kept_pages(block);
+        int64_t left = is_ours ? tail_uncount(block, kept) : 0;
+        if (left < 0)
+            return;
+        tail_forget(block);
+        if (left > 0)
+            tail_punch(block, kept, (u64)left);
+    }
+}
+
 /* --- giving it back */
 
 /* The pages go back to the system; the block is ours still, so nobody else can be using it. Where the
@@ -235,6 +327,8 @@ static void dealloc(PyObject *self)
     struct block *block = (struct block *)self;
     struct blocks *blocks = block->blocks;
     PyTypeObject *type = Py_TYPE(self);
+    if (block->has_tail)
+        tail_forget(block);
     block_release(block);
     if (block->is_copy)
         free(block->address);

@@ -466,6 +466,8 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
                                                   : "this process was forked without any handler");
         goto done;
     }
+    if (has_joined(blocks))
+        tails_cut(blocks);
     list = PyList_New(n);
     for (Py_ssize_t i = 0; list && i < n; i++) {
         u64 pair[2], nbytes = PyLong_AsUnsignedLongLong(PyList_GetItem(needs, i));
@@ -497,6 +499,8 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
     for (Py_ssize_t i = 0; list && i < n; i++)
         if (receive_one((struct block *)PyList_GetItem(list, i), keep) != 0)
             Py_CLEAR(list);
+    for (Py_ssize_t i = 0; list && i < n; i++)
+        tail_note((struct block *)PyList_GetItem(list, i));
     if (list)
         leave_others(blocks, total);
 done:

@@ -206,7 +206,10 @@ struct block {
     bool is_kept;     /* its pages stay when it is released */
     bool is_sending;  /* its envelope is being written */
     bool is_using;    /* counted as a user of its window */
+    bool has_tail;    /* see `tails` */
 };
+
+#define TAILS 16
 
 #define ENTERED_LIMIT ((u64)96 << 20)
 
@@ -224,7 +227,8 @@ struct blocks {
     u64 entered_limit;
     u64 hurried_until;
     u64 n_copied, nbytes_copied, n_shared; /* at a fork, and not counted yet */
-    u32 n_held, n_inside, n_forking;
+    u32 n_held, n_inside, n_forking, n_tails;
+    struct block *tails[TAILS]; /* held, with pages of a larger message behind what is in them */
 };
 
 extern PyTypeObject *block_type;
@@ -237,6 +241,8 @@ void block_enter(struct block *block, u64 nbytes);
 void block_release(struct block *block);
 void count_in(struct blocks *blocks, u32 counter, u64 amount);
 void leave_others(struct blocks *blocks, u64 nbytes);
+void tail_note(struct block *block);
+void tails_cut(struct blocks *blocks);
 int block_type_make(void);
 int blocks_type_make(PyObject *module);
 bool is_blocks(PyObject *object);

@@ -1071,3 +1071,56 @@ def test_a_look_in_vain_is_not_repeated_for_four_times_as_long(
         arena.reclaim.look_for_lost()
 
     assert [100.0, 100.0 + 1.001 * earliest_s] == looks
+
+
+# --- what was larger before
+
+
+def test_what_is_kept_does_not_keep_the_pages_of_a_larger_message_before_it(make_arena):
+    arena = make_arena(capacity=256 * MIB)
+    arena.blocks.keep_nbytes = 256 * MIB
+    del arena.receiving.claim(*send(arena, bytes(50 * MIB)))[:]
+    (kept,) = arena.receiving.claim(*send(arena, b"x" * (30 * MIB)))
+    assert arena.statistics().nbytes_resident == 50 * MIB
+
+    other = arena.receiving.claim(*send(arena, b"y"))
+
+    assert arena.statistics().nbytes_resident <= 34 * MIB
+    assert arena._files.resident_nbytes() <= 34 * MIB
+    assert bytes(kept) == b"x" * (30 * MIB)
+    del kept, other
+    (again,) = arena.receiving.claim(*send(arena, b"z" * (50 * MIB)))
+    assert bytes(again) == b"z" * (50 * MIB)
+
+
+def test_what_is_dropped_leaves_its_pages_to_the_next_message(make_arena):
+    arena = make_arena(capacity=256 * MIB)
+    arena.blocks.keep_nbytes = 256 * MIB
+    for nbytes in (50 * MIB, 30 * MIB, 40 * MIB, 30 * MIB):
+        del arena.receiving.claim(*send(arena, bytes(nbytes)))[:]
+        assert arena.statistics().nbytes_resident == 50 * MIB
+
+
+def test_no_load_waits_for_the_lock_to_give_pages_back(make_arena):
+    arena = make_arena(capacity=256 * MIB)
+    arena.blocks.keep_nbytes = 256 * MIB
+    del arena.receiving.claim(*send(arena, bytes(50 * MIB)))[:]
+    (kept,) = arena.receiving.claim(*send(arena, b"x" * (30 * MIB)))
+    sent = send(arena, b"y")
+    other = Arena.attach(*map(os.dup, arena.descriptors))
+    lock = Table.of(arena).header("lock", "u4")
+    core.wait_for_the_lock(60_000_000)
+    lock[0] = other.blocks.slot + 1  # it lives, and does not move
+
+    (view,) = arena.receiving.claim(*sent)
+
+    assert other.blocks.slot + 1 == lock[0] & 0x7FFFFFFF
+    lock[0] = 0
+    core.wait_for_the_lock(2_000_000)
+    assert bytes(view) == b"y"
+    assert bytes(kept) == b"x" * (30 * MIB)
+    assert arena.statistics().nbytes_resident == 50 * MIB + 4096
+    del arena.receiving.claim(*send(arena, b"y"))[:]
+    assert arena.statistics().nbytes_resident < 35 * MIB
+    other.blocks.abandon()
+    other._files.close()
