@@ -59,7 +59,7 @@ struct message {
     struct blocks *blocks; /* a reference, or NULL */
     PyObject *tables;      /* (registered, special, general, find) */
     u64 threshold, kept_nbytes, stream_nbytes, buffers_nbytes, fresh_nbytes;
-    PyObject *pieces; /* of the stream: [bytes] */
+    PyObject *pieces; /* of the stream: [bytes, or a bytearray that nobody else changes] */
     PyObject *leased; /* [Block] */
     PyObject *made;   /* a bytearray that nobody else has */
     struct buffer *buffers;
@@ -422,11 +422,20 @@ static PyObject *stand_in(PyObject *self, PyObject *source)
 
 /* --- the stream */
 
+static const char *content_of(PyObject *piece, Py_ssize_t *nbytes)
+{
+    bool is_bytes = PyBytes_CheckExact(piece);
+    *nbytes = is_bytes ? PyBytes_Size(piece) : PyByteArray_Size(piece);
+    return is_bytes ? PyBytes_AsString(piece) : PyByteArray_AsString(piece);
+}
+
 static int add_piece(struct message *message, PyObject *piece)
 {
+    Py_ssize_t nbytes;
     if (piece == NULL || PyList_Append(message->pieces, piece) != 0)
         return -1;
-    message->stream_nbytes += (u64)PyBytes_Size(piece);
+    content_of(piece, &nbytes);
+    message->stream_nbytes += (u64)nbytes;
     return 0;
 }
 
@@ -436,9 +445,10 @@ static int take_bytearray(struct message *message, PyObject *owner)
 {
     Py_ssize_t n = PyList_Size(message->pieces);
     PyObject *last = n ? PyList_GetItem(message->pieces, n - 1) : NULL, *changed = NULL;
-    Py_ssize_t nbytes = last ? PyBytes_Size(last) : 0;
+    Py_ssize_t nbytes = 0;
+    const char *content = last ? content_of(last, &nbytes) : NULL;
     Py_buffer view;
-    if (nbytes < HEADER_NBYTES || PyBytes_AsString(last)[nbytes - HEADER_NBYTES] != BYTEARRAY8) {
+    if (nbytes < HEADER_NBYTES || content[nbytes - HEADER_NBYTES] != BYTEARRAY8) {
         PyErr_SetString(PyExc_SystemError, "a bytearray without its header");
         return -1;
     }
@@ -452,7 +462,7 @@ static int take_bytearray(struct message *message, PyObject *owner)
     if (changed == NULL)
         return -1;
     char *to = PyBytes_AsString(changed);
-    memcpy(to, PyBytes_AsString(last), (size_t)nbytes);
+    memcpy(to, content, (size_t)nbytes);
     memcpy(to + nbytes, CALL_BYTEARRAY, sizeof CALL_BYTEARRAY - 1);
     message->stream_nbytes += sizeof CALL_BYTEARRAY - 1 - HEADER_NBYTES;
     return PyList_SetItem(message->pieces, n - 1, changed);
@@ -463,10 +473,9 @@ static PyObject *write_piece(PyObject *self, PyObject *piece)
 {
     struct message *message = of(self);
     int result;
-    if (PyBytes_CheckExact(piece)) {
+    if (PyBytes_CheckExact(piece) || piece == message->made) {
         result = add_piece(message, piece);
-    } else if (PyByteArray_CheckExact(piece) && piece != message->made &&
-               !message_keeps(message, (u64)PyByteArray_Size(piece))) {
+    } else if (PyByteArray_CheckExact(piece) && !message_keeps(message, (u64)PyByteArray_Size(piece))) {
         result = take_bytearray(message, piece);
     } else { /* its owner may change it */
         Py_buffer view;
@@ -485,9 +494,9 @@ static PyObject *write_piece(PyObject *self, PyObject *piece)
 static void copy_stream(const struct message *message, char *to)
 {
     for (Py_ssize_t i = 0; i < PyList_Size(message->pieces); i++) {
-        PyObject *piece = PyList_GetItem(message->pieces, i);
-        size_t nbytes = (size_t)PyBytes_Size(piece);
-        copy_now(to, PyBytes_AsString(piece), nbytes);
+        Py_ssize_t nbytes;
+        const char *content = content_of(PyList_GetItem(message->pieces, i), &nbytes);
+        copy_now(to, content, (size_t)nbytes);
         to += nbytes;
     }
 }
@@ -495,8 +504,9 @@ static void copy_stream(const struct message *message, char *to)
 static PyObject *get_stream(PyObject *self, void *Py_UNUSED(closure))
 {
     struct message *message = of(self);
-    if (PyList_Size(message->pieces) == 1)
-        return Py_NewRef(PyList_GetItem(message->pieces, 0));
+    PyObject *first = PyList_Size(message->pieces) == 1 ? PyList_GetItem(message->pieces, 0) : NULL;
+    if (first && PyBytes_CheckExact(first))
+        return Py_NewRef(first);
     PyObject *stream = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)message->stream_nbytes);
     if (stream)
         copy_stream(message, PyBytes_AsString(stream));
