@@ -10,7 +10,8 @@ from process.test_limits import CGROUPS, _own_cgroup
 
 WITH_ARGUMENTS = {"in_a_small_cgroup", "locked"}
 WITHOUT_METHOD = {
-    *("address_space_and_trim", "address_space_of_blocks", "forks_meanwhile", "small_survivors")
+    *("address_space_and_trim", "address_space_of_blocks", "forks_meanwhile"),
+    *("small_survivors", "in_band_of_many_arrays"),
 }
 WITH_METHOD = sorted(set(cases_of("memory")) - WITH_ARGUMENTS - WITHOUT_METHOD)
 

@@ -5,6 +5,7 @@ import gc
 import os
 import pickle
 import threading
+import warnings
 import weakref
 
 import numpy as np
@@ -19,6 +20,7 @@ from oobpickle._native import core
 from oobpickle._pickling.in_band import as_pickle
 from oobpickle._pickling.reducers import Sink
 from oobpickle._pickling.serializer import take_apart
+from table import Table
 
 MIB = 1 << 20
 
@@ -256,8 +258,87 @@ def test_memory_that_is_looked_at_is_not_cleared():
     view = as_pickle(message)
     with pytest.raises(BufferError):
         message.clear()
+    with pytest.raises(BufferError):
+        message.take(pickle.PickleBuffer(b"more"))
+    assert len(view) > 800_000
     del view
     message.clear()
+    with pytest.raises(BufferError):
+        memoryview(message)
+
+
+# --- what pickle does in odd cases
+
+
+class Changes:
+    """Stands in the metadata of a dtype, which is pickled before the memory is asked for."""
+
+    def __init__(self, change):
+        self.change = change
+
+    def __reduce__(self):
+        self.change()
+        return int, ()
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 40])
+@pytest.mark.parametrize("field", [False, True])
+@pytest.mark.parametrize("change", ["fill", "shrink"])
+def test_what_a_dtype_does_when_it_is_pickled_comes_too_late(arena, threshold, field, change):
+    code = Changes(None)
+    dtype = np.dtype("f8", metadata={"code": code})
+    array = np.ones(500_000, [("a", dtype)] if field else dtype)
+    changes = {"fill": lambda: array.fill(7), "shrink": lambda: array.resize(3, refcheck=False)}
+    code.change = changes[change]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of NumPy: it does not load metadata
+        arrived = pickle.loads(as_pickle(message_of(array, arena.blocks, threshold)))
+
+    assert arrived.shape == (500_000,)
+    assert arrived.tobytes() == np.ones(500_000).tobytes()
+
+
+@pytest.mark.parametrize("threshold", [0, 1 << 40])
+def test_memory_in_several_pieces_is_refused_as_ever(threshold):
+    buffer = pickle.PickleBuffer(memoryview(bytearray(100_000))[::2])
+    with pytest.raises(pickle.PicklingError) as plain:
+        pickle.dumps(buffer, 5)
+    for take_apart_into in (oobpickle.dumps, lambda obj: message_of(obj, threshold=threshold)):
+        with pytest.raises(pickle.PicklingError) as ours:
+            take_apart_into(buffer)
+        assert str(plain.value) == str(ours.value)
+
+
+class Hides:
+    def __getattribute__(self, name):
+        if name == "__reduce_ex__":
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+    def __reduce__(self):
+        return str, ("found",)
+
+
+def test_who_has_no_reduce_ex_is_asked_for_its_reduce():
+    assert pickle.loads(message_of(Hides(), threshold=1000).stream) == "found"
+
+
+Deep = ctypes.c_int
+for _ in range(70):
+    Deep = Deep * 1
+Deep.__name__ = Deep.__qualname__ = "Deep"
+Large = Deep * 30_000
+Large.__name__ = Large.__qualname__ = "Large"
+
+
+@pytest.mark.parametrize("kind", [Deep, Large])
+def test_any_number_of_axes_can_be_sent(kind):
+    for arrived in (
+        oobpickle.loads(oobpickle.dumps(kind())),
+        pickle.loads(as_pickle(message_of(kind()))),
+    ):
+        assert type(arrived) is kind
 
 
 # --- errors
@@ -469,3 +550,30 @@ def test_a_child_does_not_send_what_its_parent_has_sent(arena):
     for fd in (*ready, *go):
         os.close(fd)
     np.testing.assert_array_equal(np.arange(100_000), arrived[0])
+
+
+def test_a_child_does_not_send_what_its_parent_is_giving_up(arena):
+    """Its pages go while the block is leased still; that it is empty is said before."""
+    message = message_of([np.arange(100_000)], arena.blocks)
+    (block,) = message.blocks
+    used = Table.of(arena).rows["used"]
+    before = used[block.index]
+    used[block.index] = 0
+
+    pid = os.fork()
+    if pid == 0:
+        try:
+            as_pickle(message)
+        except RuntimeError:
+            os._exit(0)
+        os._exit(1)
+    assert 0 == os.waitpid(pid, 0)[1]
+    used[block.index] = before
+
+
+def test_pages_go_only_after_that_was_said(arena):
+    message = message_of([np.arange(1_000_000)], arena.blocks)
+    (block,) = message.blocks
+    message.leave_blocks()
+
+    assert 0 == Table.of(arena).rows["used"][block.index]

@@ -170,6 +170,31 @@ static PyObject *sent_as(PyObject *dtype)
     return number == 1 && is_none(dtype, "metadata") ? attribute(dtype, "str") : Py_NewRef(dtype);
 }
 
+/* Whether pickling a dtype may run code of others: it has an object of theirs somewhere. */
+static bool has_objects_in(PyObject *dtype)
+{
+    if (!is_none(dtype, "metadata"))
+        return true;
+    bool has = false;
+    PyObject *part = attribute(dtype, "subdtype");
+    if (part && PyTuple_Check(part))
+        has = has_objects_in(PyTuple_GetItem(part, 0));
+    Py_XDECREF(part);
+    PyObject *fields = attribute(dtype, "fields"), *values = NULL;
+    if (fields && fields != Py_None)
+        values = PyMapping_Values(fields); /* (dtype, offset[, title]) of each */
+    for (Py_ssize_t i = 0; values && i < PyList_Size(values) && !has; i++) {
+        PyObject *field = PyList_GetItem(values, i);
+        has = !PyTuple_Check(field) || PyTuple_Size(field) < 2 ||
+              (PyTuple_Size(field) > 2 && !PyUnicode_CheckExact(PyTuple_GetItem(field, 2))) ||
+              has_objects_in(PyTuple_GetItem(field, 0));
+    }
+    Py_XDECREF(values);
+    Py_XDECREF(fields);
+    PyErr_Clear();
+    return has;
+}
+
 /* Learn of a dtype, unless it is the one of the array before. */
 static int dtype_learn(struct dtype *known, PyObject *dtype)
 {
@@ -182,6 +207,7 @@ static int dtype_learn(struct dtype *known, PyObject *dtype)
     known->is_exported = type && strchr("?bBhHiIlLqQefdFDS", type);
     known->has_names = !is_none(dtype, "names");
     known->sent = sent_as(dtype);
+    known->may_run_code = known->sent == dtype && has_objects_in(dtype);
     PyObject *nbytes = attribute(dtype, "itemsize");
     known->itemsize = nbytes ? PyLong_AsLongLong(nbytes) : 0;
     Py_XDECREF(nbytes);
@@ -282,6 +308,19 @@ static PyObject *reduce_owned(PyObject *array, const struct dtype *dtype, const 
     return call;
 }
 
+/* Put a copy in the place of a view. */
+static int settle(Py_buffer *view)
+{
+    PyObject *copy = PyByteArray_FromStringAndSize(NULL, view->len);
+    if (copy)
+        memory_copy(PyByteArray_AsString(copy), view);
+    PyBuffer_Release(view);
+    /* Without shape and strides, which would point into the very structure, and that is moved. */
+    int result = copy ? PyObject_GetBuffer(copy, view, PyBUF_SIMPLE) : -1;
+    Py_XDECREF(copy);
+    return result;
+}
+
 /* The reducer of exact ndarrays, of the message at hand. */
 PyObject *array_reduce(struct message *message, PyObject *array)
 {
@@ -311,6 +350,12 @@ PyObject *array_reduce(struct message *message, PyObject *array)
     if (!is_in_c_order(&view) && !has_gaps(&view) && (strides = strides_of(&view)) == NULL)
         goto done;
     if (view.len >= MIN_BUFFER && !message_keeps(message, (u64)view.len)) {
+        /* The pickler comes to the dtype before it asks for the memory. */
+        if (known->may_run_code && settle(&view) != 0) {
+            Py_XDECREF(strides);
+            Py_DECREF(dtype);
+            return NULL;
+        }
         PyObject *stand_in = message_stand_in(message, &view);
         Py_DECREF(dtype);
         return call_of(kind, arguments_of(array, known->sent, stand_in, strides));

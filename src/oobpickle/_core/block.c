@@ -180,9 +180,11 @@ static int64_t tail_uncount(struct block *block, u64 kept)
     struct blocks *blocks = block->blocks;
     struct row *row = table_row(&blocks->table, block->index);
     u64 resident = row_resident(row, block->index), left = 0;
+    const bool was_deaf = blocks->lock.is_deaf;
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
     enum taken taken = lock_take(&blocks->lock, 0, is_alive, blocks);
-    blocks->lock.keeps_gil = blocks->lock.is_deaf = false;
+    blocks->lock.keeps_gil = false;
+    blocks->lock.is_deaf = was_deaf;
     if (taken != TAKEN && taken != TAKEN_DIRTY)
         return -1;
     if (taken == TAKEN_DIRTY)
@@ -234,6 +236,13 @@ void tails_cut(struct blocks *blocks)
 
 /* --- giving it back */
 
+/* A child that was forked in the middle of our message may be reading it: see `are_unchanged`. */
+static void tell_emptied(struct row *row)
+{
+    atomic_store_explicit(&row->used, 0, memory_order_release);
+    atomic_thread_fence(memory_order_seq_cst);
+}
+
 /* The pages go back to the system; the block is ours still, so nobody else can be using it. Where the
    mount cannot punch, the pages stay, and the account is wrong by them. */
 static void punch(struct block *block, bool keeps_gil)
@@ -241,9 +250,11 @@ static void punch(struct block *block, bool keeps_gil)
     struct blocks *blocks = block->blocks;
     const struct place place = known_of(block)->place; /* others may move it when the GIL is gone */
     char *address = block->is_using ? block->address : NULL;
-    u64 nbytes = row_resident(table_row(&blocks->table, block->index), block->index);
+    struct row *row = table_row(&blocks->table, block->index);
+    u64 nbytes = row_resident(row, block->index);
     if (nbytes > place.stride)
         nbytes = place.stride;
+    tell_emptied(row);
     if (keeps_gil) {
         mapping_punch(&blocks->mapping, place.offset, address, nbytes);
     } else {
@@ -287,10 +298,11 @@ void block_release(struct block *block)
     if (state_of(seen) != state || (owner_of(seen) != blocks->lock.slot && !block->is_copy) ||
         get(&row->generation) != block->generation)
         return; /* damaged, or taken from us */
+    u64 used = get(&row->used);
     if (!block->is_emptied &&
         ((state == LEASED && is_incomplete(block)) || (!block->is_kept && is_too_much(block))))
         punch(block, true);
-    u64 used = get(&row->used), resident = row_resident(row, block->index);
+    u64 resident = row_resident(row, block->index);
     FAULT("release.begun");
     /* Ours, although the sender of a message that we give up was another: as long as we live nobody
        else frees it before it is on the stack. */
@@ -481,6 +493,7 @@ void block_use(struct block *block, u64 nbytes)
 void block_punch_range(struct block *block, u64 at, u64 nbytes)
 {
     u64 offset = known_of(block)->place.offset + at;
+    tell_emptied(table_row(&block->blocks->table, block->index));
     mapping_punch(&block->blocks->mapping, offset, block->address + at, round_up(nbytes, PAGE));
     block->is_emptied = true;
 }

@@ -61,9 +61,10 @@ int step_begin(struct blocks *blocks)
     if (has_ended(blocks) || !has_joined(blocks))
         return DETACHED;
     /* A stopped holder of the lock is waited for once, not by every message. */
-    u64 bound = blocks->lock.keeps_gil           ? NOW_US
-                : now_us() < blocks->hurried_until ? HURRIED_US
-                                                   : lock_patience_us;
+    bool is_hurried = now_us() < blocks->hurried_until;
+    u64 bound = is_hurried ? HURRIED_US : lock_patience_us;
+    if (blocks->lock.keeps_gil)
+        bound = is_hurried ? 0 : NOW_US;
     blocks->n_inside++;
     enum taken taken = lock_take(&blocks->lock, bound, is_alive, blocks);
     if (taken == LOCK_LOST)
@@ -215,13 +216,15 @@ PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes)
         nbytes > blocks->table.data_nbytes || !file_is_ours(&blocks->mapping.data))
         return NULL;
     PyObject *list = PyList_New(1), *block = NULL; /* before: this may run finalizers */
+    const bool was_deaf = blocks->lock.is_deaf; /* the hook of a fork waits without the GIL */
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
     if (list && lease_all(blocks, &nbytes, 1, &leased, &need, &left) == ROOM) {
         list = fill(list, blocks, &nbytes, 1, &leased);
         if (list && map_all(blocks, list, &nbytes))
             block = Py_NewRef(PyList_GetItem(list, 0));
     }
-    blocks->lock.keeps_gil = blocks->lock.is_deaf = false;
+    blocks->lock.keeps_gil = false;
+    blocks->lock.is_deaf = was_deaf;
     if (list == NULL)
         PyErr_Clear();
     Py_XDECREF(list);

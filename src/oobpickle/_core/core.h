@@ -309,6 +309,7 @@ struct dtype { /* what is known of one */
     PyObject *sent; /* what stands for it in the stream */
     long long itemsize;
     bool is_ours, is_exported, has_names;
+    bool may_run_code; /* when it is pickled */
 };
 
 void memory_copy(char *to, const Py_buffer *view);

@@ -35,7 +35,7 @@ for. Without memory: MemoryError. */
 #define HEADER_NBYTES 9 /* that opcode, and 64 bits */
 #define LONG_NBYTES ((u64)64 << 10) /* the pickler hands these to the file as they are */
 #define STEP ((u64)16 << 20)
-#define LARGE ((u64)32 << 20)
+#define LARGE ((u64)1 << 20)
 
 /* In the place of the header of a bytearray: its content is a buffer. */
 #define CALL_BYTEARRAY "cbuiltins\nbytearray\n\x97\x85R"
@@ -151,13 +151,21 @@ static void drop_pending(struct message *message, size_t i)
 
 /* --- classes of modules that the program may have imported */
 
+static PyObject *imported(const char *module)
+{
+    PyObject *name = PyUnicode_FromString(module);
+    PyObject *found = name ? PyImport_GetModule(name) : NULL;
+    Py_XDECREF(name);
+    return found;
+}
+
 /* A class of a module that the program has imported, or NULL. */
 static PyTypeObject *imported_class(const char *module, const char *name)
 {
-    PyObject *modules = PyImport_GetModuleDict();
-    PyObject *found = modules ? PyDict_GetItemString(modules, module) : NULL;
+    PyObject *found = imported(module);
     PyObject *class = found ? PyObject_GetAttrString(found, name) : NULL;
     PyErr_Clear(); /* also while another thread is importing it */
+    Py_XDECREF(found);
     if (class && !PyType_Check(class))
         Py_CLEAR(class);
     return (PyTypeObject *)class;
@@ -175,20 +183,48 @@ static bool is_ndarray(const PyTypeObject *kind)
 
 static void free_memory(struct message *message)
 {
-    free(message->memory);
+    if (message->room >= STEP)
+        munmap(message->memory, message->room);
+    else
+        free(message->memory);
     message->memory = NULL;
-    message->used = message->room = 0;
+    message->used = message->room = message->from = 0;
+}
+
+/* Memory of `room` bytes in the place of what there is: much of it is a mapping of its own, which grows
+   without being copied, and which malloc would keep below something that is not free. */
+static char *resized_memory(const struct message *message, u64 room)
+{
+    if (room < STEP)
+        return realloc(message->memory, room);
+    char *memory;
+    if (message->room >= STEP) {
+        memory = mremap(message->memory, message->room, room, MREMAP_MAYMOVE);
+        return memory == MAP_FAILED ? NULL : memory;
+    }
+    memory = mmap(NULL, room, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (memory == MAP_FAILED)
+        return NULL;
+    madvise(memory, room, MADV_HUGEPAGE); /* all of it: two kinds could not grow as one */
+    if (message->memory)
+        memcpy(memory, message->memory, message->used);
+    free(message->memory);
+    return memory;
 }
 
 /* Room for so many bytes more: an address, or NULL with an exception. */
 static char *more_memory(struct message *message, u64 nbytes)
 {
     u64 used = message->memory ? message->used : HEAD_ROOM, needed = used + nbytes;
+    if (message->n_exports) {
+        PyErr_SetString(PyExc_BufferError, "its memory is in use");
+        return NULL;
+    }
     if (needed > message->room) {
-        u64 room = needed + needed / 2;
-        char *memory = realloc(message->memory, room);
+        u64 room = round_up(needed + needed / 2, PAGE);
+        char *memory = resized_memory(message, room);
         if (memory == NULL)
-            memory = realloc(message->memory, room = needed);
+            memory = resized_memory(message, room = round_up(needed, PAGE));
         if (memory == NULL) {
             PyErr_Format(PyExc_MemoryError, "no memory to copy %llu bytes of a message",
                          (unsigned long long)nbytes);
@@ -196,10 +232,6 @@ static char *more_memory(struct message *message, u64 nbytes)
         }
         message->memory = memory;
         message->room = room;
-        if (room >= STEP) {
-            uintptr_t start = round_up((uintptr_t)memory, PAGE);
-            madvise((void *)start, room - (start - (uintptr_t)memory) - PAGE, MADV_HUGEPAGE);
-        }
     }
     message->used = needed;
     return message->memory + used;
@@ -269,16 +301,20 @@ static void copy_out_of(struct block *block, u64 at, char *to, u64 nbytes)
     }
 }
 
-/* In a child of fork the blocks are its parent's, who may have sent them by now, and their receiver
-   may have changed them. */
+/* In a child of fork the blocks are its parent's, who may have sent them by now, so that their receiver
+   may have changed them, or may have given them up, with their pages. */
 static bool are_unchanged(const struct message *message)
 {
     atomic_thread_fence(memory_order_acquire);
     for (Py_ssize_t i = 0; i < PyList_Size(message->leased); i++) {
         struct block *block = block_of(message, (u32)i);
         struct table_view *table = &block->blocks->table;
-        if (block->epoch != epoch() && !row_is(table, block->index, LEASED, block->generation) &&
+        if (block->epoch == epoch())
+            continue;
+        if (!row_is(table, block->index, LEASED, block->generation) &&
             !row_is(table, block->index, IN_FLIGHT, block->generation))
+            return false;
+        if (get(&table_row(table, block->index)->used) == 0) /* its pages are going */
             return false;
     }
     return true;
@@ -389,7 +425,8 @@ static PyObject *take(PyObject *self, PyObject *buffer)
     }
     if (pending)
         drop_pending(message, i - 1);
-    bool stays = !pending && message_keeps(message, (u64)view.len);
+    /* What is in several pieces the pickler refuses to write. */
+    bool stays = !pending && (!PyBuffer_IsContiguous(&view, 'A') || message_keeps(message, (u64)view.len));
     int result = stays ? 0 : take_memory(message, &view);
     PyBuffer_Release(&view);
     return result == 0 ? PyBool_FromLong(stays) : NULL;
@@ -543,7 +580,16 @@ static PyObject *write_stream_into(PyObject *self, PyObject *argument)
 
 static PyObject *reduce_as_pickle(PyObject *Py_UNUSED(module), PyObject *object)
 {
-    return PyObject_CallMethod(object, "__reduce_ex__", "i", 5);
+    PyObject *reduce = PyObject_GetAttrString(object, "__reduce_ex__");
+    if (reduce == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError))
+            return NULL;
+        PyErr_Clear();
+        return PyObject_CallMethod(object, "__reduce__", NULL);
+    }
+    PyObject *reduced = PyObject_CallFunction(reduce, "i", 5);
+    Py_DECREF(reduce);
+    return reduced;
 }
 
 static PyObject *reduce_array(PyObject *self, PyObject *array)
@@ -565,12 +611,12 @@ static bool is_a(PyTypeObject *kind, PyTypeObject **known, const char *module, c
 
 PyObject *numpy_attribute(const char *name)
 {
-    PyObject *modules = PyImport_GetModuleDict();
-    PyObject *numpy = modules ? PyDict_GetItemString(modules, "numpy") : NULL;
-    if (numpy)
-        return PyObject_GetAttrString(numpy, name);
-    PyErr_SetString(PyExc_ImportError, "numpy");
-    return NULL;
+    PyObject *numpy = imported("numpy");
+    PyObject *found = numpy ? PyObject_GetAttrString(numpy, name) : NULL;
+    if (numpy == NULL && !PyErr_Occurred())
+        PyErr_SetString(PyExc_ImportError, "numpy was taken out of sys.modules");
+    Py_XDECREF(numpy);
+    return found;
 }
 
 /* Whether a class derives from one that has memory: those Python knows more about. */

@@ -92,12 +92,16 @@ def _reduce_array(taker: Taker, obj: array.array[Any]) -> Any:
 
 
 def _reduce_ctypes(taker: Taker, obj: Any) -> Any:
-    nbytes = memoryview(obj).nbytes
+    import ctypes
+
+    nbytes = ctypes.sizeof(obj)
     if nbytes < LEAST_NBYTES:
         return obj.__reduce_ex__(5)
     # Of the same items, and so refused in the same way; but there are none to copy.
     rebuild, _ = (type(obj) * 0)().__reduce__()
     if taker.stays(nbytes):
         return obj.__reduce_ex__(5)
-    stand_in = taker.stand_in(obj)
-    return rebuild, (type(obj), (obj.__dict__, as_bytes(stand_in)))
+    # In one axis, whatever its shape is: a memoryview has at most 64.
+    flat: Any = (ctypes.c_char * nbytes).from_address(ctypes.addressof(obj))
+    flat.owner = obj
+    return rebuild, (type(obj), (obj.__dict__, as_bytes(taker.stand_in(flat))))

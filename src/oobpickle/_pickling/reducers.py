@@ -259,14 +259,22 @@ class Sink:
     def take(self, buffer: PickleBuffer) -> bool:
         """Decide about one PickleBuffer: true leaves it in the stream (`buffer_callback`)."""
         source, _ = self._stand_ins.pop(id(buffer), (buffer, None))
-        if source is buffer and self.stays(memoryview(buffer).nbytes):
+        if source is buffer and self._keeps(buffer):
             return True
         self._add(source)
         return False
 
+    def _keeps(self, buffer: PickleBuffer) -> bool:
+        try:
+            return self.stays(buffer.raw().nbytes)
+        except BufferError:
+            return True  # it is in several pieces: the pickler refuses to write it
+
     def _add(self, source: Any) -> None:
         self.sources.append(source)
-        self.sizes.append(source.nbytes if hasattr(source, "nbytes") else memoryview(source).nbytes)
+        self.sizes.append(
+            source.raw().nbytes if isinstance(source, PickleBuffer) else source.nbytes
+        )
 
     def stand_in(self, source: Any) -> PickleBuffer:
         """Return what the pickler gets in the place of a source that leaves the stream."""

@@ -4,6 +4,8 @@ import ctypes
 import gc
 import multiprocessing
 import os
+import resource
+import warnings
 
 import inside
 import numpy as np
@@ -53,6 +55,27 @@ def small_survivors():
             assert (array == i).all()
         del kept
         oobpickle.uninstall()
+
+
+def in_band_of_many_arrays():
+    """The copy that is written grows without being copied itself."""
+    arrays = [np.ones(5 * MIB, np.uint8) for _ in range(60)]
+    with warnings.catch_warnings(), oobpickle.enabled(capacity=MIB):
+        warnings.simplefilter("ignore")
+        read, write = multiprocessing.Pipe(duplex=False)
+
+        def receive():
+            write.close()
+            for array in read.recv():
+                assert (array == 1).all()
+
+        pid = fork(receive)
+        read.close()
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        write.send(arrays)
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
+        reap(pid)
+    assert grown < 1.2 * 300 * MIB, grown
 
 
 # --- address space
