@@ -92,8 +92,7 @@ def _reduce_array(taker: Taker, obj: array.array[Any]) -> Any:
 
 
 def _reduce_ctypes(taker: Taker, obj: Any) -> Any:
-    import ctypes
-
+    ctypes = sys.modules["ctypes"]
     nbytes = ctypes.sizeof(obj)
     if nbytes < LEAST_NBYTES:
         return obj.__reduce_ex__(5)

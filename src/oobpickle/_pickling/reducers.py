@@ -323,7 +323,7 @@ class Sink:
         if strides is None and dtype.char in EXPORTED_CHARS and array.flags.c_contiguous:
             memory = bytearray(array)
         else:
-            memory = bytearray(in_memory_order(array).tobytes())
+            memory = bytearray(with_gaps(in_memory_order(array)).tobytes())
         return type(array), (array.shape, kind, memory, *order)
 
 
