@@ -3,6 +3,7 @@
 import random
 import struct
 
+import numpy as np
 import pytest
 
 from oobpickle._native import core
@@ -19,19 +20,18 @@ def packed(sizes):
 def lie(sizes):
     """Return the bytes used of each block, and where in which block each buffer lies."""
     needs = core.plan(packed(sizes))
-    memory = [bytearray(need) for need in needs]
-    views = [memoryview(one) for one in memory]
+    starts = np.cumsum([0, *needs])
+    memory = np.zeros(starts[-1] + 1, np.uint8)  # of all blocks, one after the other
+    views = [memoryview(memory[at : at + n]) for at, n in zip(starts, needs, strict=False)]
     places = []
-    for position, part in enumerate(core.spread(views, packed(sizes), False)):
-        assert len(part) == sizes[position]
-        if not sizes[position]:
+    for part, nbytes in zip(core.spread(views, packed(sizes), False), sizes, strict=True):
+        assert len(part) == nbytes
+        if not nbytes:
             places.append(None)
             continue
-        part[:] = b"\1" * sizes[position]
-        (block,) = (i for i, one in enumerate(memory) if any(one))
-        places.append((block, memory[block].index(1)))
-        assert memory[block].count(1) == sizes[position]
-        part[:] = bytes(sizes[position])
+        at = np.frombuffer(part, np.uint8).ctypes.data - memory.ctypes.data
+        block = int(np.searchsorted(starts, at, side="right")) - 1
+        places.append((block, int(at - starts[block])))
     return needs, places
 
 
