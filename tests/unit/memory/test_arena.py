@@ -22,7 +22,7 @@ from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import channel_id
 from oobpickle._native import core
-from table import FREE, Table, commit_word
+from table import FREE, QUARANTINED, RELEASED, Table, commit_word
 
 MIB = 1 << 20
 
@@ -1124,3 +1124,46 @@ def test_no_load_waits_for_the_lock_to_give_pages_back(make_arena):
     assert arena.statistics().nbytes_resident < 35 * MIB
     other.blocks.abandon()
     other._files.close()
+
+
+# --- what is left by somebody who dies with the lock, or writes where he should not
+
+
+def test_who_takes_the_lock_over_from_a_dead_one_mends_what_that_left(arena):
+    """Also if it died before it could say that it was in the middle of something."""
+    arena.acquire([MIB]).release()
+    arena.acquire([100]).release()
+    other = Arena.attach(*map(os.dup, arena.descriptors))
+    slot = other.blocks.slot
+    other.blocks.abandon()
+    other._files.close()
+    del other
+    gc.collect()
+    table = Table.of(arena)
+    table.header("lock", "u4")[0] = slot + 1
+    table.lists("warm")[:] = 0  # as if it had unlinked what it was about to lease
+
+    arena.acquire([100]).release()
+
+    arena.acquire([100]).release()  # frees what was released
+    table.assert_in_order()
+    assert 2 == table.n_rows
+
+
+def test_a_released_block_whose_entry_is_damaged_is_not_used_again(arena):
+    lease = arena.acquire([MIB])
+    index = lease.blocks[0].index
+    lease.release()
+    table = Table.of(arena)
+    before = table.rows[index].copy()
+    table.rows["generation"][index] += 7  # so that its check is wrong
+
+    other = arena.acquire([MIB])
+
+    assert index != other.blocks[0].index
+    assert table.state(index) in (RELEASED, QUARANTINED)
+    other.release()
+    arena.acquire([100]).release()
+    table.rows[index] = before  # and on the stack, as it was
+    table.rows["below"][index] = table["released"]
+    table["released"] = index + 1
