@@ -577,3 +577,65 @@ def test_pages_go_only_after_that_was_said(arena):
     message.leave_blocks()
 
     assert 0 == Table.of(arena).rows["used"][block.index]
+
+
+def test_what_a_child_adds_to_a_message_of_its_parent_is_its_own(arena):
+    message = message_of([np.full(1000, 1.0)], arena.blocks)
+    read, write = os.pipe()
+
+    pid = os.fork()
+    if pid == 0:
+        os.read(read, 1)
+        message.take(pickle.PickleBuffer(np.full(1000, 2.0)))  # beside the first, in its chunk
+        view = bytes(as_pickle(message))
+        found = [view.count(np.full(1000, value).tobytes()) for value in (1.0, 2.0)]
+        os._exit(0 if found == [1, 1] and message.blocks is None else 1)
+    message.take(pickle.PickleBuffer(np.full(1000, 3.0)))
+    os.write(write, b"x")
+    assert 0 == os.waitpid(pid, 0)[1]
+    os.close(read)
+    os.close(write)
+
+    (block,) = message.blocks
+    assert bytes(block)[:8000] == np.full(1000, 1.0).tobytes()
+    assert bytes(block)[8000:] == np.full(1000, 3.0).tobytes()
+
+
+# --- the threshold, and memory that there is
+
+
+def test_a_message_leaves_the_stream_when_it_reaches_the_threshold():
+    assert 1 == message_of(np.zeros(1000, "u1"), threshold=1000).n_buffers
+    assert 0 == message_of(np.zeros(1000, "u1"), threshold=1001).n_buffers
+    stream = message_of("text" * 100).stream
+    assert message_of("text" * 100, threshold=len(stream)).small() is None
+    assert stream == message_of("text" * 100, threshold=len(stream) + 1).small()
+
+
+def test_fresh_pages_are_counted(arena):
+    first = message_of([np.ones(100_000), np.ones(100)], arena.blocks)
+    assert 800_000 < first.nbytes_fresh < 1_000_000
+    del first
+    arena.acquire([100]).release()  # frees what was released
+
+    assert 0 == message_of([np.ones(100_000), np.ones(100)], arena.blocks).nbytes_fresh
+
+
+@pytest.mark.parametrize(
+    ("usage", "cache", "fits"), [(200, 0, True), (990, 0, False), (990, 900, True)]
+)
+def test_a_cgroup_is_asked_before_fresh_pages_are_made(make_arena, tmp_path, usage, cache, fits):
+    """Past its limit the kernel kills."""
+    (tmp_path / "usage").write_text(f"{usage * MIB}\n")
+    (tmp_path / "stat").write_text(f"other 5\ninactive_file {cache * MIB}\nactive_file 0\n")
+    keys = ("inactive_file", "active_file")
+    limits = [(1000 * MIB, str(tmp_path / "usage"), str(tmp_path / "stat"), keys)]
+    arena = make_arena()
+    try:
+        core.headroom(1000 * MIB, limits)
+        message = message_of(np.ones(1_000_000), arena.blocks)
+    finally:
+        arena.sending._tell_limits()
+
+    assert fits == (message.blocks is not None)
+    assert (pickle.loads(as_pickle(message)) == 1).all()
