@@ -18,15 +18,17 @@ OF_VICTIMS = (
 #: A process comes there once in its life.
 ONCE = {
     "arena.mapped",
+    "birth.in_child",
     "fork.after_in_child",
+    "participant.born",
     "participant.held",
     "participant.joined",
     "victim.copying",
     "victim.exiting",
     "victim.piping",
 }
-#: A forked process attaches only if it is older than the arena.
-OF_OLDER = {"arena.mapped"}
+#: A forked process attaches only if it is older than the arena; else it is born a participant.
+OF_OLDER = {"arena.mapped", "participant.held", "participant.joined"}
 
 
 def of_library():

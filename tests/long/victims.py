@@ -106,6 +106,9 @@ REACHED_BY = {
     "finalize": {"victim.finalizing"},
     "trim": {"block.reserved", "block.emptied", "row.emptied"},
     "fork_and_go_on": {
+        "birth.in_child",
+        "birth.in_parent",
+        "birth.prepared",
         "fork.after_in_child",
         "fork.after_in_parent",
         "fork.before",

@@ -18,3 +18,8 @@ def test_fork_with_more_blocks_than_mappings(case):
 @pytest.mark.parametrize("case", cases_of("fork_from_c"))
 def test_fork_from_c(case):
     run_program("fork_from_c", case)
+
+
+@pytest.mark.parametrize("case", cases_of("births"))
+def test_a_child(case):
+    run_program("births", case)

@@ -1022,9 +1022,9 @@ static bool has_live_objects(const struct blocks *blocks)
 
 static void let_go(struct blocks *blocks)
 {
-    if (blocks->own.life.fd >= 0 || blocks->own.parents.fd >= 0 || blocks->own.life_page)
-        participant_leave(blocks);
     fork_unwatch(blocks);
+    if (blocks->own.life.file.fd >= 0 || blocks->own.birth.life.file.fd >= 0)
+        participant_leave(blocks);
     if (blocks->mapping.windows) {
         mapping_unmap_unused(&blocks->mapping);
         free(blocks->mapping.windows);
@@ -1077,7 +1077,8 @@ static PyObject *blocks_new(PyTypeObject *type, PyObject *arguments, PyObject *P
     PyObject head = *(PyObject *)blocks;
     *blocks = (struct blocks){.keep_nbytes = KEEP_LEAST, .entered_limit = ENTERED_LIMIT};
     *(PyObject *)blocks = head;
-    blocks->own.handle.fd = blocks->own.life.fd = blocks->own.parents.fd = -1;
+    blocks->own.handle.fd = -1;
+    blocks->own.life = blocks->own.birth.life = NO_LIFE;
     if (file_note(&blocks->own.handle, locks) != 0 || mapping_start(&blocks->mapping, data) != 0)
         goto error;
     if (file_note(&blocks->table.file, table) != 0)

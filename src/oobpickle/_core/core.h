@@ -160,14 +160,27 @@ u64 now_us(void);
 
 /* --- participant.c: this process among the participants */
 
+struct life { /* a description of the locks file: what it locks ends with the last process that has it */
+    struct file file;
+    char *page; /* keeps it if somebody closes the descriptor */
+};
+
+#define NO_LIFE ((struct life){.file.fd = -1})
+
+struct birth { /* of a child; in the child, until it joins */
+    struct life life;
+    u64 epoch; /* of the child; 0: it is not forked yet */
+    u64 incarnation;
+    u32 slot;
+};
+
 struct participation {
-    struct file handle;  /* of the locks file: inherited, never locked */
-    struct file life;    /* our own description of it: its locks end with this process */
-    struct file parents; /* that of the parent, in a forked child that has not joined yet */
-    char *life_page;     /* keeps the description if somebody closes the descriptor */
-    u64 life_epoch;      /* of the process that has opened it */
-    u64 epoch;           /* in which this process joined; another one: it has not */
+    struct file handle; /* of the locks file: inherited, never locked */
+    struct life life;
+    u64 life_epoch; /* of the process that has opened it */
+    u64 epoch;      /* in which this process joined; another one: it has not */
     u64 incarnation, pid_namespace;
+    struct birth birth;
     u64 kept[KEPT]; /* what our row says, for the children */
     u32 n_adopted;
     bool keeps_all, reads_for_ever, retired;
@@ -182,9 +195,22 @@ int participant_join(struct blocks *blocks);
 void participant_renew(struct blocks *blocks);
 void participant_leave(struct blocks *blocks);
 u32 participant_reap(struct blocks *blocks);
+int life_open(const struct file *handle, struct life *life);
+void life_own(const struct life *life);
+void life_close(struct life *life);
+u32 participant_vacant(const struct blocks *blocks, const struct file *life);
+bool participant_should_reap(const struct blocks *blocks);
+u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespace);
 bool participant_keep(struct blocks *blocks, u64 source);
 void participant_retain(struct blocks *blocks, const u64 *sources, size_t n);
 u32 n_slots(const struct blocks *blocks);
+
+/* --- birth.c: a child is a participant from the moment of the fork */
+
+int birth_start(void);
+void birth_pause(void);
+void birth_go_on(void);
+bool birth_take(struct blocks *blocks);
 
 /* --- blocks.c: one arena, as this process has it */
 
@@ -261,6 +287,7 @@ PyObject *fork_in_parent(PyObject *module, PyObject *none);
 PyObject *fork_in_child(PyObject *module, PyObject *none);
 void fork_watch(struct blocks *blocks);
 void fork_unwatch(struct blocks *blocks);
+struct blocks *fork_arenas(void);
 
 /* --- lost.c: messages that nobody can load any more */
 

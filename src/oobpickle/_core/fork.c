@@ -20,17 +20,25 @@ static struct blocks *arenas;
 
 #define HURRIED_US 20000
 
+struct blocks *fork_arenas(void)
+{
+    return arenas;
+}
+
 void fork_watch(struct blocks *blocks)
 {
+    birth_pause();
     blocks->next_arena = arenas;
     blocks->arena_before = NULL;
     if (arenas)
         arenas->arena_before = blocks;
     arenas = blocks;
+    birth_go_on();
 }
 
 void fork_unwatch(struct blocks *blocks)
 {
+    birth_pause();
     if (blocks->arena_before)
         blocks->arena_before->next_arena = blocks->next_arena;
     else if (arenas == blocks)
@@ -38,6 +46,7 @@ void fork_unwatch(struct blocks *blocks)
     if (blocks->next_arena)
         blocks->next_arena->arena_before = blocks->arena_before;
     blocks->next_arena = blocks->arena_before = NULL;
+    birth_go_on();
 }
 
 static bool must_become_private(const struct block *block, u64 of_epoch)
@@ -70,8 +79,18 @@ static void privatize(struct block *block, bool keep_file)
     blocks->nbytes_copied += block->nbytes;
 }
 
-/* That the pages have gone is accounted now if the lock can be had, else when the block is released. */
+/* Step: the pages of what became private have gone. */
 static void account(struct blocks *blocks)
+{
+    for (struct block *block = blocks->first; block; block = block->after)
+        if (block->is_emptied && block->state == HELD && block->epoch == epoch() &&
+            row_resident(table_row(&blocks->table, block->index), block->index))
+            row_emptied(&blocks->table, block->index);
+}
+
+/* What needs the lock, if it can be had at once. What went away is accounted, else when its block is
+   released; and the child finds a slot, else it takes a new one. */
+static void step_before(struct blocks *blocks, bool should_reap)
 {
     blocks->lock.is_deaf = true;
     blocks->n_inside++;
@@ -82,10 +101,9 @@ static void account(struct blocks *blocks)
         return;
     if (taken == TAKEN_DIRTY)
         table_rebuild(&blocks->table, NULL, NULL);
-    for (struct block *block = blocks->first; block; block = block->after)
-        if (block->is_emptied && block->state == HELD && block->epoch == epoch() &&
-            row_resident(table_row(&blocks->table, block->index), block->index))
-            row_emptied(&blocks->table, block->index);
+    account(blocks);
+    if (should_reap)
+        participant_reap(blocks);
     lock_give(&blocks->lock);
 }
 
@@ -105,8 +123,9 @@ PyObject *fork_before(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
         for (struct block *block = blocks->first; block; block = block->after)
             if (must_become_private(block, epoch()))
                 privatize(block, false);
-        if (blocks->n_copied && has_joined(blocks))
-            account(blocks);
+        bool should_reap = has_joined(blocks) && participant_should_reap(blocks);
+        if ((blocks->n_copied && has_joined(blocks)) || should_reap)
+            step_before(blocks, should_reap);
         count(blocks);
         next = blocks->next_arena;
         Py_DECREF((PyObject *)blocks);
@@ -145,7 +164,9 @@ PyObject *fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
             blocks->table.known[i].entered = 0;
         participant_renew(blocks);
         blocks->lock.is_deaf = true; /* a signal is seen when the hook is done */
-        if (!get(&blocks->table.shared->header.closed))
+        if (get(&blocks->table.shared->header.closed))
+            life_close(&blocks->own.birth.life);
+        else
             participant_join(blocks);
         blocks->lock.is_deaf = false;
         count(blocks);

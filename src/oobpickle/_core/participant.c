@@ -7,8 +7,9 @@ How it works. A participant holds byte 1 + slot of the locks file for life, by a
 description of its own (F_OFD_SETLK), which the kernel drops however the process dies. A page of
 that description is mapped with MADV_DONTFORK: it keeps the description if somebody closes the
 descriptor, and ends with the process although a forked child lives on. A forked child closes what
-it inherited, and never unlocks. Whether a slot is held is asked through the handle, which nobody
-locks. A slot whose row says JOINED but whose byte is free belongs to a dead process.
+it inherited, and never unlocks; it has a slot of its own from birth (birth.c). Whether a slot is held
+is asked through the handle, which nobody locks. A slot whose row says JOINED but whose byte is free
+belongs to a dead process.
 
 Lifetime. A slot is used again only after the blocks of its dead owner were recovered. A participant
 that leaves does nothing: the kernel releases the byte.
@@ -59,57 +60,76 @@ bool is_alive(void *with, u32 slot)
         return false;
     if (slot == blocks->lock.slot && blocks->lock.epoch == epoch())
         return has_joined(blocks); /* not yet: it is that of a dead predecessor */
-    const struct file *file = file_is_ours(&own->handle) ? &own->handle : &own->life;
+    const struct file *file = file_is_ours(&own->handle) ? &own->handle : &own->life.file;
     if (!file_is_ours(file) || fcntl(file->fd, F_OFD_GETLK, &byte) != 0)
         return true;
     return byte.l_type != F_UNLCK || !file_is_ours(file);
 }
 
-static bool hold(const struct participation *own, u32 slot)
+static bool hold(const struct file *life, u32 slot)
 {
     struct flock byte = life_byte(F_WRLCK, slot);
-    return fcntl(own->life.fd, F_OFD_SETLK, &byte) == 0;
+    return fcntl(life->fd, F_OFD_SETLK, &byte) == 0;
 }
 
-static void let_go(const struct participation *own, u32 slot)
+static void let_go(const struct file *life, u32 slot)
 {
     struct flock byte = life_byte(F_UNLCK, slot);
-    fcntl(own->life.fd, F_OFD_SETLK, &byte);
+    fcntl(life->fd, F_OFD_SETLK, &byte);
 }
 
-static int open_life(struct participation *own)
+/* A description of its own, which a child that is forked inherits. */
+int life_open(const struct file *handle, struct life *life)
 {
     char path[40];
-    if (!file_is_ours(&own->handle)) { /* before it is opened: to open a strange file can have effects */
+    if (!file_is_ours(handle)) { /* before it is opened: to open a strange file can have effects */
         errno = EBADF;
         return -1;
     }
-    snprintf(path, sizeof path, "/proc/self/fd/%d", own->handle.fd);
+    snprintf(path, sizeof path, "/proc/self/fd/%d", handle->fd);
     int fd = open(path, O_RDWR | O_CLOEXEC | O_NOCTTY);
     if (fd < 0)
         return -1;
-    if (file_note(&own->life, fd) != 0 || own->life.device != own->handle.device ||
-        own->life.inode != own->handle.inode) {
+    if (file_note(&life->file, fd) != 0 || life->file.device != handle->device ||
+        life->file.inode != handle->inode) {
         close(fd);
-        own->life.fd = -1;
+        life->file.fd = -1;
         errno = EBADF;
         return -1;
     }
-    own->life_epoch = epoch();
     char *page = mmap(NULL, PAGE, PROT_READ, MAP_SHARED, fd, 0);
-    own->life_page = page == MAP_FAILED ? NULL : page; /* without it there is less protection */
-    if (own->life_page) {
-        madvise(page, PAGE, MADV_DONTFORK);
-        madvise(page, PAGE, MADV_DONTDUMP);
-    }
+    life->page = page == MAP_FAILED ? NULL : page; /* without it there is less protection */
     return 0;
 }
 
-static void close_file(struct file *file)
+/* From now on no child inherits it. */
+void life_own(const struct life *life)
 {
-    if (file_is_ours(file))
-        close(file->fd);
-    file->fd = -1;
+    if (life->page == NULL)
+        return;
+    madvise(life->page, PAGE, MADV_DONTFORK);
+    madvise(life->page, PAGE, MADV_DONTDUMP);
+}
+
+static int open_own(struct participation *own)
+{
+    birth_pause(); /* a child of another thread would inherit it */
+    int result = life_open(&own->handle, &own->life);
+    if (result == 0)
+        life_own(&own->life);
+    birth_go_on();
+    own->life_epoch = epoch();
+    return result;
+}
+
+/* What it has locked stays locked as long as another process has the description. */
+void life_close(struct life *life)
+{
+    if (life->page)
+        munmap(life->page, PAGE);
+    if (file_is_ours(&life->file))
+        close(life->file.fd);
+    *life = NO_LIFE;
 }
 
 /* --- the dead */
@@ -130,19 +150,26 @@ static void absorb(struct blocks *blocks, u32 slot)
     FAULT("participant.absorbed");
 }
 
+enum known_life { ASKED_NEVER, ALIVE, DEAD, NOBODYS };
+
 struct lives {
     struct blocks *blocks;
-    char known[SLOTS]; /* 1: alive, 2: dead */
+    unsigned char known[SLOTS];
 };
 
+/* As it was when it was asked first, but for a vacant slot: a child may be born there meanwhile. */
 static bool is_alive_known(void *with, u32 slot)
 {
     struct lives *lives = with;
     if (slot >= SLOTS)
         return false;
-    if (!lives->known[slot])
-        lives->known[slot] = is_alive(lives->blocks, slot) ? 1 : 2;
-    return lives->known[slot] == 1;
+    unsigned char *known = &lives->known[slot];
+    bool is_vacant = get(&row_of(lives->blocks, slot)->state) == VACANT;
+    if (*known == ASKED_NEVER)
+        *known = is_vacant ? NOBODYS : is_alive(lives->blocks, slot) ? ALIVE : DEAD;
+    if (*known == NOBODYS)
+        return !is_vacant || is_alive(lives->blocks, slot);
+    return *known == ALIVE;
 }
 
 /* Step: recover every dead participant; return how many there were. */
@@ -158,10 +185,9 @@ u32 participant_reap(struct blocks *blocks)
     table_rebuild(&blocks->table, is_alive_known, &lives);
     FAULT("participant.recovered");
     for (u32 slot = 0; slot < n; slot++) {
-        if (lives.known[slot] != 2)
+        if (lives.known[slot] != DEAD)
             continue;
-        if (get(&row_of(blocks, slot)->state) != VACANT)
-            absorb(blocks, slot);
+        absorb(blocks, slot);
         put(&row_of(blocks, slot)->state, VACANT);
         FAULT("participant.reaped");
     }
@@ -170,47 +196,93 @@ u32 participant_reap(struct blocks *blocks)
 
 /* --- joining */
 
-static u32 hold_where(const struct blocks *blocks, u32 from, u32 to, u64 state)
+/* A slot in the range that nobody has had, or that was recovered; its byte is held then. */
+static u32 hold_vacant(const struct blocks *blocks, const struct file *life, u32 from, u32 to)
 {
-    for (u32 slot = from; slot < to; slot++)
-        if (get(&row_of(blocks, slot)->state) == state && hold(&blocks->own, slot))
+    for (u32 slot = from; slot < to; slot++) {
+        if (get(&row_of(blocks, slot)->state) != VACANT || !hold(life, slot))
+            continue;
+        if (get(&row_of(blocks, slot)->state) == VACANT)
+            return slot;
+        let_go(life, slot); /* whoever had it died a moment ago */
+    }
+    return SLOTS;
+}
+
+u32 participant_vacant(const struct blocks *blocks, const struct file *life)
+{
+    return hold_vacant(blocks, life, 0, SLOTS);
+}
+
+/* Whether the next ones to join should have dead ones recovered, rather than take new slots. */
+bool participant_should_reap(const struct blocks *blocks)
+{
+    u32 n = n_slots(blocks);
+    for (u32 slot = 0; slot < n; slot++)
+        if (get(&row_of(blocks, slot)->state) == VACANT)
+            return false;
+    return n != 0 && n % REAP_EVERY == 0;
+}
+
+/* One of a dead participant; a living one holds its byte, whatever was written over its state. */
+static u32 hold_dead(const struct blocks *blocks, const struct file *life)
+{
+    u32 n = n_slots(blocks);
+    for (u32 slot = 0; slot < n; slot++)
+        if (get(&row_of(blocks, slot)->state) == JOINED && hold(life, slot))
             return slot;
     return SLOTS;
 }
 
-/* A living one holds its byte, whatever was written over its state. */
 static u32 find_slot(const struct blocks *blocks)
 {
-    u32 n = n_slots(blocks), slot = hold_where(blocks, 0, n, VACANT);
-    if (slot == SLOTS && n % REAP_EVERY == 0)
-        slot = hold_where(blocks, 0, n, JOINED);
-    for (u32 next = n; slot == SLOTS && next < SLOTS; next++)
-        if (hold(&blocks->own, next))
-            slot = next;
-    return slot == SLOTS ? hold_where(blocks, 0, n, JOINED) : slot;
+    const struct file *life = &blocks->own.life.file;
+    u32 slot = participant_should_reap(blocks) ? hold_dead(blocks, life) : SLOTS;
+    if (slot == SLOTS)
+        slot = participant_vacant(blocks, life);
+    return slot == SLOTS ? hold_dead(blocks, life) : slot;
 }
 
-static void write_row(struct blocks *blocks, u32 slot)
+static void raise_n_slots(struct header *header, u64 least)
+{
+    u64 seen = get(&header->n_slots);
+    while (seen < least && !atomic_compare_exchange_weak_explicit(&header->n_slots, &seen, least,
+                                                                  memory_order_relaxed,
+                                                                  memory_order_relaxed))
+        ;
+}
+
+static void tell(const struct participation *own, struct participant *row, u64 also_kept)
+{
+    u32 k = 0;
+    for (; k < KEPT; k++) {
+        u64 source = own->kept[k] ? own->kept[k] : also_kept;
+        also_kept = own->kept[k] ? also_kept : 0;
+        put(&row->kept[k], source);
+    }
+    put(&row->reading, own->reads_for_ever);
+    put(&row->keeps_all, own->keeps_all || also_kept);
+}
+
+/* Begin the row of a slot whose byte is held, needing no lock; return the incarnation. It is that of
+   a child that is not forked yet if `pid` is 0. */
+u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespace)
 {
     struct header *header = &blocks->table.shared->header;
     struct participant *row = row_of(blocks, slot);
-    struct participation *own = &blocks->own;
-    u64 incarnation = get(&header->incarnation) + 1;
-    put(&header->incarnation, incarnation);
+    const struct participation *own = &blocks->own;
+    u64 incarnation =
+        atomic_fetch_add_explicit(&header->incarnation, 1, memory_order_relaxed) + 1;
     put(&row->incarnation, incarnation);
-    put(&row->pid, (u64)getpid());
-    put(&row->pid_namespace, own->pid_namespace);
-    put(&row->reading, own->reads_for_ever);
-    put(&row->keeps_all, own->keeps_all);
+    put(&row->pid, pid);
+    put(&row->pid_namespace, pid_namespace);
     for (u32 k = 0; k < COUNTERS; k++)
         put(&row->counters[k], 0);
-    for (u32 k = 0; k < KEPT; k++)
-        put(&row->kept[k], own->kept[k]);
-    if (get(&header->n_slots) < slot + 1)
-        put(&header->n_slots, slot + 1);
-    own->incarnation = incarnation;
+    /* The parent may have read messages: the child has their bytes too. */
+    tell(own, row, pid == 0 && own->n_adopted ? adopted_by(own->incarnation, 0) : 0);
+    raise_n_slots(header, slot + 1);
     atomic_store_explicit(&row->state, JOINED, memory_order_release);
-    FAULT("participant.joined");
+    return incarnation;
 }
 
 /* In a forked child, once: what was inherited is the parent's. */
@@ -219,20 +291,25 @@ void participant_renew(struct blocks *blocks)
     struct participation *own = &blocks->own;
     if (own->life_epoch == 0 || own->life_epoch == epoch())
         return;
-    if (own->n_adopted) { /* the parent had read messages: we have their bytes too */
+    if (own->n_adopted) {
         if (!participant_keep(blocks, adopted_by(own->incarnation, 0)))
             own->keeps_all = true;
         for (u32 i = 0; i < blocks->table.n_known; i++)
             blocks->table.known[i].adopted = 0;
         own->n_adopted = 0;
     }
-    if (own->parents.fd < 0)
-        own->parents = own->life;
-    else
-        close_file(&own->life);
-    own->life.fd = -1;
-    own->life_page = NULL; /* MADV_DONTFORK: not mapped here */
     own->life_epoch = 0;
+}
+
+/* What was prepared for this child before it was forked is its own. */
+static void join_as_born(struct blocks *blocks)
+{
+    struct participation *own = &blocks->own;
+    struct participant *row = row_of(blocks, blocks->lock.slot);
+    tell(own, row, 0);
+    put(&row->pid_namespace, own->pid_namespace);
+    own->epoch = epoch();
+    FAULT("participant.born");
 }
 
 /* Become a participant: 0, a shortage, or -1 with an exception. */
@@ -246,13 +323,12 @@ int participant_join(struct blocks *blocks)
     if (own->is_joining) /* another thread, in the middle of it */
         return BUSY;
     participant_renew(blocks);
-    if (own->life.fd < 0 && open_life(own) != 0) {
-        if (own->parents.fd < 0)
-            return DETACHED;
-        close_file(&own->parents); /* there is a descriptor to spare now */
-        if (open_life(own) != 0)
-            return DETACHED;
+    if (birth_take(blocks)) {
+        join_as_born(blocks);
+        return ROOM;
     }
+    if (own->life.file.fd < 0 && open_own(own) != 0)
+        return DETACHED;
     u32 slot = FAILS("participant.slot") ? SLOTS : find_slot(blocks);
     if (slot == SLOTS)
         return DETACHED;
@@ -270,7 +346,7 @@ int participant_join(struct blocks *blocks)
     own->is_joining = false;
     blocks->n_inside--;
     if (taken != TAKEN && taken != TAKEN_DIRTY) {
-        let_go(own, slot);
+        let_go(&own->life.file, slot);
         blocks->lock.epoch = 0;
         return taken == LOCK_ERROR ? -1 : taken == LOCK_BUSY ? BUSY : DETACHED;
     }
@@ -281,10 +357,10 @@ int participant_join(struct blocks *blocks)
         table_rebuild(&blocks->table, had_owner ? is_alive_known : NULL, &lives);
     if (had_owner)
         absorb(blocks, slot);
-    write_row(blocks, slot);
+    own->incarnation = participant_write(blocks, slot, (u64)getpid(), own->pid_namespace);
+    FAULT("participant.joined");
     own->epoch = epoch();
     lock_give(&blocks->lock);
-    close_file(&own->parents);
     return ROOM;
 }
 
@@ -292,14 +368,10 @@ int participant_join(struct blocks *blocks)
 void participant_leave(struct blocks *blocks)
 {
     struct participation *own = &blocks->own;
-    bool is_ours = own->life_epoch == epoch();
     own->retired = true;
     own->epoch = 0;
-    if (own->life_page && is_ours)
-        munmap(own->life_page, PAGE);
-    own->life_page = NULL;
-    close_file(&own->life);
-    close_file(&own->parents);
+    life_close(&own->life);
+    life_close(&own->birth.life);
 }
 
 /* --- messages that it may still load */

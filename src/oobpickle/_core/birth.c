@@ -1,0 +1,125 @@
+/* A child is a participant from the moment of the fork.
+
+What. Before each fork(3) the parent takes a slot and its proof of life for the child; the child has
+them when it begins to run, whether or not it ever runs Python.
+
+How it works. By pthread_atfork, so forks by C libraries are covered, which may not have the GIL. The
+slot's byte is locked by a file description of its own. The child inherits that, and the parent
+closes it afterwards; neither unlocks, since that would unlock for both. A page of the description is
+mapped from before the fork, so that a child that closes all descriptors lives on. One fork at a time,
+until the parent has closed: else the next child would inherit the proof of life of the one before.
+
+No lock of the table is needed: a vacant slot belongs to whoever gets its byte, and what is added up
+over all (incarnations, the number of slots) is changed atomically. A slot that a dead participant has
+left is made vacant under the lock, by the hooks that Python calls (fork.c).
+
+Lifetime. From before the fork until the child joins, and takes it over, or dies.
+
+When it cannot. Without a descriptor or a slot the child is not known until it joins by itself, as
+the child of a clone(2) without handlers is not. */
+
+#include "core.h"
+
+#include <pthread.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
+
+/* No fork between the two; the list of arenas changes only there. */
+void birth_pause(void)
+{
+    pthread_mutex_lock(&mutex);
+}
+
+void birth_go_on(void)
+{
+    pthread_mutex_unlock(&mutex);
+}
+
+static void prepare(struct blocks *blocks)
+{
+    struct birth *birth = &blocks->own.birth;
+    if (!has_joined(blocks) || blocks->own.retired || get(&blocks->table.shared->header.closed))
+        return;
+    if (FAILS("birth.open") || life_open(&blocks->own.handle, &birth->life) != 0)
+        return;
+    u32 slot = participant_vacant(blocks, &birth->life.file);
+    if (slot == SLOTS) {
+        life_close(&birth->life);
+        return;
+    }
+    birth->epoch = 0;
+    birth->slot = slot;
+    birth->incarnation = participant_write(blocks, slot, 0, 0);
+    FAULT("birth.prepared");
+}
+
+static void before(void)
+{
+    birth_pause();
+    for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena)
+        prepare(blocks);
+}
+
+static void in_parent(void)
+{
+    FAULT("birth.in_parent");
+    for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena)
+        if (!blocks->own.birth.epoch) /* else it is our own, and we have not joined yet */
+            life_close(&blocks->own.birth.life);
+    birth_go_on();
+}
+
+/* 0 if the child is in another one than its parent, or nothing tells. */
+static u64 pid_namespace(const struct blocks *blocks)
+{
+    struct stat status;
+    u64 parents = blocks->own.pid_namespace;
+    return stat("/proc/self/ns/pid", &status) == 0 && status.st_ino == parents ? parents : 0;
+}
+
+/* What may be in the middle of a change by a thread that is not here is left to who joins. */
+static void in_child(void)
+{
+    FAULT("birth.in_child");
+    for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
+        struct birth *birth = &blocks->own.birth;
+        blocks->own.life.page = NULL; /* MADV_DONTFORK: not mapped here */
+        life_close(&blocks->own.life);
+        if (birth->epoch) { /* that of our parent, which had not joined yet */
+            birth->life.page = NULL;
+            life_close(&birth->life);
+        }
+        if (birth->life.file.fd < 0)
+            continue;
+        struct participant *row = &blocks->table.shared->participants[birth->slot];
+        birth->epoch = epoch();
+        life_own(&birth->life);
+        put(&row->pid_namespace, pid_namespace(blocks));
+        put(&row->pid, (u64)getpid());
+    }
+    birth_go_on();
+}
+
+/* In the child, when it joins: what was prepared is its own. */
+bool birth_take(struct blocks *blocks)
+{
+    struct participation *own = &blocks->own;
+    struct birth *birth = &own->birth;
+    if (birth->life.file.fd < 0 || birth->epoch != epoch())
+        return false;
+    own->life = birth->life;
+    own->life_epoch = epoch();
+    birth->life = NO_LIFE;
+    blocks->lock.slot = birth->slot;
+    blocks->lock.epoch = epoch();
+    own->incarnation = birth->incarnation;
+    return true;
+}
+
+int birth_start(void)
+{
+    return pthread_atfork(before, in_parent, in_child);
+}
