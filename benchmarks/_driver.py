@@ -128,7 +128,7 @@ class Side:
         if name == "oobpickle":
             import oobpickle
 
-            self._arena = oobpickle.install()
+            self._arena = oobpickle.install()._memory  # the library's own
         self._pool: Pool | None = None
         self._is_result = True
         self._nbytes = 0

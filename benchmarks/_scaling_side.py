@@ -48,7 +48,8 @@ class ScalingSide(Side):
         if name != "plain":
             import oobpickle
 
-            self._arena = oobpickle.install(threshold=_PAGE_NBYTES if name == "page" else None)
+            threshold = _PAGE_NBYTES if name == "page" else None
+            self._arena = oobpickle.install(threshold=threshold)._memory
         self._leases: list[Any] = []
         self._held: list[Any] = []
         self._reader, self._writer = multiprocessing.Pipe(duplex=False)

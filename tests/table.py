@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 
+from internals import inner
 from oobpickle._native import core
 from oobpickle._pickling.payload import Payload  # noqa: F401  imported before a limit is set
 
@@ -81,7 +82,7 @@ class Table:
 
     @classmethod
     def of(cls, arena):
-        return cls(arena.descriptors[1])
+        return cls(inner(arena).descriptors[1])
 
     # --- words
 

@@ -13,6 +13,7 @@ nothing.
 """
 
 from oobpickle._api import enabled, install, statistics, uninstall
+from oobpickle._arena import Arena
 from oobpickle._errors import (
     ArenaError,
     ArenaFullError,
@@ -24,7 +25,6 @@ from oobpickle._errors import (
     StructureError,
 )
 from oobpickle._fallback import Fallback
-from oobpickle._memory.arena import Arena
 from oobpickle._pickling.payload import Payload
 from oobpickle._pickling.reducers import register, unregister
 from oobpickle._pickling.serializer import dumps, loads

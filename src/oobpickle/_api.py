@@ -29,6 +29,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
 from oobpickle import _statistics, _system
+from oobpickle._arena import AbsentArena, Arena
 from oobpickle._errors import ArenaError, FallbackWarning
 from oobpickle._fallback import Fallback, describe_fallbacks
 from oobpickle._foreign import ignoring
@@ -47,8 +48,7 @@ from oobpickle._hook.processes import (
     hooked_pipe,
     is_being_started,
 )
-from oobpickle._memory.absent import AbsentArena
-from oobpickle._memory.arena import Arena
+from oobpickle._memory import arena as inner
 from oobpickle._memory.options import Options
 from oobpickle._statistics import Statistics
 
@@ -80,10 +80,10 @@ def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
     descriptors = [duplicate.detach() for duplicate in (data, table, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
-        _join(Arena.attach(*descriptors), channels, is_spawned=True)
+        _join(inner.Arena.attach(*descriptors), channels, is_spawned=True)
 
 
-def _join(arena: Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
+def _join(arena: inner.Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
     known = Channels(arena, channels)
     if is_spawned and is_absent():
         known.spawned.add(0)  # the parent has a main module that is not ours
@@ -102,7 +102,7 @@ def accept(name: bytes) -> None:
     with ignoring(Exception), installed.guard:
         if running() is None and name[:16] not in _declined and not _system.lacking():
             _declined.append(name[:16])  # asked for once: what has failed would fail again
-            _join(Arena.find(name))
+            _join(inner.Arena.find(name))
 
 
 @functools.cache
@@ -125,7 +125,7 @@ def _start(options: Options, block: Block | None = None) -> Hook | None:
         return None
     _reset_guard_in_children()
     installed.sweep()
-    arena = Arena.create(options)
+    arena = inner.Arena.create(options)
     hook = Hook(arena, Channels(arena), options.resolve(), is_owner=True, inherit=_inherit)
     if block is not None:
         hook.blocks.add(block)
@@ -172,7 +172,7 @@ def install(
             _absences.add(install)
             return AbsentArena(options)
         hook.installed = True
-        return hook.arena
+        return hook.shown
 
 
 def uninstall() -> None:
@@ -306,7 +306,7 @@ def _enter(options: Options, block: Block) -> Arena:
                 stacklevel=3,
             )
         if hook is not None:
-            return hook.arena
+            return hook.shown
         _absences.add(block)
         return AbsentArena(options)
 

@@ -25,6 +25,7 @@ import inside
 from inside import eventually, message, verify
 
 import oobpickle
+from internals import inner
 from table import Table
 
 WAIT_S = 10.0
@@ -116,7 +117,7 @@ class Survivors:
         leases = []
         try:
             while True:
-                leases.append(self.arena.acquire([1 << 20], wait_timeout=0))
+                leases.append(inner(self.arena).acquire([1 << 20], wait_timeout=0))
         except oobpickle.ArenaFullError as error:
             reason = error.reason
         assert reason == "full", reason
@@ -147,11 +148,11 @@ class Survivors:
 
 def blocks_of_the_dead(arena):
     """Return what is in use by nobody who lives, after a look for such."""
-    arena.reclaim.look()
+    inner(arena).reclaim.look()
     living = {
         slot
-        for slot, _, _ in arena.blocks.participants()
-        if slot == arena.blocks.slot or arena.blocks.is_alive(slot)
+        for slot, _, _ in inner(arena).blocks.participants()
+        if slot == inner(arena).blocks.slot or inner(arena).blocks.is_alive(slot)
     }
     return [row for row in inside.owners(arena) if row[2] not in living]
 

@@ -33,6 +33,7 @@ import inside
 from inside import content, message, verify
 
 import oobpickle
+from internals import inner
 from oobpickle import _faults
 from oobpickle._hook import installed
 from table import LEASED, Table
@@ -211,7 +212,7 @@ class Victim:
         table, leases = Table.of(self.arena), []
         n_rows = table.n_rows
         while table.n_rows < n_rows + 4:
-            leases.append(self.arena.acquire([32 << 10]))
+            leases.append(inner(self.arena).acquire([32 << 10]))
         for lease in leases:
             lease.release()
 
@@ -226,13 +227,13 @@ class Victim:
         if pid == 0:
             self._take_and_die()
         self._follow(pid, signal.SIGKILL)
-        self.arena.reclaim.reap()
+        inner(self.arena).reclaim.reap()
 
     def _take_and_die(self):
         for seed in range(3):
             self.own_write.send(message(seed, 200_000))
         self.held.append(verify(self.own_read.recv()))
-        self.arena.acquire([100_000, 2_000_000])
+        inner(self.arena).acquire([100_000, 2_000_000])
         os.kill(os.getpid(), signal.SIGKILL)
 
     def _follow(self, pid, expected=0):
@@ -263,7 +264,9 @@ class Victim:
     def _strike_in_a_copy(self, data):
         first, last = data[:_SAMPLE_NBYTES].tobytes(), data[-_SAMPLE_NBYTES:].tobytes()
         table = Table.of(self.arena)
-        data_file = mmap.mmap(self.arena.descriptors[0], 1 << 32)  # blocks lie at its beginning
+        data_file = mmap.mmap(
+            inner(self.arena).descriptors[0], 1 << 32
+        )  # blocks lie at its beginning
         while True:
             for index, state, _ in table.owned():
                 if state != LEASED or table.rows["used"][index] != COPIED_NBYTES:

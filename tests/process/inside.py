@@ -27,6 +27,7 @@ import traceback
 import numpy as np
 from numpy.random import default_rng
 
+from internals import inner
 from oobpickle import _faults
 from oobpickle._memory import options
 from table import HELD, LEASED, Table
@@ -224,7 +225,7 @@ def address(array):
 
 def is_in_arena(arena, array):
     """Tell whether an array's memory is the arena's, as seen from this process."""
-    inode, at = str(os.fstat(arena.descriptors[0]).st_ino), address(array)
+    inode, at = str(os.fstat(inner(arena).descriptors[0]).st_ino), address(array)
     with open("/proc/self/maps") as file:
         for line in file:
             span, _, _, _, its_inode, *_ = line.split()
@@ -282,7 +283,7 @@ def assert_table_in_order(arena, pids=()):
     table = Table.of(arena)
 
     def problems_now():
-        arena.blocks.reap()
+        inner(arena).blocks.reap()
         try:
             for pid in pids:
                 os.kill(pid, signal.SIGSTOP)
@@ -325,8 +326,8 @@ def assert_empty(arena):
 
 def descriptors_of(arena):
     """Return this process's descriptors of an arena, its own proof of life among them."""
-    locks = os.fstat(arena.descriptors[2])
-    found = set(arena.descriptors)
+    locks = os.fstat(inner(arena).descriptors[2])
+    found = set(inner(arena).descriptors)
     for fd in map(int, os.listdir("/proc/self/fd")):
         with contextlib.suppress(OSError):
             status = os.fstat(fd)
@@ -338,5 +339,5 @@ def descriptors_of(arena):
 def stop_with_the_lock(arena):
     """Be stopped while this process has the lock of the arena."""
     _faults.arm("lock.taken:1:STOP")
-    arena.blocks.reap()
+    inner(arena).blocks.reap()
     _faults.arm(None)

@@ -19,7 +19,7 @@ LAYERS = (
     ("_foreign", "_fallback", "_faults", "_system"),
     ("_statistics", "_copying"),
     ("_pickling", "_memory"),
-    ("_envelope",),
+    ("_envelope", "_arena"),
     ("_hook",),
     ("_api",),
     ("__init__",),

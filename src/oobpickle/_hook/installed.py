@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
-from oobpickle import _envelope, _fallback
+from oobpickle import _arena, _envelope, _fallback
 from oobpickle._hook.channels import Channels
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import Options
@@ -70,6 +70,7 @@ class Hook:
         inherit: Callable[..., None],
     ) -> None:
         self.arena = arena
+        self.shown = _arena.Arena(arena)  # to the program
         self.said = said
         self.channels = channels
         self.spawned = channels.spawned  # mostly empty; every message asks

@@ -39,7 +39,7 @@ from oobpickle._statistics import Statistics
 class Arena:
     """Shared memory for the messages between the processes that have joined.
 
-    Made by `oobpickle.install` or `oobpickle.enabled`; not by its constructor.
+    What a program sees of it is `oobpickle.Arena`.
 
     Attributes
     ----------
@@ -202,13 +202,7 @@ class Arena:
     # --- counting
 
     def statistics(self) -> Statistics:
-        """Return the sums over all participants, living and dead.
-
-        Returns
-        -------
-        Statistics
-            A frozen snapshot; bytes and counts.
-        """
+        """Return the sums over all participants, living and dead."""
         blocks = self.blocks
         try:
             counters, census = blocks.counters(), blocks.census()
@@ -236,35 +230,7 @@ class Arena:
     def preallocate(
         self, like: object = None, *, nbytes: int | None = None, count: int = 1
     ) -> None:
-        """Have memory ready for messages before the first of them comes.
-
-        Blocks until the pages are there: about half a second for each GB of ordinary pages. What is
-        prepared is kept until a message takes it, `trim`, or the end of the block.
-
-        Parameters
-        ----------
-        like : object, optional
-            Such a message is to come. It is pickled, and not copied.
-        nbytes : int, optional
-            Instead: a message with one buffer of so many bytes is to come.
-        count : int
-            How many of them should find their memory ready at the same time.
-
-        Raises
-        ------
-        ArenaFullError
-            If there is no room for all of them, or no memory. What could be prepared is ready.
-        TypeError, ValueError
-            If neither or both of `like` and `nbytes` are given, or a number is out of range.
-
-        Examples
-        --------
-        >>> import numpy as np, oobpickle
-        >>> with oobpickle.enabled() as arena:
-        ...     arena.preallocate(np.empty(1_000_000), count=2)
-        ...     arena.statistics().n_blocks["free"]
-        2
-        """
+        """Have memory ready for messages before the first of them comes; see `oobpickle.Arena`."""
         check_preparation(like, nbytes, count)
         needs = self.needs_of(like) if nbytes is None else [operator.index(nbytes)]
         leases = []  # all at the same time, so that each has memory of its own

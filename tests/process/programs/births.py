@@ -11,6 +11,7 @@ import inside
 from inside import Token, fork, is_in_arena, message, reap, verify
 
 import oobpickle
+from internals import inner
 from oobpickle._native import core
 
 MIB = 1 << 20
@@ -31,7 +32,7 @@ os.register_at_fork(after_in_child=_wait_where_hooks_run)
 
 def _slots(arena, pid):
     """The slots of the participants with a pid."""
-    return [slot for slot, its, _ in arena.blocks.participants() if its == pid]
+    return [slot for slot, its, _ in inner(arena).blocks.participants() if its == pid]
 
 
 def _fork_from_c(*then):
@@ -52,7 +53,7 @@ def _kill(pid):
 
 def _is_alive(arena, pid):
     (slot,) = _slots(arena, pid)
-    return arena.blocks.is_alive(slot)
+    return inner(arena).blocks.is_alive(slot)
 
 
 def before_its_hooks_run():
@@ -72,8 +73,8 @@ def before_its_hooks_run():
         go.give()
         go.give()
         reap(pid)
-        assert not arena.blocks.is_alive(slot)
-        assert arena.blocks.reap() == 1
+        assert not inner(arena).blocks.is_alive(slot)
+        assert inner(arena).blocks.reap() == 1
         assert oobpickle.statistics().n_participants == 1
 
 
@@ -82,12 +83,12 @@ def that_never_runs_python():
         pid = _fork_from_c()
         inside.eventually(lambda: _slots(arena, pid))
         (slot,) = _slots(arena, pid)
-        assert arena.blocks.is_alive(slot)
-        assert arena.reclaim.sees_all()
+        assert inner(arena).blocks.is_alive(slot)
+        assert inner(arena).reclaim.sees_all()
         _kill(pid)
-        assert not arena.blocks.is_alive(slot)
-        assert arena.blocks.reap() == 1
-        assert len(arena.blocks.participants()) == 1
+        assert not inner(arena).blocks.is_alive(slot)
+        assert inner(arena).blocks.reap() == 1
+        assert len(inner(arena).blocks.participants()) == 1
 
 
 def that_closes_all_descriptors():
@@ -103,7 +104,7 @@ def that_closes_all_descriptors():
         assert os.read(read, 6) == b"closed"
         assert _is_alive(arena, pid)
         _kill(pid)
-        assert arena.blocks.reap() == 1
+        assert inner(arena).blocks.reap() == 1
         os.close(read)
         os.close(write)
 
@@ -128,10 +129,10 @@ def of_threads_that_fork_at_once():
         slots = {pid: _slots(arena, pid)[0] for pid in pids}
         assert len(set(slots.values())) == 40
         for n, pid in enumerate(pids):
-            assert all(arena.blocks.is_alive(slots[other]) for other in pids[n:])
+            assert all(inner(arena).blocks.is_alive(slots[other]) for other in pids[n:])
             _kill(pid)
-            assert not arena.blocks.is_alive(slots[pid])
-        assert arena.blocks.reap() == 40
+            assert not inner(arena).blocks.is_alive(slots[pid])
+        assert inner(arena).blocks.reap() == 40
 
 
 def a_parent_that_dies_first():
@@ -140,7 +141,7 @@ def a_parent_that_dies_first():
         read, write = os.pipe()
 
         def parent():
-            lease = arena.acquire([10 * MIB])
+            lease = inner(arena).acquire([10 * MIB])
             os.write(write, b"%d\n" % _fork_from_c())
             signal.pause()
             del lease
@@ -149,7 +150,7 @@ def a_parent_that_dies_first():
         child = int(os.read(read, 20))
         assert arena.statistics().nbytes["leased"] == 10 * MIB
         _kill(pid)
-        inside.eventually(lambda: arena.blocks.reap() == 1)
+        inside.eventually(lambda: inner(arena).blocks.reap() == 1)
         assert arena.statistics().nbytes["leased"] == 0
         assert _is_alive(arena, child)
         os.kill(child, signal.SIGKILL)
@@ -171,7 +172,7 @@ def a_child_of_one_that_runs_no_hooks():
         assert _is_alive(arena, middle), "its child has ended it"
         assert not _slots(arena, child)
         _kill(middle)
-        assert arena.blocks.reap() == 1, "its child has its proof of life"
+        assert inner(arena).blocks.reap() == 1, "its child has its proof of life"
         os.kill(child, signal.SIGKILL)
         os.close(read)
         os.close(write)
@@ -183,7 +184,7 @@ def without_a_descriptor_for_it():
         read, write = multiprocessing.Pipe(duplex=False)
 
         def child():
-            assert arena.blocks.joined
+            assert inner(arena).blocks.joined
             write.send(message(1, MIB))
 
         core.arm("birth.open", 1, -errno.EMFILE)
@@ -198,10 +199,10 @@ def many_that_end_soon():
     with oobpickle.enabled(capacity=256 * MIB) as arena:
         for _ in range(200):
             reap(fork(lambda: None))
-        slots = [slot for slot, _, _ in arena.blocks.participants()]
+        slots = [slot for slot, _, _ in inner(arena).blocks.participants()]
         assert max(slots) < 20, slots
         reap(fork(lambda: None))
-        arena.reclaim.reap()
+        inner(arena).reclaim.reap()
         assert oobpickle.statistics().n_participants == 1
 
 
@@ -209,7 +210,7 @@ def after_the_end():
     """Who is forked when the arena is closed is not counted."""
     with oobpickle.enabled(capacity=256 * MIB) as arena:
         pass
-    assert arena.blocks.ended
+    assert inner(arena).blocks.ended
     pid = _fork_from_c()
     _kill(pid)
     arena = oobpickle.install()
@@ -218,9 +219,9 @@ def after_the_end():
     write.send(message(1, MIB))
     held = verify(read.recv(), 1)
     oobpickle.uninstall()
-    assert not arena.blocks.ended
+    assert not inner(arena).blocks.ended
     pid = _fork_from_c()
-    assert len(arena.blocks.participants()) <= 1
+    assert len(inner(arena).blocks.participants()) <= 1
     _kill(pid)
     verify(held, 1)
     del held

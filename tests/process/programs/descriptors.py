@@ -15,6 +15,7 @@ import inside
 from inside import Token, content, fork, message, reap, verify
 
 import oobpickle
+from internals import inner
 
 MIB = 1 << 20
 MOST = 64  # more than any of these programs has open
@@ -303,17 +304,17 @@ def _close_in_a_worker(kind):
         verify(back[0].recv(), 20)
         verify(back[0].recv(), 21)
         # It lives: nobody takes from it what it has.
-        arena.reclaim.reap()
+        inner(arena).reclaim.reap()
         leases = []
         with contextlib.suppress(oobpickle.ArenaFullError):
             while True:
-                leases.append(arena.acquire([MIB], wait_timeout=0))
+                leases.append(inner(arena).acquire([MIB], wait_timeout=0))
         for lease in leases:
             lease.destinations[0][:] = bytes(MIB)
         leases.clear()
         filled.give()
         reap(pid)
-        arena.reclaim.reap()
+        inner(arena).reclaim.reap()
         read, write = multiprocessing.Pipe(duplex=False)
         n_before = arena.statistics().n_messages_out_of_band
         write.send(message(30))
@@ -367,7 +368,7 @@ def a_fork_without_descriptors():
         write.send(message(seed, nbytes))
         held.append(verify(read.recv(), seed))
     resident = arena.statistics().nbytes_resident
-    watcher = os.dup(arena.descriptors[0])
+    watcher = os.dup(inner(arena).descriptors[0])
     theirs = _close_all("files", [read, write, watcher])
     written, seen = Token(), Token()
 
@@ -419,7 +420,7 @@ def a_message_in_a_range_that_is_private():
         go.take()
         held = None
         gc.collect()
-        arena.blocks.reap()
+        inner(arena).blocks.reap()
         _send(back, 1)
         reap(pid)
         assert arena.statistics().n_fallbacks == 0
@@ -438,7 +439,7 @@ def closed_while_another_thread_sends():
             _send(write, seed)
             verify(read.recv(), seed)
         assert arena.statistics().n_messages_out_of_band == n_before + 5
-        arena.reclaim.reap()
+        inner(arena).reclaim.reap()
         inside.assert_table_in_order(arena)
 
 
@@ -502,8 +503,8 @@ def no_strange_file_is_opened():
     from oobpickle._memory import files
 
     with _enabled() as arena:
-        name = arena.name
-        fds = [os.dup(fd) for fd in arena.descriptors]
+        name = inner(arena).name
+        fds = [os.dup(fd) for fd in inner(arena).descriptors]
         theirs = _close_all("files", fds)
         opened = []
         sys.addaudithook(lambda event, args: opened.append(args) if event == "open" else None)

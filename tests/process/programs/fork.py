@@ -12,6 +12,7 @@ import numpy as np
 from inside import Token, content, fork, is_in_arena, message, reap, verify
 
 import oobpickle
+from internals import inner
 from oobpickle._memory import fork as fork_module
 from oobpickle._native import core
 
@@ -66,20 +67,20 @@ def a_child_holds_nothing_of_its_parents():
     """What it may hold before messages are copied on arrival is all for its own."""
     arena = oobpickle.install(capacity=256 * MIB)
     held = [_received(seed) for seed in range(3)]
-    assert arena.blocks.n_held == 3
+    assert inner(arena).blocks.n_held == 3
 
     def child():
-        assert arena.blocks.n_held == 0
+        assert inner(arena).blocks.n_held == 0
         held.clear()
         gc.collect()
-        assert arena.blocks.n_held == 0
+        assert inner(arena).blocks.n_held == 0
         own = _received(4)
-        assert arena.blocks.n_held == 1, own
+        assert inner(arena).blocks.n_held == 1, own
         del own
-        assert arena.blocks.n_held == 0
+        assert inner(arena).blocks.n_held == 0
 
     reap(fork(child))
-    assert arena.blocks.n_held == 3
+    assert inner(arena).blocks.n_held == 3
 
 
 def child_writes_first():
@@ -193,7 +194,7 @@ def parent_is_killed_and_its_blocks_are_recycled():
         os.kill(os.getpid(), 9)
 
     reap(fork(parent), inside.KILLED)
-    inside.eventually(arena.reclaim.reap)  # its child may not have left its lock yet
+    inside.eventually(inner(arena).reclaim.reap)  # its child may not have left its lock yet
     others = [_recycle(arena, 70 + n, 1_000_000) for n in range(5)]
     dead.give()
     checked.take()
@@ -290,7 +291,7 @@ def child_sends_from_the_block_of_its_inherited_array():
             write.send(message(seed))  # into the recycled block
             verify(held, 7)
         write.send(held)
-        lease = arena.acquire([1_000_000])
+        lease = inner(arena).acquire([1_000_000])
         lease.destinations[0][:] = b"\1" * 1_000_000
         lease.release()
         verify(held, 7)
@@ -357,7 +358,7 @@ def child_that_drops_everything_frees_nothing_of_the_parent():
             verify(one)
 
     reap(fork(child))
-    arena.reclaim.reap()
+    inner(arena).reclaim.reap()
     assert arena.statistics().n_blocks["held"] == 6
     for one in held:
         verify(one)
@@ -543,12 +544,12 @@ def two_threads_fork_at_once():
     arena = oobpickle.install(capacity=64 * MIB)
     sys.setswitchinterval(1e-5)
     held = _received(1)
-    epoch, slot = core.epoch(), arena.blocks.slot
+    epoch, slot = core.epoch(), inner(arena).blocks.slot
     failures = []
 
     def child():
         assert core.epoch() == epoch + 1, "the child goes on as its parent"
-        assert arena.blocks.slot != slot
+        assert inner(arena).blocks.slot != slot
         verify(held, 1)
 
     def forks():
@@ -683,7 +684,7 @@ def arrays_that_die_in_another_thread_during_forks():
 def file_pages_are_gone_before_fork_returns():
     arena = oobpickle.install(capacity=512 * MIB)
     held = [_received(seed, 20_000_000) for seed in range(3)]
-    assert os.fstat(arena.descriptors[0]).st_blocks * 512 >= 60_000_000
+    assert os.fstat(inner(arena).descriptors[0]).st_blocks * 512 >= 60_000_000
     waiting, done = Token(), Token()
 
     def child():
@@ -693,7 +694,7 @@ def file_pages_are_gone_before_fork_returns():
         done.give()
 
     pid = fork(child)
-    left = os.fstat(arena.descriptors[0]).st_blocks * 512
+    left = os.fstat(inner(arena).descriptors[0]).st_blocks * 512
     assert left < 1_000_000, left
     statistics = arena.statistics()
     assert statistics.n_copied_at_fork == 3
@@ -713,7 +714,7 @@ def recycled_smaller_blocks_leave_no_pages():
     verify(held)
     del held
     arena.trim()
-    assert os.fstat(arena.descriptors[0]).st_blocks == 0
+    assert os.fstat(inner(arena).descriptors[0]).st_blocks == 0
 
 
 def released_private_ranges_are_shared_again():
@@ -753,7 +754,7 @@ def subprocess_with_preexec_fn():
         subprocess.run([sys.executable, "-c", ""], preexec_fn=lambda: None, check=True)
     verify(held)
     _received(4)
-    arena.reclaim.reap()
+    inner(arena).reclaim.reap()
     assert arena.statistics().n_participants == 1
 
 
@@ -764,7 +765,7 @@ def without_an_arena_the_hooks_do_nothing():
     _received(1)
     oobpickle.uninstall()
     assert inside.our_descriptors() == []
-    assert arena.blocks.ended
+    assert inner(arena).blocks.ended
     reap(fork(lambda: None))
 
 

@@ -15,6 +15,7 @@ import inside
 from inside import Token, is_in_arena, message, reap, verify
 
 import oobpickle
+from internals import inner
 from oobpickle._native import core
 
 MIB = 1 << 20
@@ -114,7 +115,7 @@ def master_releases_and_receives_more():
         verify(one, 10 + seed)
     del others, one
     gc.collect()
-    arena.reclaim.reap()
+    inner(arena).reclaim.reap()
     inside.assert_empty(arena)
 
 
@@ -178,20 +179,20 @@ def each_is_killed():
         begun.take()
         os.kill(victim, signal.SIGKILL)
         reap(victim, inside.KILLED)
-        inside.eventually(arena.reclaim.reap)
+        inside.eventually(inner(arena).reclaim.reap)
         verify(held, 1)
         os.kill(os.getpid(), signal.SIGKILL)
 
     pid = inside.fork(master)
     reap(pid, inside.KILLED)
     arena = oobpickle.install()
-    inside.eventually(arena.reclaim.reap)
+    inside.eventually(inner(arena).reclaim.reap)
     others = [_received(seed) for seed in range(30, 36)]
     for one in others:
         one[1][:] = 0
     dead.give()
     checked.take()
-    inside.eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
+    inside.eventually(lambda: inner(arena).reclaim.reap() or arena.statistics().n_participants == 1)
     inside.assert_table_in_order(arena)
 
 
@@ -205,7 +206,7 @@ def in_the_middle_of_another_threads_step():
         os.waitpid(stopped, os.WUNTRACED)
         inside_step.set()
         with contextlib.suppress(oobpickle.ArenaFullError):
-            arena.acquire([1000], wait_timeout=0)  # waits for the lock, up to two seconds
+            inner(arena).acquire([1000], wait_timeout=0)  # waits for the lock, up to two seconds
         os.kill(stopped, signal.SIGCONT)
         reap(stopped)
 
@@ -263,7 +264,7 @@ def by_another_thread():
         thread.join()
     assert not failed
     verify(held, 1)
-    arena.reclaim.reap()
+    inner(arena).reclaim.reap()
     inside.assert_table_in_order(arena)
 
 

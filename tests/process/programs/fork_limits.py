@@ -12,6 +12,7 @@ import numpy as np
 from inside import Token, address, fork, reap
 
 import oobpickle
+from internals import inner
 
 MIB = 1 << 20
 N_MANY = 20_000  # each block mapped apart would need two of vm.max_map_count = 65,530
@@ -53,7 +54,7 @@ def twenty_thousand_held_blocks():
         assert all((one == -1).all() for one in held[::200])
 
     pid = fork(child)
-    assert os.fstat(arena.descriptors[0]).st_blocks * 512 < MIB
+    assert os.fstat(inner(arena).descriptors[0]).st_blocks * 512 < MIB
     for one in held[1::2]:
         one += N_MANY
     written.give()
@@ -79,7 +80,7 @@ def twenty_thousand_held_blocks():
 
 def one_message_of_more_blocks_than_a_fork_can_make_private():
     arena = oobpickle.install(capacity=512 * MIB, threshold=1, copy_on_receive=False)
-    arena.receiving._most_held = 300
+    inner(arena).receiving._most_held = 300
     held = _many(400, 0)
     assert arena.statistics().n_copied_on_receive == 400
     reap(fork(held[0].fill, 9))

@@ -19,8 +19,9 @@ import numpy as np
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
+from internals import inner
+from oobpickle._arena import AbsentArena
 from oobpickle._memory import headroom, huge_pages
-from oobpickle._memory.absent import AbsentArena
 from oobpickle._native import core
 
 MIB = 1 << 20
@@ -259,7 +260,7 @@ def descriptors_closed_by_the_user(which):
             held = verify(read.recv(), 0)
             mine = {0, 1, 2, read.fileno(), back.fileno(), *seen.descriptors, *closed.descriptors}
             opened = []
-            for fd in range(3, 64) if which == "all" else [arena.descriptors[0]]:
+            for fd in range(3, 64) if which == "all" else [inner(arena).descriptors[0]]:
                 if fd not in mine:
                     with contextlib.suppress(OSError):
                         os.close(fd)
@@ -285,7 +286,7 @@ def descriptors_closed_by_the_user(which):
                 write.send(message(seed))
                 verify(there.recv(), seed + 10)
             # It lives: what it holds is not taken from it.
-            arena.reclaim.reap()
+            inner(arena).reclaim.reap()
             leases = _fill(arena)
             for destination in [lease.destinations[0] for lease in leases]:
                 destination[:] = bytes(MIB)
@@ -305,7 +306,7 @@ def _fill(arena):
     leases = []
     with contextlib.suppress(oobpickle.ArenaFullError):
         while True:
-            leases.append(arena.acquire([MIB], wait_timeout=0))
+            leases.append(inner(arena).acquire([MIB], wait_timeout=0))
     return leases
 
 
@@ -410,7 +411,7 @@ def waiting_for_room():
 
 def backing(kind):
     with oobpickle.enabled(capacity=256 * MIB) as arena:
-        name = os.readlink(f"/proc/self/fd/{arena.descriptors[0]}")
+        name = os.readlink(f"/proc/self/fd/{inner(arena).descriptors[0]}")
         directory = {"shm": "/dev/shm", "tmp": tempfile.gettempdir()}.get(kind, "/memfd:")
         assert name.startswith(directory), name
         assert name.endswith("(deleted)"), name

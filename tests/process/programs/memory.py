@@ -12,6 +12,7 @@ import numpy as np
 from inside import content, eventually, fork, message, reap, verify
 
 import oobpickle
+from internals import inner
 from oobpickle._memory import headroom, receiving
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import Options
@@ -223,7 +224,7 @@ def _resident_nbytes(_=None):
 
 
 def _little():
-    oobpickle.install().blocks.entered_limit = 8 * MIB
+    inner(oobpickle.install()).blocks.entered_limit = 8 * MIB
 
 
 def resident_size(method):

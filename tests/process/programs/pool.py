@@ -26,6 +26,7 @@ import numpy as np
 from inside import Model, content, is_in_arena, message, verify
 
 import oobpickle
+from internals import inner
 
 MIB = 1 << 20
 
@@ -183,7 +184,7 @@ def messages_relayed_as_bytes():
             ends[0][1].send(message(seed))
             arena.trim()
             if seed % 2 == 0:
-                arena.acquire([10 * MIB]).release()
+                inner(arena).acquire([10 * MIB]).release()
             verify(ends[-1][0].recv(), seed)
         for process in relays:
             process.join()
@@ -283,11 +284,11 @@ def program_that_a_worker_lets_inherit_a_connection(method):
 def programs_without_connections_change_nothing():
     with oobpickle.enabled() as arena:
         read, write = multiprocessing.Pipe(duplex=False)
-        handed, pipe = arena.blocks.n_passed, subprocess.PIPE
+        handed, pipe = inner(arena).blocks.n_passed, subprocess.PIPE
         for more in ({"stderr": subprocess.STDOUT}, {"close_fds": False}, {"stdin": pipe}):
             command = [sys.executable, "-c", "print(1)"]
             subprocess.run(command, stdout=pipe, check=True, **more)
-        assert arena.blocks.n_passed == handed
+        assert inner(arena).blocks.n_passed == handed
         write.send(message(1))
         verify(read.recv(), 1)
         assert arena.statistics().n_messages_out_of_band == 1

@@ -19,6 +19,7 @@ import inside
 from inside import Token, eventually, fork, message, reap, verify
 
 import oobpickle
+from internals import inner
 from oobpickle import _faults
 from table import Table
 
@@ -81,7 +82,7 @@ def _press(arena):
         leases = []
         with contextlib.suppress(oobpickle.ArenaFullError):
             while True:
-                leases.append(arena.acquire([MIB], wait_timeout=0))
+                leases.append(inner(arena).acquire([MIB], wait_timeout=0))
         for lease in leases:
             for destination in lease.destinations:
                 destination[::4096] = bytes(len(destination) // 4096)
@@ -223,7 +224,7 @@ def a_number_that_was_taken_before_the_fork():
 
     reap(fork(starter))
     read.close()
-    arena.blocks.retain([])  # as if the one who asked had ended too
+    inner(arena).blocks.retain([])  # as if the one who asked had ended too
     _send_and_end(write)
     write.close()
     has_read.take()
@@ -484,13 +485,13 @@ def loaded_after_the_block():
         for _ in range(2):
             with oobpickle.enabled(capacity=32 * MIB):
                 pass
-        assert not arena.blocks.ended
+        assert not inner(arena).blocks.ended
         _load(spool)
         with oobpickle.enabled(capacity=32 * MIB):
             pass
         gc.collect()
         with oobpickle.enabled(capacity=32 * MIB):
-            assert arena.blocks.ended
+            assert inner(arena).blocks.ended
             for data in gone:
                 _assert_stale(data)
         for data in gone:
@@ -534,7 +535,7 @@ def what_multiprocessing_does_by_itself(method):
 
 
 def _own_row(arena):
-    return Table.of(arena).participant(arena.blocks.slot)
+    return Table.of(arena).participant(inner(arena).blocks.slot)
 
 
 def _noted(arena):

@@ -21,6 +21,7 @@ import inside
 from inside import Token, eventually, fork, is_in_arena, message, reap, verify
 
 import oobpickle
+from internals import inner
 from oobpickle._memory import receiving
 from oobpickle._native import core
 from table import Table
@@ -41,7 +42,7 @@ def _fill(arena, nbytes=MIB):
     leases = []
     with contextlib.suppress(oobpickle.ArenaFullError):
         while True:
-            leases.append(arena.acquire([nbytes], wait_timeout=0))
+            leases.append(inner(arena).acquire([nbytes], wait_timeout=0))
     return leases
 
 
@@ -161,7 +162,7 @@ def owner_killed_while_it_closes(point):
             for one in held:
                 verify(one)
             # Whatever the owner managed: the table is whole.
-            arena.reclaim.reap()
+            inner(arena).reclaim.reap()
             inside.assert_table_in_order(arena)
 
         fork(other)
@@ -170,7 +171,7 @@ def owner_killed_while_it_closes(point):
         ready.take()
         leases = _fill(arena)
         del leases
-        arena.blocks.reap()
+        inner(arena).blocks.reap()
         inside._faults.arm(point)
         oobpickle.uninstall()
 
@@ -226,7 +227,7 @@ def thirty_terminated_pools():
     for _ in range(30):
         # Looks for lost messages have an interval: rounds that are quicker share one, and what they
         # leave adds up.
-        eventually(lambda: time.monotonic() >= arena.reclaim._look_again_at)
+        eventually(lambda: time.monotonic() >= inner(arena).reclaim._look_again_at)
         _terminate_a_pool(n_tasks, nbytes)
         seen.append(arena.statistics().nbytes["in_flight"])
     assert max(seen) <= 2 * (n_tasks + 6) * nbytes, seen  # two rounds: tasks, results, queue
@@ -538,8 +539,8 @@ def what_a_dead_one_has_counted_is_counted_once():
         reap(fork(sender))
         for seed in range(3):
             verify(read.recv(), seed)
-        reap(fork(arena.blocks.reap, fault=point), expected=inside.KILLED)
-        arena.blocks.reap()
+        reap(fork(inner(arena).blocks.reap, fault=point), expected=inside.KILLED)
+        inner(arena).blocks.reap()
         found = arena.statistics()
         assert found.n_messages_out_of_band == 3 * n, (point, found)
 
@@ -576,7 +577,7 @@ def statistics_are_asked_for_while_blocks_are_left():
     assert not errors, errors
     with oobpickle.enabled():
         pass
-    assert all(arena.blocks.ended for arena in arenas)
+    assert all(inner(arena).blocks.ended for arena in arenas)
 
 
 def message_read_after_the_block_was_left():
@@ -608,7 +609,7 @@ def a_message_loaded_twice():
         received = pickle.loads(raw)
         _assert_stale(raw)  # while it is held
         del received
-        arena.blocks.reap()
+        inner(arena).blocks.reap()
         _assert_stale(raw)  # while it is free
         sender_write.send(obj)
         _assert_stale(raw)  # while it is in flight again, with other content
@@ -795,7 +796,7 @@ def more_dead_than_slots_are_recovered_by_newcomers():
     arena = oobpickle.install(capacity=64 * MIB)
 
     def victim():
-        arena.acquire([1_000_000])
+        inner(arena).acquire([1_000_000])
         _kill_self()
 
     for _ in range(100):

@@ -9,6 +9,7 @@ import inside
 from inside import eventually, message, verify
 
 import oobpickle
+from internals import inner
 from oobpickle._hook import connections
 
 MIB = 1 << 20
@@ -45,7 +46,7 @@ def _assert_nothing_is_left(arena):
         gc.collect()
         with oobpickle.enabled():
             pass
-        return arena.blocks.ended and not inside.our_descriptors()
+        return inner(arena).blocks.ended and not inside.our_descriptors()
 
     eventually(is_gone)
     assert arena.statistics().nbytes_resident == 0, arena.statistics()

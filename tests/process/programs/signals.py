@@ -16,6 +16,7 @@ import numpy as np
 from inside import content, message, reap, verify
 
 import oobpickle
+from internals import inner
 from oobpickle import _api, _faults
 from oobpickle._hook import installed
 
@@ -303,7 +304,7 @@ def a_handler_collects_arrays_within_a_step():
                 write.send(message(7, 700_000))
                 kept = verify(read.recv(), 7)
                 del kept
-                arena.blocks.reap()
+                inner(arena).blocks.reap()
             gc.enable()
             gc.collect()
             arena.trim()
@@ -340,7 +341,7 @@ def a_handler_forks_within_a_step():
             write.send(message(8))
             with _signal_at(point):
                 mine = read.recv()
-                arena.blocks.reap()
+                inner(arena).blocks.reap()
                 write.send(message(9))
             write.send(message(10))
             kept = [read.recv(), read.recv()]

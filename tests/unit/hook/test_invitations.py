@@ -10,6 +10,7 @@ import pytest
 import oobpickle
 from oobpickle import _api
 from oobpickle._hook import installed, invitations
+from oobpickle._memory.arena import Arena
 
 NAME = bytes(range(256))[200:232]  # with quotes and backslashes it would be the same
 
@@ -72,13 +73,13 @@ def test_an_offer_of_somebody_who_is_gone_is_declined():
 def test_who_takes_part_already_declines():
     with oobpickle.enabled() as arena:
         assert 1 == pickle.loads(invitations.prefix(bytes(32)) + pickle.dumps(1))
-        assert installed.current.arena is arena
+        assert installed.current.shown is arena
 
 
 def test_a_ctrl_c_within_an_offer_is_not_swallowed(monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_api.Arena, "find", interrupted)
+    monkeypatch.setattr(Arena, "find", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pickle.loads(invitations.prefix(b"identity of some" + bytes(16)) + pickle.dumps(1))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import oobpickle
+from internals import inner
 from messages import envelope_of, message_of
 from oobpickle import _envelope
 from oobpickle._hook import invitations, loading
@@ -26,8 +27,8 @@ def envelope(obj):
     try:
         return bytes(envelope_of(obj, arena))
     finally:
-        arena.close()
-        assert arena.try_destroy()
+        inner(arena).close()
+        assert inner(arena).try_destroy()
 
 
 def in_band(obj):

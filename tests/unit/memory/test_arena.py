@@ -17,7 +17,6 @@ import oobpickle
 from conftest import eventually
 from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._memory import headroom, reclaim, sending
-from oobpickle._memory.absent import AbsentArena
 from oobpickle._memory.arena import Arena
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import channel_id
@@ -1033,16 +1032,9 @@ def test_what_there_is_no_room_for_says_so_and_the_rest_is_ready(block):
     ],
 )
 def test_what_cannot_be_prepared_is_refused(block, arguments, error, text):
-    for arena in (block, AbsentArena(Options())):
-        with pytest.raises(error, match=text):
-            arena.preallocate(**arguments)
+    with pytest.raises(error, match=text):
+        block.preallocate(**arguments)
     assert 0 == block.statistics().nbytes_resident
-
-
-def test_an_absent_arena_prepares_nothing():
-    arena = AbsentArena(Options())
-    arena.preallocate(np.zeros(10))
-    assert 0 == arena.statistics().nbytes_resident
 
 
 def test_an_arena_that_was_left_refuses_to_prepare():
