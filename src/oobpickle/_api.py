@@ -33,7 +33,7 @@ from oobpickle._arena import AbsentArena, Arena
 from oobpickle._errors import ArenaError, FallbackWarning
 from oobpickle._fallback import Fallback, describe_fallbacks
 from oobpickle._foreign import ignoring
-from oobpickle._hook import installed
+from oobpickle._hook import installed, loky
 from oobpickle._hook.channels import Channels
 from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._hook.fileno import hooked_fileno
@@ -83,11 +83,23 @@ def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
         _join(inner.Arena.attach(*descriptors), channels, is_spawned=True)
 
 
+def _hook(arena: inner.Arena, channels: Channels, said: Options, *, is_owner: bool) -> Hook:
+    callables: Any = {"inherit": _inherit, "of_libraries": loky.replacements}
+    return Hook(arena, channels, said, is_owner=is_owner, **callables)
+
+
 def _join(arena: inner.Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
     known = Channels(arena, channels)
     if is_spawned and is_absent():
         known.spawned.add(0)  # the parent has a main module that is not ours
-    hook = Hook(arena, known, arena.options, is_owner=False, inherit=_inherit)
+    hook = Hook(
+        arena,
+        known,
+        arena.options,
+        is_owner=False,
+        inherit=_inherit,
+        of_libraries=loky.replacements,
+    )
     hook.installed = True
     _reset_guard_in_children()
     installed.start(hook, _replacements())
@@ -126,7 +138,14 @@ def _start(options: Options, block: Block | None = None) -> Hook | None:
     _reset_guard_in_children()
     installed.sweep()
     arena = inner.Arena.create(options)
-    hook = Hook(arena, Channels(arena), options.resolve(), is_owner=True, inherit=_inherit)
+    hook = Hook(
+        arena,
+        Channels(arena),
+        options.resolve(),
+        is_owner=True,
+        inherit=_inherit,
+        of_libraries=loky.replacements,
+    )
     if block is not None:
         hook.blocks.add(block)
     installed.start(hook, _replacements())

@@ -1,10 +1,10 @@
-"""Why a message travels in-band: every reason, its text, and how it is counted.
+"""Why a message travels in-band: every reason, and its text.
 
 **What.** `REASONS`, and the counters of each in a participant's row; `Fallback`, which shows them,
 and `describe_fallbacks`, the text of the warning at the end of the block.
 
 **How it works.** Where memory cannot be had an `ArenaFullError` carries the reason; where a channel
-must not be used, the hook names it. ``Hook.count_fallback`` counts both.
+must not be used, the hook names it. ``_hook.installed.Hook.count_fallback`` counts both.
 
 **Lifetime.** See `_statistics`.
 

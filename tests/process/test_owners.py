@@ -7,9 +7,6 @@ import pytest
 from process.harness import run_program
 
 LIBRARIES = (
-    "joblib_with_loky",
-    "joblib_with_multiprocessing",
-    "loky",
     "multiprocess_with_fork",
     "multiprocess_with_spawn",
 )

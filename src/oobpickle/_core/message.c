@@ -33,7 +33,6 @@ for. Without memory: MemoryError. */
 #define HEAD_ROOM 1024 /* for what is put before the first buffer */
 #define BYTEARRAY8 '\x96'
 #define HEADER_NBYTES 9 /* that opcode, and 64 bits */
-#define LONG_NBYTES ((u64)64 << 10) /* the pickler hands these to the file as they are */
 #define STEP ((u64)16 << 20)
 #define LARGE ((u64)1 << 20)
 
@@ -597,6 +596,15 @@ static PyObject *reduce_array(PyObject *self, PyObject *array)
     return array_reduce(of(self), array);
 }
 
+/* reduce_array(array): what is called for an exact ndarray where no table has another reducer */
+static PyObject *reduce_exact_array(PyObject *self, PyObject *array)
+{
+    if (is_ndarray(Py_TYPE(array)))
+        return array_reduce(of(self), array);
+    PyErr_SetString(PyExc_TypeError, "not an exact ndarray");
+    return NULL;
+}
+
 static PyMethodDef reducers[] = {
     {"reduce_as_pickle", reduce_as_pickle, METH_O, NULL},
     {"reduce_array", reduce_array, METH_O, NULL},
@@ -943,6 +951,7 @@ static PyMethodDef methods[] = {
     {"take", take, METH_O, NULL},
     {"stays", stays, METH_O, NULL},
     {"stand_in", stand_in, METH_O, NULL},
+    {"reduce_array", reduce_exact_array, METH_O, NULL},
     {"get", get_reducer, METH_VARARGS, NULL},
     {"small", small, METH_NOARGS, NULL},
     {"write_stream_into", write_stream_into, METH_O, NULL},

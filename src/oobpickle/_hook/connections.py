@@ -39,9 +39,9 @@ from oobpickle import _envelope, _faults, _statistics
 from oobpickle._envelope import MARK, MODULUS, PREFIX, PREFIX_NBYTES, Envelope
 from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
-from oobpickle._hook import installed, invitations, loading
+from oobpickle._hook import installed, invitations, libraries, loading
 from oobpickle._hook.installed import Hook, running
-from oobpickle._hook.readers import is_read_as_object
+from oobpickle._hook.readers import protocol_of
 from oobpickle._memory.pipes import widened
 from oobpickle._native import core
 from oobpickle._pickling import in_band
@@ -129,6 +129,17 @@ def is_standard(function: Any) -> bool:
     return getattr(function, "__globals__", None) is vars(mp_reduction)
 
 
+def to_send(hook: Hook, message: core.Message, frame: FrameType) -> Envelope | memoryview | bytes:
+    """Return the bytes to write for a message that was taken apart.
+
+    `frame` is that of whoever gives them to a connection.
+    """
+    small = message.small()
+    if small is None:
+        return _send(hook, message, frame)
+    return _asking(hook, small, frame) if hook.n_asking else small
+
+
 def _send(hook: Hook, message: core.Message, frame: FrameType) -> Envelope | memoryview | bytes:
     """Return the bytes to write for a message at or above the threshold."""
     return _send_through(hook, message, frame) if running() is hook else _in_band(message)
@@ -202,12 +213,14 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
 
 def _writes_at_once(frame: FrameType) -> bool:
     """Tell whether the caller of ``dumps`` gives the bytes to a connection, and to nobody else."""
-    senders: Any = (mp_connection.Connection.send, mp_queues.SimpleQueue.put)
+    senders: Any = [mp_connection.Connection.send, mp_queues.SimpleQueue.put]
+    senders += [module.SimpleQueue.put for module in libraries.of_loky("backend.queues")]
     return _is_feeder(frame) or frame.f_code in [sender.__code__ for sender in senders]
 
 
 def _is_feeder(frame: FrameType) -> bool:
-    return frame.f_code is mp_queues.Queue._feed.__code__  # type: ignore[attr-defined]
+    queues: Any = [mp_queues, *libraries.of_loky("backend.queues")]
+    return frame.f_code in [module.Queue._feed.__code__ for module in queues]
 
 
 def _in_band(
@@ -316,8 +329,7 @@ def _count_uncounted(nbytes: int, message: io.BytesIO, frame: FrameType) -> None
         if hook is None or nbytes < hook.threshold or tail == _COUNTED:
             return
         # What `send_bytes` was given is none of our business.
-        is_pickle = view[0] == _PROTO and view[1] == pickle.DEFAULT_PROTOCOL
-        is_pickle = is_pickle and tail[-1:] == pickle.STOP and is_read_as_object(frame)
+        is_pickle = view[0] == _PROTO and tail[-1:] == pickle.STOP and view[1] == protocol_of(frame)
     if (is_pickle or tail == _DETACHED) and running() is hook:
         # What was started without our descriptors could not attach.
         is_detached = tail == _DETACHED or not hook.arena.can_be_inherited()

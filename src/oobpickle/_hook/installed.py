@@ -58,6 +58,8 @@ class Hook:
     inherit : callable
         What a child that is being started calls to join: with the arena's descriptors, and
         `Channels.to_bytes`.
+    of_libraries : callable
+        Returns what is to be replaced in libraries that are imported by now.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class Hook:
         *,
         is_owner: bool,
         inherit: Callable[..., None],
+        of_libraries: Callable[[], list[Replacement]],
     ) -> None:
         self.arena = arena
         self.shown = _arena.Arena(arena)  # to the program
@@ -84,6 +87,7 @@ class Hook:
         self.installed = False  # install() was called
         self.leaving = False
         self.inherit = inherit
+        self._of_libraries = of_libraries
         self._is_owner = is_owner
         self._epoch = core.epoch()
         self._replaced: list[tuple[Any, str, Any, Any]] = []
@@ -95,17 +99,29 @@ class Hook:
 
     def put_in(self, replacements: Iterable[Replacement]) -> None:
         """Replace objects of the standard library; `take_out` is the undo."""
+        done = {(id(owner), name) for owner, name, _, _ in self._replaced}
         for owner, name, make in replacements:
-            original = getattr(owner, name)
+            if (id(owner), name) in done:
+                continue
+            original = _attribute(owner, name)
             ours = make(original)
             self._replaced.append((owner, name, ours, original))
             setattr(owner, name, ours)
+
+    def look_for_libraries(self) -> None:
+        """Replace what is to be replaced in libraries that were imported meanwhile."""
+        if guard.acquire(blocking=False):  # else somebody is putting it in or taking it out
+            try:
+                if current is self and not self.leaving:
+                    self.put_in(self._of_libraries())
+            finally:
+                guard.release()
 
     def take_out(self) -> None:
         """Restore what was there, unless somebody has put something else in its place since."""
         while self._replaced:
             owner, name, ours, original = self._replaced[-1]
-            if getattr(owner, name) is ours:
+            if _attribute(owner, name) is ours:
                 setattr(owner, name, original)
             self._replaced.pop()
 
@@ -119,6 +135,11 @@ class Hook:
             return
         n_messages_at, nbytes_at = _fallback.fallback_counters(reason)
         self.arena.count(n_messages_at, 1, nbytes_at, nbytes)
+
+
+def _attribute(owner: Any, name: str) -> Any:
+    """Return what stands there: of a class method the object, not a method that is bound anew."""
+    return vars(owner).get(name, getattr(owner, name, None))
 
 
 def running() -> Hook | None:
@@ -140,6 +161,7 @@ def start(hook: Hook, replacements: Iterable[Replacement]) -> None:
     try:
         _envelope.introduce(hook.arena)
         hook.put_in(replacements)
+        hook.put_in(hook._of_libraries())
         current = hook
     except BaseException:  # a Ctrl-C
         current = hook

@@ -38,7 +38,7 @@ import os
 import pickle
 import sys
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any, Final
 
 from oobpickle._delegate import delegate
@@ -79,6 +79,7 @@ def hooked_pipe(original: Any) -> Any:
         ends: tuple[Any, Any] = original(duplex)
         hook = running()
         if hook is not None:
+            hook.look_for_libraries()
             hook.channels.note(ends[0].fileno(), ends[1].fileno())
         return ends
 
@@ -94,7 +95,7 @@ def hooked_dump(original: Any) -> Any:
             return
         can_attach = hook.arena.can_be_inherited()
         if can_attach:
-            file.write(_dropped(Inheritance(hook)))
+            file.write(dropped(Inheritance(hook)))
         if is_standard(original) and _is_standard_pickler(mp_reduction.ForkingPickler):
             for part in _parts(hook, obj, popen):
                 file.write(part)
@@ -122,7 +123,7 @@ def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryvi
             envelope.lease.depart()
             _launching[popen] = envelope, guard
             yield envelope[:-1]
-            yield _dropped(guard)
+            yield dropped(guard)
             yield pickle.STOP
             return
     yield in_band.as_pickle(message) if message.n_buffers else message.stream
@@ -134,7 +135,7 @@ def _is_standard_pickler(pickler: Any) -> bool:
     return is_standard(own.get("dumps")) and "reducer_override" not in own
 
 
-def _dropped(obj: object) -> bytes:
+def dropped(obj: object) -> bytes:
     """Return opcodes that load an object and drop it."""
     file = io.BytesIO()
     pickler = pickle.Pickler(file, 3)  # without frames
@@ -251,11 +252,12 @@ def _inherited(given: Mapping[str, Any]) -> Iterator[int]:
 class Inheritance:
     """The arena's descriptors and channels, for the child that is being started."""
 
-    def __init__(self, hook: Hook) -> None:
+    def __init__(self, hook: Hook, descriptors: Sequence[int] | None = None) -> None:
         self._hook = hook
+        self._descriptors = hook.arena.descriptors if descriptors is None else descriptors
 
     def __reduce__(self) -> Any:
-        descriptors = [mp_reduction.DupFd(fd) for fd in self._hook.arena.descriptors]
+        descriptors = [mp_reduction.DupFd(fd) for fd in self._descriptors]
         return self._hook.inherit, (*descriptors, self._hook.channels.to_bytes())
 
 

@@ -1,13 +1,14 @@
 """Readers: who reads a message, and so whose pickler has made it.
 
-**What.** `is_read_as_object` tells whether the message that is being read is one of
-multiprocessing's own: an object that somebody has put into a queue, or given to ``send``.
+**What.** `protocol_of` tells whether the message that is being read is an object that somebody has
+put into a queue or given to ``send``, of multiprocessing or of a library that is served.
 
 **How it works.** Other libraries pickle in their own way, give `Connection.send_bytes` the bytes,
 and read by the same methods. The bytes do not tell: from CPython 3.14 on the default protocol is
 the highest one, which those libraries use. The frames do::
 
-    Connection.recv <- anybody but joblib and loky           an object
+    Connection.recv <- joblib and loky                       an object, if they are served
+                    <- anybody else                          an object
                     <- Pool._handle_results(outqueue, ...)   an object if `outqueue` pickles as ours
     Connection.recv_bytes <- Queue.get, SimpleQueue.get      an object if the queue pickles as ours
                           <- anybody else                    bytes
@@ -22,16 +23,20 @@ from __future__ import annotations
 
 import multiprocessing.connection as mp_connection
 import multiprocessing.queues as mp_queues
+import pickle
 from types import FrameType
 from typing import Any, Final
+
+from oobpickle._hook import libraries
 
 #: Libraries that let `Connection.recv` load what their own picklers have made; by themselves, or as
 #: a part of another package.
 _WITH_PICKLERS: Final = frozenset(["joblib", "loky"])
+_LOKYS: Final = 5
 
 
-def is_read_as_object(frame: FrameType | None) -> bool:
-    """Tell whether a message was made by multiprocessing's own pickler, by who reads it.
+def protocol_of(frame: FrameType | None) -> int | None:
+    """Return the protocol that an object was pickled with; ``None`` if it may be other bytes.
 
     Parameters
     ----------
@@ -43,18 +48,24 @@ def is_read_as_object(frame: FrameType | None) -> bool:
         method = frame.f_code
         frame = frame.f_back
     if frame is None:
-        return False
+        return None
     if frame.f_globals is vars(mp_queues):
-        return _pickles_as_ours(frame.f_locals.get("self"))
+        return _protocol_of_queue(frame.f_locals.get("self"))
     if method is not mp_connection.Connection.recv.__code__:
-        return False
+        return None
     module = str(frame.f_globals.get("__name__"))
     if module == "multiprocessing.pool":
-        return _pickles_as_ours(frame.f_locals.get("outqueue"))
-    return _WITH_PICKLERS.isdisjoint(module.split("."))
+        return _protocol_of_queue(frame.f_locals.get("outqueue"))
+    if _WITH_PICKLERS.isdisjoint(module.split(".")):
+        return pickle.DEFAULT_PROTOCOL
+    return _LOKYS if libraries.serves(module) else None
 
 
-def _pickles_as_ours(queue: Any) -> bool:
-    """Tell whether what is put into a queue goes through multiprocessing's own pickler."""
+def _protocol_of_queue(queue: Any) -> int | None:
+    """Return the same for what is put into a queue, by the function that does it."""
     pickles = getattr(type(queue), "_feed" if isinstance(queue, mp_queues.Queue) else "put", None)
-    return getattr(pickles, "__globals__", None) is vars(mp_queues)
+    namespace = getattr(pickles, "__globals__", None)
+    if namespace is vars(mp_queues):
+        return pickle.DEFAULT_PROTOCOL
+    name = namespace.get("__name__") if isinstance(namespace, dict) else None
+    return _LOKYS if isinstance(name, str) and libraries.serves(name) else None

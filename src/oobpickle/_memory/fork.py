@@ -2,9 +2,9 @@
 
 **What.** `start` has `oobpickle._core` told of every later fork of this process.
 
-**How it works.** Before a fork what this process holds becomes ordinary memory; in the child the
-arena is joined anew. The hooks are functions of C: no signal handler runs inside, and a pending
-Ctrl-C comes when they are done.
+**How it works.** Before a fork what this process holds becomes ordinary memory; the child takes the
+slot that was prepared for it (``_core/birth.c``). The work is in ``_core/fork.c``: in functions of
+C no signal handler runs, and a pending Ctrl-C comes when they are done.
 
 **Lifetime.** ``os.register_at_fork`` cannot be undone; with no arena the hooks do nothing. They run
 for ``os.fork`` and everything built on it, not for ``subprocess`` or ``posix_spawn``, which need

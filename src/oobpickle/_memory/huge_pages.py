@@ -1,7 +1,8 @@
 """Huge pages for shared memory: how the system gives them, and whether they came.
 
 **What.** `policy` says whether pages of 2 MiB can be had for a memfd, and how; `mapped_nbytes` how
-much of a file is mapped in them.
+much of a file is mapped in them. They are asked for in ``_core/mapping.c`` (`advise_always`,
+`mapping_reserve`), and for ordinary memory in ``_core/message.c``.
 
 **How it works.** ``shmem_enabled`` below ``/sys/kernel/mm/transparent_hugepage`` holds for all
 shared memory, and the one below ``hugepages-2048kB`` for this size, unless it says ``inherit``.

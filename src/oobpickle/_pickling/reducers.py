@@ -19,7 +19,8 @@ instead, by `oobpickle._core.Message`, which is a sink too and writes the same s
 
 **When it cannot.** Arrays with Python objects in them and empty arrays take NumPy's way. Other
 classes: `numpy_subclasses` for those of arrays, `byte_types` for Python's own memory,
-`arrow_types` for slices of pyarrow's arrays."""
+`arrow_types` for slices of pyarrow's arrays. A further kind needs a line in `special_reducer`, and
+its base class in `may_be_special` of ``_core/message.c``, which asks only about those."""
 
 from __future__ import annotations
 

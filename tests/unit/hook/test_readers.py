@@ -7,10 +7,14 @@ import multiprocessing.queues
 import pickle
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 
-from oobpickle._hook.readers import is_read_as_object
+from oobpickle._hook import loky
+from oobpickle._hook.readers import protocol_of
+
+OBJECT = pickle.DEFAULT_PROTOCOL
 
 
 class OwnPickler(multiprocessing.queues.SimpleQueue):
@@ -39,7 +43,7 @@ def seen(monkeypatch):
 
     def _recv(self, size, *args):
         if size != 4:
-            found.append(is_read_as_object(sys._getframe(1)))
+            found.append(protocol_of(sys._getframe(1)))
         return original(self, size, *args)
 
     monkeypatch.setattr(multiprocessing.connection.Connection, "_recv", _recv)
@@ -60,13 +64,13 @@ def call_in(module, function):
 @pytest.mark.parametrize(
     ("module", "expected"),
     [
-        ("__main__", True),
-        ("concurrent.futures.process", True),
-        ("my.lokyfile", True),
-        ("loky.process_executor", False),
-        ("joblib.externals.loky.process_executor", False),
-        ("joblib.pool", False),
-        ("other.vendor.loky.backend", False),
+        ("__main__", OBJECT),
+        ("concurrent.futures.process", OBJECT),
+        ("my.lokyfile", OBJECT),
+        ("loky.process_executor", None),
+        ("joblib.externals.loky.process_executor", None),
+        ("joblib.pool", None),
+        ("other.vendor.loky.backend", None),
     ],
 )
 def test_recv_by_anybody_but_libraries_with_their_own_picklers(seen, ends, module, expected):
@@ -77,6 +81,17 @@ def test_recv_by_anybody_but_libraries_with_their_own_picklers(seen, ends, modul
     assert seen == [expected]
 
 
+@pytest.mark.parametrize("package", ["loky", "joblib.externals.loky"])
+def test_recv_by_a_library_that_is_served(seen, ends, package, monkeypatch):
+    queues = SimpleNamespace(dumps=loky.hooked_dumps(pickle.dumps))
+    monkeypatch.setitem(sys.modules, f"{package}.backend.queues", queues)
+    reader, writer = ends
+    writer.send("an object")
+    call_in(f"{package}.process_executor", reader.recv)
+
+    assert seen == [5]
+
+
 def test_bytes_are_no_object(seen, ends):
     reader, writer = ends
     for _ in range(2):
@@ -84,18 +99,18 @@ def test_bytes_are_no_object(seen, ends):
     call_in("__main__", reader.recv_bytes)
     call_in("__main__", lambda: reader.recv_bytes_into(bytearray(100)))
 
-    assert seen == [False, False]
+    assert seen == [None, None]
 
 
 @pytest.mark.parametrize(
     ("kind", "expected"),
     [
-        (multiprocessing.queues.Queue, True),
-        (multiprocessing.queues.JoinableQueue, True),
-        (multiprocessing.queues.SimpleQueue, True),
-        (Counting, True),
-        (OwnFeeder, False),
-        (OwnPickler, False),
+        (multiprocessing.queues.Queue, OBJECT),
+        (multiprocessing.queues.JoinableQueue, OBJECT),
+        (multiprocessing.queues.SimpleQueue, OBJECT),
+        (Counting, OBJECT),
+        (OwnFeeder, None),
+        (OwnPickler, None),
     ],
 )
 def test_queues_by_how_they_pickle(seen, kind, expected):
@@ -110,7 +125,7 @@ def test_queues_by_how_they_pickle(seen, kind, expected):
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"), [(multiprocessing.queues.SimpleQueue, True), (OwnPickler, False)]
+    ("kind", "expected"), [(multiprocessing.queues.SimpleQueue, OBJECT), (OwnPickler, None)]
 )
 def test_results_of_a_pool_by_how_its_queue_pickles(seen, kind, expected):
     queue = kind(ctx=multiprocessing.get_context("spawn"))

@@ -1,0 +1,53 @@
+"""Libraries that have picklers of their own: which modules of theirs are imported.
+
+**What.** `of_loky` finds loky's modules, in both places where it may be.
+
+**How it works.** By their names in ``sys.modules``: nothing is imported for anybody.
+
+**Lifetime.** No state.
+
+**When it cannot.** A copy of loky under another name is not found, and its messages travel in-band.
+"""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+from typing import Final
+
+LOKY: Final = ("loky", "joblib.externals.loky")
+_OURS: Final = "oobpickle"
+
+
+def of_loky(name: str) -> list[ModuleType]:
+    """Return the modules of that name in each loky that is imported.
+
+    Parameters
+    ----------
+    name : str
+        Below the package: ``"backend.queues"``.
+    """
+    found = [sys.modules.get(f"{package}.{name}") for package in LOKY]
+    return [module for module in found if module is not None]
+
+
+def serves(name: str) -> bool:
+    """Tell whether what a module of joblib or loky reads is made by their pickler, which is served.
+
+    Parameters
+    ----------
+    name : str
+        Of the module.
+    """
+    if name == "joblib.pool":
+        queue = getattr(sys.modules.get(name), "CustomizablePicklingQueue", None)
+        return _is_ours(getattr(queue, "_make_methods", None))
+    for package in LOKY:
+        if name.startswith(f"{package}."):
+            queues = sys.modules.get(f"{package}.backend.queues")
+            return _is_ours(getattr(queues, "dumps", None))
+    return False
+
+
+def _is_ours(function: object) -> bool:
+    return str(getattr(function, "__module__", "")).partition(".")[0] == _OURS

@@ -1,0 +1,287 @@
+"""What is replaced in joblib and loky, so that their messages go out of band too.
+
+**What.** `replacements` lists what is replaced in those that are imported: ``dumps`` of loky's
+queues, what starts its workers, how it measures a worker's memory, and joblib's queue for its
+``multiprocessing`` backend. joblib has a loky of its own, ``joblib.externals.loky``.
+
+**How it works.** Both pickle by themselves, and give the bytes to connections of multiprocessing,
+which are hooked already. Their pickler, with their reducers, writes into a
+`oobpickle._core.Message`. Where joblib would send an array by value our reducer takes its place;
+an array that joblib keeps in a file stays there.
+
+loky makes the descriptors that a worker inherits inheritable for good. So it gets duplicates of
+the arena's, which are closed when the worker is launched. It replaces workers whose memory grows;
+pages of shared memory are not counted.
+
+**Lifetime.** Each asks at call time whether the hook is in. What is imported inside the block is
+replaced when it makes its first pipe (`processes.hooked_pipe`).
+
+**When it cannot.** What a release of theirs does not have is not replaced, nor a pickler that is
+not in C: those messages travel as they would without us.
+"""
+
+from __future__ import annotations
+
+import multiprocessing.context as mp_context
+import multiprocessing.process as mp_process
+import os
+import pickle
+import sys
+import weakref
+from collections.abc import Callable
+from typing import IO, Any, Final
+
+from oobpickle import _envelope
+from oobpickle._foreign import ignoring
+from oobpickle._hook import installed
+from oobpickle._hook.connections import to_send
+from oobpickle._hook.installed import Hook, Replacement, running
+from oobpickle._hook.libraries import of_loky
+from oobpickle._hook.processes import Inheritance, dropped, hooked_dup_fd
+from oobpickle._memory.descriptors import File, close_if, file_of
+from oobpickle._native import core
+
+_PROTOCOL: Final = 5
+_MADE_IN: Final = "_oobpickle_arena"  # of an executor: the identity of the arena
+
+#: By process object: the duplicates of our descriptors that its worker inherits.
+_inherited: Final[weakref.WeakKeyDictionary[Any, list[tuple[int, File]]]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def replacements() -> list[Replacement]:
+    """Return what is to be replaced in what is imported by now."""
+    wanted: list[tuple[Any, str, Callable[[Any], Any]]] = [
+        *((module, "dumps", hooked_dumps) for module in of_loky("backend.queues")),
+        *((module, "dump", hooked_dump) for module in of_loky("backend.reduction")),
+        *((module, "DupFd", hooked_dup_fd) for module in of_loky("backend._posix_reduction")),
+        *(
+            (module.LokyProcess, "_Popen", hooked_popen)
+            for module in of_loky("backend.process")
+            if hasattr(module, "LokyProcess")
+        ),
+        *(
+            (module, "_get_memory_usage", hooked_memory_usage)
+            for module in of_loky("process_executor")
+        ),
+        *(
+            (module._ReusablePoolExecutor, "get_reusable_executor", hooked_get)
+            for module in of_loky("reusable_executor")
+            if hasattr(module, "_ReusablePoolExecutor")
+        ),
+    ]
+    pool = sys.modules.get("joblib.pool")
+    if pool is not None and hasattr(pool, "CustomizablePicklingQueue"):
+        wanted.append((pool.CustomizablePicklingQueue, "_make_methods", hooked_make_methods))
+    return [one for one in wanted if hasattr(one[0], one[1])]
+
+
+# --- taking messages apart
+
+
+def hooked_dumps(original: Any) -> Any:
+    namespace = getattr(original, "__globals__", {})  # of loky.backend.reduction
+
+    def dumps(obj: object, reducers: Any = None, protocol: int | None = None) -> Any:
+        hook = installed.current
+        kind = namespace.get("_LokyPickler")
+        if (
+            hook is None
+            or protocol is not None
+            or hook.arena.blocks.closed
+            or not (isinstance(kind, type) and issubclass(kind, pickle.Pickler))
+        ):
+            running()
+            return original(obj, reducers=reducers, protocol=protocol)
+        message = _taken_apart(hook, obj, kind, reducers)
+        return to_send(hook, message, sys._getframe(1))
+
+    return dumps
+
+
+def _taken_apart(hook: Hook, obj: object, kind: Any, reducers: Any) -> core.Message:
+    """Pickle with their pickler, which has reducers and a way with functions of its own."""
+    special: dict[type, Any] = {}
+    message = core.Message(hook.destination, hook.threshold, _envelope.tables(special))
+    pickler = kind(message, reducers=reducers, protocol=_PROTOCOL)
+    arrays = _Arrays()
+    for cls, reducer in pickler.dispatch_table.items():
+        special[cls] = arrays.instead_of(reducer)
+    # Their pickler has no argument for the callback. To begin anew it looks for its table again.
+    _set_table(pickler, message.table)
+    pickle.Pickler.__init__(pickler, message, _PROTOCOL, buffer_callback=message.take)
+    try:
+        arrays.message = message
+        pickler.dump(obj)
+    except BaseException:
+        message.clear()
+        raise
+    finally:
+        arrays.message = None
+    return message
+
+
+def _set_table(pickler: Any, table: Any) -> None:
+    """Set the table where the pickler in C looks, and where Python code does."""
+    pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
+    pickler.dispatch_table = table
+
+
+class _Arrays:
+    """Reducers in the place of joblib's, for arrays that it would send by value.
+
+    Attributes
+    ----------
+    message : Message or None
+        What is being taken apart. Not for longer: it has these reducers, and nobody would find the
+        cycle.
+    """
+
+    message: core.Message | None = None
+
+    def instead_of(self, reducer: Any) -> Any:
+        """Return ours in the place of a reducer of joblib's, and any other reducer as it is."""
+        joblib: Any = sys.modules.get("joblib._memmapping_reducer")
+        if joblib is None:
+            return reducer
+        forward = getattr(joblib, "ArrayMemmapForwardReducer", None)
+        if forward is not None and type(reducer) is forward:
+            return _with(self, _forward, joblib, reducer)
+        if reducer is getattr(joblib, "reduce_array_memmap_backward", self):
+            return _with(self, _backward, joblib, reducer)
+        return reducer
+
+    def by_value(self, array: Any) -> Any:
+        """Reduce an array as one that no file has."""
+        import numpy as np
+
+        assert self.message is not None, "the reducers outlive their message"
+        return self.message.reduce_array(np.asarray(array))
+
+
+def _with(arrays: _Arrays, call: Callable[..., Any], joblib: Any, reducer: Any) -> Any:
+    def reduce(array: Any) -> Any:
+        return call(arrays, joblib, reducer, array)
+
+    return reduce
+
+
+def _forward(arrays: _Arrays, joblib: Any, reducer: Any, array: Any) -> Any:
+    """An argument: above a size joblib writes it to a file, which all workers map."""
+    most = getattr(reducer, "_max_nbytes", 0)
+    in_file = joblib._get_backing_memmap(array) is not None
+    if in_file or array.dtype.hasobject or (most is not None and array.nbytes > most):
+        return reducer(array)
+    return arrays.by_value(array)
+
+
+def _backward(arrays: _Arrays, joblib: Any, reducer: Any, array: Any) -> Any:
+    """A result: what is in a file of the user's is mapped again, all else is sent by value."""
+    in_file = joblib._get_backing_memmap(array)
+    is_users = in_file is not None and getattr(in_file, "filename", None) not in joblib.JOBLIB_MMAPS
+    if array.dtype.hasobject or (is_users and hasattr(in_file, "filename")):
+        return reducer(array)
+    return arrays.by_value(array)
+
+
+# --- joblib's own pool
+
+
+def hooked_make_methods(original: Any) -> Any:
+    def _make_methods(self: Any) -> None:
+        original(self)
+        if not self._reducers:
+            return  # then it sends as multiprocessing does
+        plain, lock = self._send, self._wlock
+
+        def send(obj: object) -> None:
+            hook = installed.current
+            kind = original.__globals__.get("CustomizablePickler")
+            if (
+                hook is None
+                or hook.arena.blocks.closed
+                or not (isinstance(kind, type) and issubclass(kind, pickle.Pickler))
+            ):
+                running()
+                plain(obj)
+                return
+            message = _taken_apart(hook, obj, kind, self._reducers)
+            self._writer.send_bytes(to_send(hook, message, sys._getframe(0)))
+
+        def put(obj: object) -> None:
+            with lock:
+                send(obj)
+
+        self._send, self.put = send, put
+
+    return _make_methods
+
+
+# --- workers
+
+
+def hooked_dump(original: Any) -> Any:
+    def dump(obj: object, file: IO[bytes], *args: Any, **kwargs: Any) -> None:
+        popen: Any = mp_context.get_spawning_popen()
+        hook = running() if popen is not None and isinstance(obj, mp_process.BaseProcess) else None
+        if hook is not None and hook.arena.can_be_inherited():
+            duplicates = [os.dup(fd) for fd in hook.arena.descriptors]
+            _inherited[obj] = [(fd, file_of(fd)) for fd in duplicates]
+            file.write(dropped(Inheritance(hook, duplicates)))
+        original(obj, file, *args, **kwargs)
+
+    return dump
+
+
+def hooked_popen(original: Any) -> Any:
+    function = getattr(original, "__func__", original)
+
+    def _Popen(process_obj: object) -> Any:
+        try:
+            return function(process_obj)
+        finally:
+            for fd, file in _inherited.pop(process_obj, ()):
+                close_if(fd, file)
+
+    return staticmethod(_Popen)
+
+
+def hooked_get(original: Any) -> Any:
+    """An executor that is older than the block is forgotten, and ends when nobody uses it."""
+    function = getattr(original, "__func__", None)
+    if function is None:
+        return original  # no class method any more
+
+    def get_reusable_executor(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        hook = running()
+        if hook is None:
+            return function(cls, *args, **kwargs)
+        storage, name = _storage_in(function.__globals__)
+        if getattr(storage.get(name), _MADE_IN, None) != hook.arena.identity:
+            storage[name] = None  # `shutdown` would wait for whoever uses it, perhaps for ever
+        found = function(cls, *args, **kwargs)
+        setattr(found[0] if isinstance(found, tuple) else found, _MADE_IN, hook.arena.identity)
+        return found
+
+    return classmethod(get_reusable_executor)
+
+
+def _storage_in(namespace: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Return where loky has its reusable executor: one for each thread, before 3.7 one for all."""
+    if "_executor_storage" in namespace:
+        return vars(namespace["_executor_storage"]), "executor"
+    return namespace, "_executor"
+
+
+def hooked_memory_usage(original: Any) -> Any:
+    def _get_memory_usage(pid: int, *args: Any, **kwargs: Any) -> int:
+        nbytes = int(original(pid, *args, **kwargs))
+        if installed.current is None:
+            return nbytes
+        with ignoring(OSError, ValueError), open(f"/proc/{pid}/status") as file:
+            sizes = [line.split()[1] for line in file if line.startswith("RssShmem:")]
+            return max(0, nbytes - 1024 * int(*sizes))
+        return nbytes
+
+    return _get_memory_usage

@@ -1,0 +1,433 @@
+"""joblib and loky, as their users use them: results and arguments by value go out of band."""
+
+import contextlib
+import functools
+import multiprocessing
+import operator
+import os
+import signal
+import sys
+import tempfile
+import warnings
+
+import inside
+import numpy as np
+from inside import Fitted, eventually, our_descriptors
+
+import oobpickle
+from internals import inner
+
+MIB = 1 << 20
+N = 4
+NBYTES = 2 * MIB
+
+
+# --- what is run
+
+
+def _make(seed):
+    return Fitted(seed, NBYTES)
+
+
+def _next(model):
+    """Take a model, write into it, and return another."""
+    _check(model, model.seed)
+    model.counts += np.uint64(1)
+    return Fitted(model.seed + 1, NBYTES)
+
+
+def _check(model, seed):
+    np.testing.assert_array_equal(model.counts, Fitted(seed, NBYTES).counts)
+    assert type(model.counts) is np.ndarray
+    assert model.counts.flags.writeable
+
+
+def _models():
+    return [_make(seed) for seed in range(N)]
+
+
+def _check_next(run):
+    for seed, model in enumerate(run(_next, _models())):
+        _check(model, seed + 1)
+
+
+# --- by what
+
+
+@contextlib.contextmanager
+def _joblib(backend, **options):
+    from joblib import Parallel, delayed
+
+    with Parallel(2, backend=backend, max_nbytes=None, **options) as parallel:
+        yield lambda call, objects: parallel(delayed(call)(one) for one in objects)
+
+
+@contextlib.contextmanager
+def _joblib_loky():
+    with _joblib("loky") as run:
+        yield run
+    from joblib.externals.loky import get_reusable_executor
+
+    get_reusable_executor().shutdown(wait=True)
+
+
+@contextlib.contextmanager
+def _joblib_multiprocessing():
+    with _joblib("multiprocessing") as run:
+        yield run
+
+
+@contextlib.contextmanager
+def _loky_reusable():
+    import loky
+
+    executor = loky.get_reusable_executor(2)
+    yield lambda call, objects: list(executor.map(call, objects))
+    executor.shutdown()
+
+
+@contextlib.contextmanager
+def _loky_own():
+    import loky
+
+    with loky.ProcessPoolExecutor(2) as executor:
+        yield lambda call, objects: list(executor.map(call, objects))
+
+
+def _open(library):
+    return globals()[f"_{library}"]()
+
+
+@contextlib.contextmanager
+def _in_silence(**options):
+    with warnings.catch_warnings(), oobpickle.enabled(**options) as arena:
+        warnings.simplefilter("ignore", oobpickle.FallbackWarning)
+        yield arena
+
+
+def _counts(arena):
+    done = arena.statistics()
+    return done.n_buffers_out_of_band, done.n_fallbacks  # joblib sends several tasks at once
+
+
+# --- for each library
+
+
+def first_used_inside(library):
+    """Imported inside the block, too: every result and argument, and nothing after it."""
+    assert not {"joblib", "loky"} & set(sys.modules)
+    with contextlib.ExitStack() as stack:
+        with oobpickle.enabled(capacity=512 * MIB) as arena:
+            run = stack.enter_context(_open(library))
+            _check_next(run)
+            assert _counts(arena) == (2 * N, 0), arena.statistics()
+            _check_next(run)
+            assert _counts(arena) == (4 * N, 0), arena.statistics()
+        _check_next(run)
+        assert _counts(arena) == (4 * N, 0)
+
+
+def imported_before(library):
+    with _open(library) as run:
+        pass
+    with oobpickle.enabled(capacity=512 * MIB) as arena, _open(library) as run:
+        _check_next(run)
+        assert _counts(arena) == (2 * N, 0), arena.statistics()
+    with oobpickle.enabled(capacity=512 * MIB) as arena, _open(library) as run:
+        _check_next(run)
+        assert _counts(arena) == (2 * N, 0), arena.statistics()
+    with _open(library) as run:
+        _check_next(run)
+
+
+def older_than_the_block(library):
+    """Its workers are invited by their first large messages, which travel in-band."""
+    with _open(library) as run:
+        _check_next(run)
+        for _ in range(2):
+            with _in_silence(capacity=512 * MIB) as arena:
+
+                def goes_out_of_band(arena=arena):
+                    n_before, n_fallbacks = _counts(arena)
+                    _check_next(run)
+                    n_after, n_more = _counts(arena)
+                    return n_more == n_fallbacks and n_after > n_before
+
+                eventually(goes_out_of_band)
+        _check_next(run)
+
+
+def only_returns_and_is_older(library):
+    with _open(library) as run, contextlib.ExitStack() as stack:
+        run(int, range(N))
+        arena = stack.enter_context(_in_silence(capacity=512 * MIB))
+
+        def goes_out_of_band():
+            n_before, *_ = _counts(arena)
+            for seed, model in enumerate(run(_make, range(N))):
+                _check(model, seed)
+            return _counts(arena)[0] > n_before
+
+        eventually(goes_out_of_band)
+
+
+class _Refused(Exception):
+    def __init__(self, counts):
+        super().__init__(counts)
+        self.counts = counts
+
+
+def _refuse(seed):
+    raise _Refused(Fitted(seed, NBYTES).counts)
+
+
+def errors_with_arrays(library):
+    with oobpickle.enabled(capacity=512 * MIB) as arena, _open(library) as run:
+        try:
+            run(_refuse, [3])
+        except _Refused as error:
+            np.testing.assert_array_equal(error.counts, Fitted(3, NBYTES).counts)
+        else:
+            raise AssertionError("no error")
+        assert arena.statistics().n_messages_out_of_band == 1
+        assert arena.statistics().n_fallbacks == 0
+    with oobpickle.enabled(), _open(library) as run:
+        _check_next(run)
+
+
+def small_tasks(library):
+    """Nothing is counted, and nothing is said."""
+    with oobpickle.enabled() as arena, _open(library) as run:
+        assert [2 * n for n in range(50)] == list(
+            run(functools.partial(operator.mul, 2), range(50))
+        )
+        assert _counts(arena) == (0, 0)
+
+
+def descriptors(library):
+    """None of the arena's is inheritable, no duplicate stays."""
+    with oobpickle.enabled(capacity=512 * MIB) as arena:
+        n_before = len(our_descriptors())
+        with _open(library) as run:
+            _check_next(run)
+            assert not any(os.get_inheritable(fd) for fd in inner(arena).descriptors)
+            assert len(our_descriptors()) == n_before
+
+
+# --- loky alone
+
+
+def lambdas_and_local_functions():
+    with oobpickle.enabled(capacity=512 * MIB) as arena, _joblib("loky") as run:
+        offset = np.full(NBYTES // 8, 7.0)
+        found = run(lambda n: offset + n, range(N))
+        for n, array in enumerate(found):
+            np.testing.assert_array_equal(array, np.full(NBYTES // 8, 7.0 + n))
+        assert arena.statistics().n_fallbacks == 0
+        assert arena.statistics().n_messages_out_of_band >= N
+
+
+def generators():
+    for kind in ("generator", "generator_unordered"):
+        with (
+            oobpickle.enabled(capacity=512 * MIB) as arena,
+            _joblib("loky", return_as=kind) as run,
+        ):
+            found = sorted(model.seed for model in run(_next, [_make(n) for n in range(12)]))
+            assert found == list(range(1, 13))
+            assert _counts(arena) == (24, 0)
+
+
+def _die(seed):
+    if seed == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return _make(seed)
+
+
+def a_killed_worker():
+    from joblib import Parallel, delayed
+    from joblib.externals.loky.process_executor import TerminatedWorkerError
+
+    with _in_silence(capacity=512 * MIB) as arena:
+        try:
+            Parallel(2, max_nbytes=None)(delayed(_die)(seed) for seed in range(N))
+        except TerminatedWorkerError:
+            pass
+        else:
+            raise AssertionError("no error")
+        with _joblib_loky() as run:
+            _check_next(run)
+        assert arena.statistics().n_fallbacks == 0
+        inside.assert_empty(arena)
+
+
+def _sleep(seed):
+    if seed == 1:
+        signal.pause()
+    return _make(seed)
+
+
+def a_timeout_and_what_comes_after_it():
+    from joblib import Parallel, delayed
+
+    with _in_silence(capacity=512 * MIB) as arena:
+        try:
+            Parallel(2, max_nbytes=None, timeout=1)(delayed(_sleep)(seed) for seed in range(N))
+        except (TimeoutError, multiprocessing.TimeoutError):
+            pass
+        else:
+            raise AssertionError("no error")
+        with _joblib_loky() as run:
+            _check_next(run)
+        inside.assert_empty(arena)
+
+
+def _describe(array):
+    return type(array).__name__, getattr(array, "mode", None), float(array.sum())
+
+
+def _same(array):
+    return array
+
+
+def memory_maps():
+    """What joblib keeps in files stays there, in its mode; what is returned is what it was."""
+    from joblib import Parallel, delayed
+
+    ones = np.ones(NBYTES // 8)
+    with tempfile.NamedTemporaryFile() as file:
+        ones.tofile(file.name)
+        own = np.memmap(file.name, np.float64, "r")
+        found = []
+        for context in (contextlib.nullcontext(), oobpickle.enabled(capacity=512 * MIB)):
+            with context as arena:
+                parallel = Parallel(2, max_nbytes=MIB, mmap_mode="c")
+                seen = parallel(delayed(_describe)(a) for a in (ones, own, ones[::2], ones[:10]))
+                back = parallel(delayed(_same)(a) for a in (ones, own, ones[::2]))
+                found.append((seen, [_describe(one) for one in back]))
+        assert found[0] == found[1], found
+        assert seen[0] == ("memmap", "c", float(ones.sum())), seen
+        assert arena.statistics().n_messages_out_of_band >= 1, arena.statistics()
+
+
+def _pid(_):
+    return os.getpid()
+
+
+def workers_are_replaced_once_for_each_block():
+    from joblib import Parallel, delayed
+
+    def pids():
+        return set(Parallel(2)(delayed(_pid)(n) for n in range(20)))
+
+    before = pids()
+    with oobpickle.enabled():
+        first = pids()
+        assert first.isdisjoint(before)
+        assert all(pids() <= first for _ in range(3))
+    assert pids() <= first
+    with oobpickle.enabled():
+        assert pids().isdisjoint(first)
+
+
+def who_uses_an_older_executor_goes_on():
+    from joblib import Parallel, delayed
+
+    results = Parallel(2, return_as="generator")(delayed(abs)(-n) for n in range(40))
+    found = [next(results)]
+    with oobpickle.enabled():
+        assert Parallel(2)(delayed(abs)(-n) for n in range(10)) == list(range(10))
+        found += results
+    assert found == list(range(40))
+
+
+def _inner(seed):
+    from joblib import Parallel, delayed
+
+    return sum(Parallel(2)(delayed(_make)(seed + n) for n in range(2)), start=_Sum()).total
+
+
+class _Sum:
+    total = 0
+
+    def __add__(self, model):
+        self.total += int(model.counts[0])
+        return self
+
+
+def nested():
+    from joblib import Parallel, delayed
+
+    expected = [sum(int(_make(seed + n).counts[0]) for n in range(2)) for seed in range(N)]
+    with oobpickle.enabled(capacity=512 * MIB) as arena:
+        assert Parallel(2)(delayed(_inner)(seed) for seed in range(N)) == expected
+        assert arena.statistics().n_fallbacks == 0
+
+
+def _pid_and_model(model):
+    return os.getpid(), model
+
+
+def shared_pages_do_not_count_as_a_leak():
+    """Workers that have much of the arena in their page tables are not replaced."""
+    from joblib.externals.loky import get_reusable_executor, process_executor
+
+    assert process_executor._USE_PSUTIL
+    with oobpickle.enabled(capacity=1024 * MIB):
+        executor = get_reusable_executor(2, initializer=_check_for_leaks_always)
+        kept, pids = [], set()
+        for _ in range(40):
+            pid, model = executor.submit(_pid_and_model, Fitted(1, 16 * MIB)).result()
+            kept.append(model)
+            pids.add(pid)
+        assert len(pids) <= 2, pids
+        executor.shutdown()
+
+
+def _check_for_leaks_always():
+    from joblib.externals.loky import process_executor
+
+    process_executor._MEMORY_LEAK_CHECK_DELAY = 0
+    process_executor._MAX_MEMORY_LEAK_SIZE = 120 * MIB
+
+
+def scikit_learn():
+    from sklearn.ensemble import RandomForestClassifier
+    from sklearn.model_selection import cross_validate
+
+    random = np.random.default_rng(1)
+    x, y = random.normal(size=(400, 10)), random.integers(0, 2, 400)
+    forest = RandomForestClassifier(20, random_state=1)
+    expected = cross_validate(forest, x, y, n_jobs=1)["test_score"]
+    with oobpickle.enabled() as arena:
+        found = cross_validate(forest, x, y, n_jobs=2, return_estimator=True)
+        np.testing.assert_array_equal(expected, found["test_score"])
+        trained = RandomForestClassifier(20, random_state=1, n_jobs=2).fit(x, y)
+        np.testing.assert_array_equal(trained.predict(x), forest.fit(x, y).predict(x))
+        assert arena.statistics().n_fallbacks == 0
+
+
+def a_release_in_which_a_place_is_missing():
+    """Its messages travel as they would without oobpickle."""
+    import joblib.externals.loky.backend.queues as queues
+    import joblib.externals.loky.backend.reduction as reduction
+    from joblib import Parallel, delayed
+
+    def pickled(obj, reducers=None, protocol=None):
+        return reduction.dumps(obj, reducers, protocol)
+
+    queues.pickled = pickled
+    for name in ("_feed",):
+        function = getattr(queues.Queue, name)
+        code = function.__code__
+        names = tuple("pickled" if one == "dumps" else one for one in code.co_names)
+        function.__code__ = code.replace(co_names=names)
+    del queues.dumps
+    queues.SimpleQueue.put = lambda self, obj: self._writer.send_bytes(pickled(obj, self._reducers))
+    with _in_silence(capacity=512 * MIB):
+        for seed, model in enumerate(Parallel(2)(delayed(_make)(seed) for seed in range(N))):
+            _check(model, seed)
+
+
+if __name__ == "__main__":
+    inside.main()

@@ -1,0 +1,35 @@
+"""joblib and loky inside a block: unchanged programs, and what goes out of band."""
+
+import pytest
+
+from process.harness import cases_of, run_program
+
+LIBRARIES = ("joblib_loky", "joblib_multiprocessing", "loky_own", "loky_reusable")
+WITH_EACH = (
+    "descriptors",
+    "errors_with_arrays",
+    "first_used_inside",
+    "imported_before",
+    "small_tasks",
+)
+#: A pool of joblib's that is older than the block goes on as it is.
+WITH_LOKY = ("older_than_the_block", "only_returns_and_is_older")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+@pytest.mark.parametrize("case", WITH_EACH)
+def test_with(case, library):
+    run_program("loky_and_joblib", case, library)
+
+
+@pytest.mark.parametrize("library", [one for one in LIBRARIES if "loky" in one])
+@pytest.mark.parametrize("case", WITH_LOKY)
+def test_with_workers_of_loky_that_are_older(case, library):
+    run_program("loky_and_joblib", case, library)
+
+
+@pytest.mark.parametrize(
+    "case", sorted(set(cases_of("loky_and_joblib")) - set(WITH_EACH + WITH_LOKY))
+)
+def test_joblib(case):
+    run_program("loky_and_joblib", case)
