@@ -28,8 +28,14 @@ def test_with_workers_of_loky_that_are_older(case, library):
     run_program("loky_and_joblib", case, library)
 
 
-@pytest.mark.parametrize(
-    "case", sorted(set(cases_of("loky_and_joblib")) - set(WITH_EACH + WITH_LOKY))
-)
+ALONE = set(cases_of("loky_and_joblib")) - {*WITH_EACH, *WITH_LOKY, "memory_maps"}
+
+
+@pytest.mark.parametrize("case", sorted(ALONE))
 def test_joblib(case):
     run_program("loky_and_joblib", case)
+
+
+@pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
+def test_what_joblib_keeps_in_files(backend):
+    run_program("loky_and_joblib", "memory_maps", backend)

@@ -108,9 +108,9 @@ def _taken_apart(hook: Hook, obj: object, kind: Any, reducers: Any) -> core.Mess
     arrays = _Arrays()
     for cls, reducer in pickler.dispatch_table.items():
         special[cls] = arrays.instead_of(reducer)
-    # Their pickler has no argument for the callback. To begin anew it looks for its table again.
-    _set_table(pickler, message.table)
+    # Their pickler has no argument for the callback. To begin anew it forgets its table.
     pickle.Pickler.__init__(pickler, message, _PROTOCOL, buffer_callback=message.take)
+    _set_table(pickler, message.table)
     try:
         arrays.message = message
         pickler.dump(obj)

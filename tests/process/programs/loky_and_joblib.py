@@ -290,7 +290,7 @@ def _same(array):
     return array
 
 
-def memory_maps():
+def memory_maps(backend):
     """What joblib keeps in files stays there, in its mode; what is returned is what it was."""
     from joblib import Parallel, delayed
 
@@ -301,7 +301,7 @@ def memory_maps():
         found = []
         for context in (contextlib.nullcontext(), oobpickle.enabled(capacity=512 * MIB)):
             with context as arena:
-                parallel = Parallel(2, max_nbytes=MIB, mmap_mode="c")
+                parallel = Parallel(2, max_nbytes=MIB, mmap_mode="c", backend=backend)
                 seen = parallel(delayed(_describe)(a) for a in (ones, own, ones[::2], ones[:10]))
                 back = parallel(delayed(_same)(a) for a in (ones, own, ones[::2]))
                 found.append((seen, [_describe(one) for one in back]))
@@ -322,10 +322,11 @@ def workers_are_replaced_once_for_each_block():
 
     before = pids()
     with oobpickle.enabled():
-        first = pids()
+        first = set().union(*(pids() for _ in range(4)))
         assert first.isdisjoint(before)
-        assert all(pids() <= first for _ in range(3))
-    assert pids() <= first
+        assert len(first) <= 2
+    first |= pids()
+    assert len(first) <= 2
     with oobpickle.enabled():
         assert pids().isdisjoint(first)
 
