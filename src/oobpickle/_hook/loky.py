@@ -28,7 +28,8 @@ import os
 import pickle
 import sys
 import weakref
-from collections.abc import Callable
+from collections import ChainMap
+from collections.abc import Callable, Mapping
 from typing import IO, Any, Final
 
 from oobpickle import _envelope
@@ -42,6 +43,7 @@ from oobpickle._memory.descriptors import File, close_if, file_of
 from oobpickle._native import core
 
 _PROTOCOL: Final = 5
+_DISPATCH_TABLE: Final[Any] = vars(pickle.Pickler)["dispatch_table"]  # as the pickler in C has it
 _MADE_IN: Final = "_oobpickle_arena"  # of an executor: the identity of the arena
 
 #: By process object: the duplicates of our descriptors that its worker inherits.
@@ -94,23 +96,31 @@ def hooked_dumps(original: Any) -> Any:
         ):
             running()
             return original(obj, reducers=reducers, protocol=protocol)
-        message = _taken_apart(hook, obj, kind, reducers)
+        message = _taken_apart(hook, obj, kind, namespace.get("_dispatch_table", {}), reducers)
         return to_send(hook, message, sys._getframe(1))
 
     return dumps
 
 
-def _taken_apart(hook: Hook, obj: object, kind: Any, reducers: Any) -> core.Message:
-    """Pickle with their pickler, which has reducers and a way with functions of its own."""
-    special: dict[type, Any] = {}
-    message = core.Message(hook.destination, hook.threshold, _envelope.tables(special))
-    pickler = kind(message, reducers=reducers, protocol=_PROTOCOL)
+def _taken_apart(
+    hook: Hook, obj: object, kind: Any, own: Mapping[type, Any], reducers: Any
+) -> core.Message:
+    """Pickle with their pickler, which has reducers and a way with functions of its own.
+
+    Its constructor has no argument for the callback, and copies a table of which most is the same
+    for each message: so what it does is done here, and `own` are the reducers of all its messages.
+    """
+    base = getattr(kind, "_loky_pickler_cls", pickle.Pickler)
+    table = getattr(base, "dispatch_table", None)  # of cloudpickle: its own, before copyreg's
+    special: dict[type, Any] = {**table.maps[0]} if isinstance(table, ChainMap) else {}
+    special.update(own)
     arrays = _Arrays()
-    for cls, reducer in pickler.dispatch_table.items():
+    for cls, reducer in (reducers or {}).items():
         special[cls] = arrays.instead_of(reducer)
-    # Their pickler has no argument for the callback. To begin anew it forgets its table.
-    pickle.Pickler.__init__(pickler, message, _PROTOCOL, buffer_callback=message.take)
-    _set_table(pickler, message.table)
+    message = core.Message(hook.destination, hook.threshold, _envelope.tables(special))
+    pickler = kind.__new__(kind)
+    base.__init__(pickler, message, protocol=_PROTOCOL, buffer_callback=message.take)
+    _DISPATCH_TABLE.__set__(pickler, message.table)
     try:
         arrays.message = message
         pickler.dump(obj)
@@ -120,12 +130,6 @@ def _taken_apart(hook: Hook, obj: object, kind: Any, reducers: Any) -> core.Mess
     finally:
         arrays.message = None
     return message
-
-
-def _set_table(pickler: Any, table: Any) -> None:
-    """Set the table where the pickler in C looks, and where Python code does."""
-    pickle.Pickler.dispatch_table.__set__(pickler, table)  # type: ignore[attr-defined]
-    pickler.dispatch_table = table
 
 
 class _Arrays:
@@ -206,7 +210,7 @@ def hooked_make_methods(original: Any) -> Any:
                 running()
                 plain(obj)
                 return
-            message = _taken_apart(hook, obj, kind, self._reducers)
+            message = _taken_apart(hook, obj, kind, {}, self._reducers)
             self._writer.send_bytes(to_send(hook, message, sys._getframe(0)))
 
         def put(obj: object) -> None:
