@@ -30,10 +30,10 @@ from typing import Any, NoReturn, TypeVar
 
 from oobpickle import _statistics, _system
 from oobpickle._arena import AbsentArena, Arena
-from oobpickle._errors import ArenaError, FallbackWarning
+from oobpickle._errors import ArenaError, FallbackWarning, NotServedWarning
 from oobpickle._fallback import Fallback, describe_fallbacks
 from oobpickle._foreign import ignoring
-from oobpickle._hook import installed, loky
+from oobpickle._hook import installed, loky, not_served
 from oobpickle._hook.channels import Channels
 from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._hook.fileno import hooked_fileno
@@ -83,23 +83,21 @@ def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
         _join(inner.Arena.attach(*descriptors), channels, is_spawned=True)
 
 
+def _of_libraries() -> list[Replacement]:
+    return loky.replacements() + not_served.replacements()
+
+
 def _hook(arena: inner.Arena, channels: Channels, said: Options, *, is_owner: bool) -> Hook:
-    callables: Any = {"inherit": _inherit, "of_libraries": loky.replacements}
-    return Hook(arena, channels, said, is_owner=is_owner, **callables)
+    return Hook(
+        arena, channels, said, is_owner=is_owner, inherit=_inherit, of_libraries=_of_libraries
+    )
 
 
 def _join(arena: inner.Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
     known = Channels(arena, channels)
     if is_spawned and is_absent():
         known.spawned.add(0)  # the parent has a main module that is not ours
-    hook = Hook(
-        arena,
-        known,
-        arena.options,
-        is_owner=False,
-        inherit=_inherit,
-        of_libraries=loky.replacements,
-    )
+    hook = _hook(arena, known, arena.options, is_owner=False)
     hook.installed = True
     _reset_guard_in_children()
     installed.start(hook, _replacements())
@@ -138,14 +136,7 @@ def _start(options: Options, block: Block | None = None) -> Hook | None:
     _reset_guard_in_children()
     installed.sweep()
     arena = inner.Arena.create(options)
-    hook = Hook(
-        arena,
-        Channels(arena),
-        options.resolve(),
-        is_owner=True,
-        inherit=_inherit,
-        of_libraries=loky.replacements,
-    )
+    hook = _hook(arena, Channels(arena), options.resolve(), is_owner=True)
     if block is not None:
         hook.blocks.add(block)
     installed.start(hook, _replacements())
@@ -254,6 +245,8 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
     -----
     FallbackWarning
         Once, when the block is left, if messages travelled in-band although they were large enough.
+    NotServedWarning
+        The same if nothing went out of band, and a library was used that is not served.
     RuntimeWarning
         If what the call returns is dropped and was never entered: then nothing is enabled.
 
@@ -295,10 +288,12 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
             raise
 
     def __exit__(self, *_: object) -> None:
-        fallbacks = installed.uninterrupted(_leave, self._blocks[-1])
+        fallbacks, libraries = installed.uninterrupted(_leave, self._blocks[-1])
         self._blocks.pop()
         if fallbacks:
             warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=2)
+        elif libraries:
+            warnings.warn(not_served.describe(libraries), NotServedWarning, stacklevel=2)
 
     def __del__(self) -> None:
         for block in getattr(self, "_blocks", ()):  # a Ctrl-C came before the first line inside
@@ -330,19 +325,25 @@ def _enter(options: Options, block: Block) -> Arena:
         return AbsentArena(options)
 
 
-def _leave(block: Block) -> dict[str, Fallback]:
-    """Leave one block; return what to warn of, if it was the last one of the owner."""
+def _leave(block: Block) -> tuple[dict[str, Fallback], list[str]]:
+    """Leave one block; return what to warn of, if it was the last one of the owner.
+
+    That is the fallbacks, or the libraries that were used and not served, if nothing else was.
+    """
     with installed.guard:
         _absences.discard(block)
         hook = installed.current
         if hook is None or block not in hook.blocks:
-            return {}
+            return {}, []
         if len(hook.blocks) > 1 or hook.installed:
             hook.blocks.discard(block)
-            return {}
-        is_owner = hook.is_owner
+            return {}, []
+        is_owner, libraries = hook.is_owner, not_served.names(hook)
         installed.stop(hook)
-        return dict(hook.arena.statistics().fallbacks) if is_owner else {}
+        if not is_owner:
+            return {}, []
+        done = hook.arena.statistics()
+        return dict(done.fallbacks), [] if done.n_messages_out_of_band else libraries
 
 
 def statistics() -> Statistics:

@@ -56,6 +56,10 @@ class FallbackWarning(UserWarning):
     """Some messages travelled in-band; the text says how many, why, and what to change."""
 
 
+class NotServedWarning(FallbackWarning):
+    """Nothing went out of band: a library was used that pickles by itself and is not served."""
+
+
 def format_nbytes(nbytes: int) -> str:
     """Return bytes in the largest binary unit that keeps the number at or above 1."""
     value = float(nbytes)

@@ -14,7 +14,12 @@ LIBRARIES = (
 
 @pytest.mark.parametrize("library", LIBRARIES)
 @pytest.mark.parametrize(
-    "case", ["library_used_before_inside_at_once_and_after", "library_first_used_inside"]
+    "case",
+    [
+        "library_used_before_inside_at_once_and_after",
+        "library_first_used_inside",
+        "what_is_not_served_is_said",
+    ],
 )
 def test_with_another_library(case, library):
     name = library.split("_")[0]

@@ -84,6 +84,7 @@ class Hook:
         self.n_asking = 0  # how many small messages to come may ask an older process to join
         # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.
         self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()
+        self.not_served: set[str] = set()  # libraries through which large messages went
         self.installed = False  # install() was called
         self.leaving = False
         self.inherit = inherit
@@ -116,6 +117,10 @@ class Hook:
                     self.put_in(self._of_libraries())
             finally:
                 guard.release()
+
+    def has_replaced(self, owner: Any, name: str) -> bool:
+        """Tell whether something of ours was put there."""
+        return any((owner, name) == (one[0], one[1]) for one in self._replaced)
 
     def take_out(self) -> None:
         """Restore what was there, unless somebody has put something else in its place since."""

@@ -140,6 +140,36 @@ def library_first_used_inside(library):
         _check_next(run(_models()))
 
 
+@contextlib.contextmanager
+def _recorded():
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        yield found
+
+
+def what_is_not_served_is_said(library):
+    """Once, if nothing went out of band, and large messages went through it or may have."""
+    assert "multiprocess" not in sys.modules
+    with _recorded() as found, oobpickle.enabled(), _open(library) as run:
+        run([Fitted(0, SMALL_NBYTES)])
+    assert [one.category for one in found] == [oobpickle.NotServedWarning]  # imported inside
+    assert "multiprocess pickles by itself" in str(found[0].message)
+    with _recorded() as found, oobpickle.enabled(), _open(library) as run:
+        _check_next(run(_models()))
+    assert [one.category for one in found] == [oobpickle.NotServedWarning]
+    assert found[0].filename == __file__
+    with oobpickle.enabled(), _open(library) as run:
+        run([Fitted(0, SMALL_NBYTES)])
+    with oobpickle.enabled() as arena, _open(library) as run:
+        _check_next(run(_models()))
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            _send_through_a_pool(pool, arena)
+            pool.close()
+            pool.join()
+    with _open(library) as run:
+        _check_next(run(_models()))
+
+
 def _send_twice_to_all(go, queue, simple, connection):
     go.wait()
     for seed in range(2):
