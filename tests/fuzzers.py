@@ -19,7 +19,7 @@ import oobpickle
 from messages import envelope_of
 from oobpickle import _envelope
 from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, PayloadError
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._native import core
 from oobpickle._pickling import payload as payload_module
@@ -115,7 +115,7 @@ class EnvelopeFuzzer:
     """
 
     def __init__(self):
-        self._arena = Arena.create(Options(capacity=64 * MIB))
+        self._arena = SharedArena.create(Options(capacity=64 * MIB))
         self._table = Table.of(self._arena)
         _envelope.introduce(self._arena)
         objects = [
@@ -238,7 +238,7 @@ class TableFuzzer:
 
     def _anew(self, rng):
         self._bury()
-        first = Arena.create(Options(capacity=64 * MIB))
+        first = SharedArena.create(Options(capacity=64 * MIB))
         self._arenas = [first]
         while len(self._arenas) < self.N_PARTICIPANTS:
             self._arenas.append(self._attached())
@@ -247,7 +247,7 @@ class TableFuzzer:
         self._forged = False
 
     def _attached(self):
-        return Arena.attach(*(os.dup(fd) for fd in self._arenas[0].descriptors))
+        return SharedArena.attach(*(os.dup(fd) for fd in self._arenas[0].descriptors))
 
     def one(self, rng):
         if self.n_inputs % 16 == 0:
@@ -389,7 +389,7 @@ class CallFuzzer:
     )
 
     def __init__(self):
-        self._arena = Arena.create(Options(capacity=16 * MIB))
+        self._arena = SharedArena.create(Options(capacity=16 * MIB))
         self._blocks, self.n_accepted = [], 0
         core.wait_for_the_lock(3_000)
         spare = {"abandon", "close", "end", "read_for_ever", "say_that_it_reads", "keep_all"}

@@ -80,20 +80,20 @@ def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
     descriptors = [duplicate.detach() for duplicate in (data, table, locks)]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
-        _join(inner.Arena.attach(*descriptors), channels, is_spawned=True)
+        _join(inner.SharedArena.attach(*descriptors), channels, is_spawned=True)
 
 
 def _of_libraries() -> list[Replacement]:
     return loky.replacements() + not_served.replacements()
 
 
-def _hook(arena: inner.Arena, channels: Channels, said: Options, *, is_owner: bool) -> Hook:
+def _hook(arena: inner.SharedArena, channels: Channels, said: Options, *, is_owner: bool) -> Hook:
     return Hook(
         arena, channels, said, is_owner=is_owner, inherit=_inherit, of_libraries=_of_libraries
     )
 
 
-def _join(arena: inner.Arena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
+def _join(arena: inner.SharedArena, channels: bytes = b"", *, is_spawned: bool = False) -> None:
     known = Channels(arena, channels)
     if is_spawned and is_absent():
         known.spawned.add(0)  # the parent has a main module that is not ours
@@ -112,7 +112,7 @@ def accept(name: bytes) -> None:
     with ignoring(Exception), installed.guard:
         if running() is None and name[:16] not in _declined and not _system.lacking():
             _declined.append(name[:16])  # asked for once: what has failed would fail again
-            _join(inner.Arena.find(name))
+            _join(inner.SharedArena.find(name))
 
 
 @functools.cache
@@ -135,7 +135,7 @@ def _start(options: Options, block: Block | None = None) -> Hook | None:
         return None
     _reset_guard_in_children()
     installed.sweep()
-    arena = inner.Arena.create(options)
+    arena = inner.SharedArena.create(options)
     hook = _hook(arena, Channels(arena), options.resolve(), is_owner=True)
     if block is not None:
         hook.blocks.add(block)

@@ -30,7 +30,7 @@ class Arena:
         Capacity, threshold, wait_timeout and copy_on_receive in force.
     """
 
-    def __init__(self, memory: inner.Arena) -> None:
+    def __init__(self, memory: inner.SharedArena) -> None:
         self._memory = memory
         self.identity = memory.identity
         self.options = memory.options

@@ -37,7 +37,7 @@ from typing import Any, Final, NamedTuple
 from oobpickle import _faults
 from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import FORCED
 from oobpickle._memory.sending import Lease
 from oobpickle._native import core
@@ -60,7 +60,7 @@ MARK: Final = 37
 #: Of a stream in the arena the envelope has so much, for those who cannot load it.
 START_NBYTES: Final = 40
 
-_arenas: dict[bytes, Arena] = {}
+_arenas: dict[bytes, SharedArena] = {}
 _ended: Final[deque[bytes]] = deque(maxlen=1 << 10)  # identities of those that nobody needed
 
 
@@ -71,14 +71,16 @@ class Envelope(bytes):
     is_indirect: bool
 
 
-def pack(message: core.Message, arena: Arena, channel: int = 0) -> Envelope:
-    """Put a message into the arena and return its envelope.
+def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelope:
+    """Return the envelope of a message, which is in blocks of the arena then.
+
+    As a rule it is there already, since each buffer was copied as the pickler handed it out.
 
     Parameters
     ----------
     message : Message
         What was taken apart.
-    arena : Arena
+    arena : SharedArena
         Where it goes.
     channel : int
         Where the envelope will go, for `Lease.seal`.
@@ -126,7 +128,7 @@ def pack(message: core.Message, arena: Arena, channel: int = 0) -> Envelope:
     return envelope
 
 
-def _with_index(arena: Arena, index_needs: list[int], blocks: list[Any]) -> list[Any] | None:
+def _with_index(arena: SharedArena, index_needs: list[int], blocks: list[Any]) -> list[Any] | None:
     """Lease a block for the index, if there is to be one, without waiting if others are there.
 
     Who waits with blocks in his hands may wait for somebody who waits for these.
@@ -258,7 +260,7 @@ def _discard(data: bytes) -> None:
         arena.receiving.discard(*struct.unpack_from("<2Q", data, _HEADER.size))
 
 
-def _arena_named(name: bytes) -> Arena:
+def _arena_named(name: bytes) -> SharedArena:
     arena = _arenas.get(name[:16])
     if arena is None:
         if name[:16] in _ended:
@@ -270,7 +272,7 @@ def _arena_named(name: bytes) -> Arena:
         # The sender knows its readers; this is for those that it cannot know, such as a program
         # that inherited a connection through subprocess.
         try:
-            arena = Arena.find(name)
+            arena = SharedArena.find(name)
         except (ArenaError, OSError) as error:
             pass_on_foreign(error)
             raise EnvelopeError(
@@ -283,7 +285,7 @@ def _arena_named(name: bytes) -> Arena:
     return arena
 
 
-def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:
+def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:
     rest, n_pairs, claim = parsed.body, _PAIR_NBYTES * parsed.n_blocks, arena.receiving.claim
     if parsed.indirect:
         (index_nbytes,) = struct.unpack_from("<Q", rest, _PAIR_NBYTES)
@@ -303,7 +305,7 @@ def _claim(arena: Arena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]
     return core.spread(claim(pairs, needs), sizes, True), stream
 
 
-def introduce(arena: Arena) -> None:
+def introduce(arena: SharedArena) -> None:
     """Let this process load envelopes of the arena, and prepare for them."""
     arena.keep()
     threshold = arena.options.threshold or 0
@@ -311,7 +313,7 @@ def introduce(arena: Arena) -> None:
     _arenas[arena.identity] = arena
 
 
-def forget(arena: Arena) -> None:
+def forget(arena: SharedArena) -> None:
     """No envelope of the arena can be loaded any more."""
     _ended.append(arena.identity)
     _arenas.pop(arena.identity, None)

@@ -13,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from exploring import examples
 from oobpickle._errors import ArenaFullError
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from table import ADOPTED, FREE, HELD, IN_FLIGHT, JOINED, LEASED, RELEASED, Table
 
@@ -56,7 +56,7 @@ class Message:
 class TableMachine(RuleBasedStateMachine):
     @initialize()
     def begin(self):
-        self.first = Arena.create(Options(capacity=CAPACITY))
+        self.first = SharedArena.create(Options(capacity=CAPACITY))
         self.table = Table.of(self.first)
         self.living = [Process(self.first)]
         self._dead, self.gone = [], []
@@ -84,7 +84,7 @@ class TableMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.living) < 5)
     @rule()
     def join(self):
-        arena = Arena.attach(*(os.dup(fd) for fd in self.first.descriptors))
+        arena = SharedArena.attach(*(os.dup(fd) for fd in self.first.descriptors))
         self.living.append(Process(arena))
 
     @rule(who=WHO, sizes=SIZES)

@@ -25,7 +25,7 @@ from internals import inner
 from oobpickle import ArenaError, Fallback, FallbackWarning, _api, _system
 from oobpickle._envelope import Envelope
 from oobpickle._hook import installed
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 
 MIB = 1 << 20
 BIG = np.arange(MIB // 8, dtype=np.int64)
@@ -487,7 +487,7 @@ def test_a_free_threaded_python_is_refused(monkeypatch, simulate):
 @pytest.mark.parametrize("simulate", [_free_threaded_build, _without_gil])
 def test_a_free_threaded_python_declines_offers(monkeypatch, simulate):
     found = []
-    monkeypatch.setattr(Arena, "find", found.append)
+    monkeypatch.setattr(SharedArena, "find", found.append)
     simulate(monkeypatch)
     _api.accept(secrets.token_bytes(32))
 

@@ -12,7 +12,7 @@ import pytest
 import oobpickle
 from messages import envelope_of
 from oobpickle import EnvelopeError, StaleEnvelopeError, _envelope
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._native import core
 from table import Table
@@ -22,7 +22,7 @@ NAME = bytes(range(32))
 
 @pytest.fixture
 def arena():
-    arena = Arena.create(Options(capacity=64 << 20))
+    arena = SharedArena.create(Options(capacity=64 << 20))
     _envelope.introduce(arena)
     yield arena
     _envelope.forget(arena)

@@ -14,7 +14,7 @@ import pytest
 import oobpickle
 from messages import envelope_of, message_of
 from oobpickle import _envelope
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._native import core
 from oobpickle._pickling.in_band import as_pickle
@@ -30,7 +30,7 @@ def make_arena():
     arenas = []
 
     def make(**options):
-        arenas.append(Arena.create(Options(**{"capacity": 64 * MIB, **options})))
+        arenas.append(SharedArena.create(Options(**{"capacity": 64 * MIB, **options})))
         _envelope.introduce(arenas[-1])
         return arenas[-1]
 

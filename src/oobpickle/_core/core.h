@@ -149,8 +149,8 @@ struct lock {
     struct table *shared;
     u32 slot;
     u64 epoch;
-    bool is_deaf; /* signals wait until it was taken */
-    bool keeps_gil; /* and other threads, but not for long */
+    bool is_deaf;   /* signals are handled after it was taken */
+    bool keeps_gil; /* while it waits, which is not for long then */
 };
 
 enum taken lock_take(struct lock *lock, u64 bound_us, bool (*is_alive)(void *, u32), void *with);

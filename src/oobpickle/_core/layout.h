@@ -123,7 +123,7 @@ struct header {
     word n_slots;
     word incarnation;
     word closed;
-    word strangers; /* somebody who cannot join has read messages: none is known to be unread */
+    word strangers; /* a process that cannot join has read messages: nothing is reclaimed */
     word n_passed;
     word passed[PASSED];
     half warm[CLASSES]; /* heads of the free lists, index + 1: blocks with pages */

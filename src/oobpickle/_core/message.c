@@ -71,7 +71,7 @@ struct message {
     char *memory; /* HEAD_ROOM, and then (header, content) of each buffer */
     u64 used, room, from;
     Py_ssize_t n_exports;
-    bool is_for_one; /* it is written once, and then it is gone */
+    bool is_for_one; /* it is written once, and its memory is given back meanwhile */
 };
 
 static PyTypeObject *message_type, *rebuild_type;

@@ -59,7 +59,7 @@ bool is_alive(void *with, u32 slot)
     if (slot >= SLOTS)
         return false;
     if (slot == blocks->lock.slot && blocks->lock.epoch == epoch())
-        return has_joined(blocks); /* not yet: it is that of a dead predecessor */
+        return has_joined(blocks); /* before that, the slot is still that of a dead process */
     const struct file *file = file_is_ours(&own->handle) ? &own->handle : &own->life.file;
     if (!file_is_ours(file) || fcntl(file->fd, F_OFD_GETLK, &byte) != 0)
         return true;

@@ -20,7 +20,7 @@ import time
 from typing import Final, NamedTuple
 
 from oobpickle._foreign import pass_on_foreign
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.pipes import is_broken, n_unread
 from oobpickle._native import core
 
@@ -42,11 +42,11 @@ class Sent(NamedTuple):
 class Backlog:
     """What this process has in flight, by channel."""
 
-    def __init__(self, arena: Arena) -> None:
+    def __init__(self, arena: SharedArena) -> None:
         self._arena = arena
         self._epoch = core.epoch()
         # Other threads send through the same channel at the same time: what is a list here is
-        # replaced, or changed by one call. An entry that gets lost is not waited for, that is all.
+        # replaced, or changed by one call. At worst an entry is lost, and not waited for.
         self._sent: dict[int, list[Sent]] = {}
         self._prune_at: dict[int, int] = {}
         self._most_channels = _FEW_CHANNELS

@@ -6,10 +6,10 @@ where older processes may be asked to join.
 **How it works.** An envelope is of use only to a participant, and a load that fails can hang a
 pool for ever, so the sender decides. Whoever has an end of a channel made while the arena was
 there was started while it was there, and inherited it. Of any other channel (an older one, the
-connection of a manager) the kernel says which processes can read there; if all of them have joined,
-and so does every descendant of a participant that hides what it has open, so will all that they
-start, so that one look is enough, until somebody passes an end on: to a process that runs already,
-or to a program that it starts.
+connection of a manager) the kernel says which processes can read there. They must all have joined,
+and so must each descendant of a participant whose open files cannot be seen. What they start joins
+too, so one look is enough, until somebody passes an end on: to a process that runs already, or to a
+program that it starts.
 
 **Lifetime.** Follows the arena; a spawned child gets the list with its process object.
 
@@ -27,7 +27,7 @@ from typing import Any, Final
 
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook.backlog import Backlog
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.pipes import channel_id, is_related, readers, reading_end
 from oobpickle._memory.reclaim import UNPROVEN
 from oobpickle._native import core
@@ -40,7 +40,7 @@ _ASKED_EACH: Final = 16  # how often for each of the readers, since any of them 
 class Channels:
     """The channels of one arena, as this process knows them."""
 
-    def __init__(self, arena: Arena, known: bytes = b"") -> None:
+    def __init__(self, arena: SharedArena, known: bytes = b"") -> None:
         self._arena = arena
         numbers = array("Q", known)
         self._n_passed = numbers.pop(0) if numbers else arena.blocks.n_passed

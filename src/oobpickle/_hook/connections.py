@@ -5,10 +5,11 @@
 
 **How it works.** On the class, since pools bind the methods early. ::
 
-    dumps        take the object apart; below the threshold that is the message; else pack it into
-                 the arena and return an envelope; if that cannot be, make an ordinary pickle of
-                 the same message, and count why, with an invitation to join for a reader that
-                 is older than the arena; also before a small one, after a large one from there
+    dumps        take the object apart, large buffers into blocks of the arena. Below the threshold
+                 what was written is the message; above it an envelope, which names the blocks.
+                 If that cannot be sent: an ordinary pickle, and the reason is counted. A reader
+                 that is older than the arena gets an invitation to join with it; also with a
+                 small message, once a large one has come from that reader
     loads        load; if that fails in a pool, hand on the error in the place of the message
     _send_bytes  when an envelope has left, its blocks are the receiver's; the memory of a large
                  in-band message is given back as it is written
@@ -49,7 +50,7 @@ from oobpickle._pickling.in_band import Received
 from oobpickle._pickling.serializer import take_apart
 
 _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
-_N_ASKING: Final = 64  # small messages that may ask after a large one that came uncounted
+_N_ASKING: Final = 64  # small messages that may invite, after a large one from an older process
 _PROTO: Final = pickle.PROTO[0]
 _NONE: Final = object()
 _codes: Final[set[CodeType]] = set()  # of the `dumps` that take messages apart here
@@ -109,7 +110,7 @@ def hooked_pickler(original: Any) -> Any:
 
 
 def undo_list_of_message(frame: FrameType | None) -> list[Callable[[], Any]] | None:
-    """Return what is called before the reducers of the message at hand run a second time.
+    """Return the list of what to undo if the message at hand has to be pickled once more.
 
     Parameters
     ----------
@@ -151,7 +152,7 @@ def _send_through(
     fd, nbytes = _descriptor_in(frame), message.nbytes
     channel = 0 if fd is None else hook.channels.known(fd)
     tail = _COUNTED if hook.arena.blocks.joined else _DETACHED
-    # Where the next one is copied to. If that one goes elsewhere, it is copied once more.
+    # The next message is copied to where this one went. If that is wrong, it is copied once more.
     hook.destination = hook.arena.blocks if channel else None
     if fd is None or not channel:
         # Who has joined cannot be asked without the lock's descriptor.

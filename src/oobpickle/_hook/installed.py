@@ -21,7 +21,7 @@ from typing import Any, Final, TypeVar
 
 from oobpickle import _arena, _envelope, _fallback
 from oobpickle._hook.channels import Channels
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._native import core
 
@@ -32,7 +32,7 @@ Replacement = tuple[Any, str, Callable[[Any], Any]]
 
 current: Hook | None = None
 _MOST_INTERRUPTS: Final = 100
-lingering: Final[list[Arena]] = []
+lingering: Final[list[SharedArena]] = []
 guard: Final = threading.RLock()
 
 
@@ -47,7 +47,7 @@ class Hook:
 
     Parameters
     ----------
-    arena : Arena
+    arena : SharedArena
         What messages go through.
     channels : Channels
         Where they may go.
@@ -64,7 +64,7 @@ class Hook:
 
     def __init__(
         self,
-        arena: Arena,
+        arena: SharedArena,
         channels: Channels,
         said: Options,
         *,

@@ -1,6 +1,6 @@
 """The arena: shared memory for the messages of one tree of processes, and what its users call.
 
-**What.** `Arena` gives blocks to senders (`acquire`), takes messages in (`receiving`), keeps
+**What.** `SharedArena` gives blocks to senders (`acquire`), takes messages in (`receiving`), keeps
 memory ready, says what it did, and ends.
 
 **How it works.** Over three nameless files (`files`), and the blocks in them (`oobpickle._core`).
@@ -36,7 +36,7 @@ from oobpickle._native import core
 from oobpickle._statistics import Statistics
 
 
-class Arena:
+class SharedArena:
     """Shared memory for the messages between the processes that have joined.
 
     What a program sees of it is `oobpickle.Arena`.
@@ -64,7 +64,7 @@ class Arena:
         fork.start()
 
     @classmethod
-    def create(cls, options: Options) -> Arena:
+    def create(cls, options: Options) -> SharedArena:
         """Create an arena, with this process as its first participant.
 
         Raises
@@ -97,7 +97,7 @@ class Arena:
         self._files.kept = True
 
     @classmethod
-    def attach(cls, data: int, table: int, locks: int) -> Arena:
+    def attach(cls, data: int, table: int, locks: int) -> SharedArena:
         """Join the arena behind inherited descriptors.
 
         Raises
@@ -113,7 +113,7 @@ class Arena:
         return arena
 
     @classmethod
-    def find(cls, name: bytes) -> Arena:
+    def find(cls, name: bytes) -> SharedArena:
         """Join the arena with the given `name`, through the process that sent it.
 
         Raises
@@ -263,7 +263,7 @@ class Arena:
         self.reclaim.punch_uncounted()
 
     def detach(self) -> None:
-        """Nobody says any more when messages of this process have left: they have."""
+        """Count all messages of this process as sent: nobody will say so any more."""
         self.blocks.depart_all()
 
     def try_destroy(self) -> bool:

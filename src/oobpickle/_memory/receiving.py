@@ -58,7 +58,7 @@ class Receiving:
         needs : list of int
             Bytes used of each.
         is_index : bool
-            Whether further blocks of the same message are claimed before this one is dropped.
+            Whether this block only tells where the others are, which are claimed next.
 
         Returns
         -------

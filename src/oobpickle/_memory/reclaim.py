@@ -141,7 +141,7 @@ class Reclaim:
                     nbytes -= block.nbytes_resident
                     block.empty()
             finally:
-                self._blocks.release(taken)  # an error that is kept refers to this frame
+                self._blocks.release(taken)  # else a stored traceback would keep them
         return n_taken > 0
 
     def punch_uncounted(self) -> None:

@@ -109,7 +109,7 @@ class Lease:
 
 
 class _Patience(NamedTuple):
-    """Until when a sender waits for room; 0: not at all, since that was in vain.
+    """Until when a sender waits for room; 0: not at all, since an earlier wait found none.
 
     `nbytes` of its message, if it waits by default; else `None`: that says nothing about others.
     """
@@ -182,7 +182,7 @@ class Sending:
                 )
             self._reserve(found)
         except BaseException:
-            self._blocks.release(found)  # an error that is kept refers to this frame
+            self._blocks.release(found)  # else a stored traceback would keep them
             raise
         return found
 

@@ -1,7 +1,7 @@
 """What this process may have taken out of a channel unseen by us, and may load later.
 
-**What.** `Unloaded` counts why the channels in this process's row are there: no message in flight
-that was sent into one of them is to be reclaimed.
+**What.** `Unloaded` lists the channels that this process may read by itself. Messages in flight in
+them are not reclaimed while it lives.
 
 **How it works.** Whoever asks a connection for its descriptor can read the bytes there himself, as
 asyncio does: from then on its channel is in the row. A forked child has its parent's list, and its

@@ -14,7 +14,7 @@ from inside import content, eventually, fork, message, reap, verify
 import oobpickle
 from internals import inner
 from oobpickle._memory import headroom, receiving
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 
 MIB = 1 << 20
@@ -90,7 +90,7 @@ def _address_space_nbytes():
 def address_space_of_blocks():
     """A process maps what it uses, and ended arenas let go of it."""
     before = _address_space_nbytes()
-    arenas = [Arena.create(Options(capacity=64 * MIB)) for _ in range(10)]
+    arenas = [SharedArena.create(Options(capacity=64 * MIB)) for _ in range(10)]
     for arena in arenas:
         arena.acquire([MIB]).release()
     assert _address_space_nbytes() - before < 10 * (64 + 72 + 8) * MIB
@@ -102,7 +102,7 @@ def address_space_of_blocks():
 
 def address_space_and_trim():
     """Windows that nobody uses go with `trim`."""
-    arena = Arena.create(Options(capacity=64 * MIB))
+    arena = SharedArena.create(Options(capacity=64 * MIB))
     before = _address_space_nbytes()
     arena.acquire([60 * MIB]).release()
     assert _address_space_nbytes() - before > 50 * MIB

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from oobpickle._hook.backlog import Backlog
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import reading_end
 
@@ -19,7 +19,7 @@ ENVELOPE = bytes(300)
 
 @pytest.fixture
 def arena():
-    arena = Arena.create(Options(capacity=64 * MIB))
+    arena = SharedArena.create(Options(capacity=64 * MIB))
     yield arena
     arena.close()
     arena.detach()

@@ -13,7 +13,7 @@ from conftest import eventually, process_with
 from oobpickle._hook import channels as channels_module
 from oobpickle._hook.channels import Channels
 from oobpickle._memory import reclaim
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import channel_id
 from oobpickle._memory.reclaim import UNPROVEN, pid_namespace
@@ -25,7 +25,7 @@ MIB = 1 << 20
 
 @pytest.fixture
 def arena():
-    arena = Arena.create(Options(capacity=64 * MIB))
+    arena = SharedArena.create(Options(capacity=64 * MIB))
     yield arena
     arena.close()
     arena.detach()

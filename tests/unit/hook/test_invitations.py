@@ -10,7 +10,7 @@ import pytest
 import oobpickle
 from oobpickle import _api
 from oobpickle._hook import installed, invitations
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 
 NAME = bytes(range(256))[200:232]  # with quotes and backslashes it would be the same
 
@@ -80,6 +80,6 @@ def test_a_ctrl_c_within_an_offer_is_not_swallowed(monkeypatch):
     def interrupted(_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Arena, "find", interrupted)
+    monkeypatch.setattr(SharedArena, "find", interrupted)
     with pytest.raises(KeyboardInterrupt):
         pickle.loads(invitations.prefix(b"identity of some" + bytes(16)) + pickle.dumps(1))

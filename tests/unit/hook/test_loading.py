@@ -15,7 +15,7 @@ from messages import envelope_of, message_of
 from oobpickle import _envelope
 from oobpickle._hook import invitations, loading
 from oobpickle._hook.loading import Substitute, numbers_in
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._pickling.in_band import Received, as_pickle, receive
 
@@ -23,7 +23,7 @@ BIG = np.ones(1 << 18)
 
 
 def envelope(obj):
-    arena = Arena.create(Options(capacity=64 << 20))
+    arena = SharedArena.create(Options(capacity=64 << 20))
     try:
         return bytes(envelope_of(obj, arena))
     finally:

@@ -17,7 +17,7 @@ import oobpickle
 from conftest import eventually
 from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._memory import headroom, reclaim, sending
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import channel_id
 from oobpickle._native import core
@@ -32,7 +32,7 @@ def make_arena():
 
     def make(**options):
         options.setdefault("capacity", 64 * MIB)
-        arenas.append(Arena.create(Options(**options)))
+        arenas.append(SharedArena.create(Options(**options)))
         return arenas[-1]
 
     yield make
@@ -328,7 +328,7 @@ def test_pages_of_arrays_that_outlive_the_arena_go_back_when_they_die(make_arena
 
 
 def test_statistics_outlive_the_memory():
-    arena = Arena.create(Options(capacity=64 * MIB))
+    arena = SharedArena.create(Options(capacity=64 * MIB))
     arena.acquire([100]).release()
     arena.close()
     arena.detach()
@@ -367,7 +367,7 @@ def test_an_address_that_names_something_else_is_refused(arena, tmp_path, which,
     before, n_mapped = os.listdir("/proc/self/fd"), number_of_mappings()
     try:
         with pytest.raises((ArenaError, OSError)):
-            Arena.find(name_with(arena, numbers))
+            SharedArena.find(name_with(arena, numbers))
         assert len(before) == len(os.listdir("/proc/self/fd"))
         assert n_mapped == number_of_mappings()
     finally:
@@ -384,7 +384,7 @@ def test_files_that_others_may_open_are_not_attached_to(arena, user, mode):
         os.fchown(arena.descriptors[0], user, user)
 
     with pytest.raises(ArenaError, match="not private to this user"):
-        Arena.find(arena.name)
+        SharedArena.find(arena.name)
 
 
 def private_file(nbytes):
@@ -516,7 +516,7 @@ def test_a_message_received_before_its_sender_has_settled_is_held(arena):
 
 def stopped_holder(arena):
     """Let the lock be held by somebody who lives and does nothing."""
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     table = Table.of(arena)
     table.header("lock", "u4")[0] = other.blocks.slot + 1
     core.wait_for_the_lock(20_000)
@@ -557,7 +557,7 @@ def test_without_the_lock_messages_arrive_and_arrays_die(arena):
 
 
 def test_a_dead_holder_of_the_lock_is_followed(arena):
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     lease = other.acquire([MIB])
     Table.of(arena).header("lock", "u4")[0] = other.blocks.slot + 1
     vanish(other)
@@ -589,13 +589,13 @@ def test_what_a_dead_one_was_about_to_free_is_freed(arena, n_freed):
 
 
 def test_who_inherits_a_slot_and_its_lock_goes_on(arena):
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     slot = other.blocks.slot
     vanish(other)
     assert 1 == arena.reclaim.reap()
     Table.of(arena).header("lock", "u4")[0] = slot + 1
 
-    third = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    third = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
 
     assert slot == third.blocks.slot
     third.acquire([100]).release()
@@ -786,7 +786,7 @@ def test_a_table_of_another_version_is_refused(arena):
     version[0] += 1
     try:
         with pytest.raises(ArenaError, match=r"version 5, expected .* and 4"):
-            Arena.attach(*copies)
+            SharedArena.attach(*copies)
     finally:
         version[0] -= 1
         for fd in copies:
@@ -799,7 +799,7 @@ def test_a_damaged_header_is_refused_before_anything_is_mapped(arena):
     capacity[0] ^= 1
     try:
         with pytest.raises(ArenaError, match=r"header .* is damaged"):
-            Arena.attach(*copies)
+            SharedArena.attach(*copies)
     finally:
         capacity[0] ^= 1
         for fd in copies:
@@ -810,7 +810,7 @@ def test_a_damaged_header_is_refused_before_anything_is_mapped(arena):
 
 def test_attached_twice_is_two_participants(arena):
     """One process stands for two: each has its own slot and its own view of the blocks."""
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     sent = send(arena, b"x" * MIB)
     (view,) = other.receiving.claim(*sent)
 
@@ -826,7 +826,7 @@ def test_attached_twice_is_two_participants(arena):
 
 def test_what_a_dead_participant_had_is_room_for_the_next(make_arena):
     arena = make_arena(capacity=8 * MIB)
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     lease = other.acquire([4 * MIB])
     views = other.receiving.claim(*send(arena, b"x" * 3 * MIB))
     vanish(other)
@@ -919,7 +919,7 @@ def test_the_index_of_a_message_that_is_copied_is_held_until_the_rest_is_claimed
 
 def test_who_keeps_all_keeps_what_others_have_read(arena):
     """A child may have the bytes of its parent, which could not be listed."""
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     sent = send(arena, b"x" * MIB)
     other.blocks.adopt(*first_of(sent[0]))
     vanish(other)
@@ -940,7 +940,7 @@ def test_what_was_sent_on_since_it_was_looked_at_is_kept(arena):
 
 
 def test_pages_that_a_dead_process_may_not_have_made_are_made_again(arena):
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     other.blocks.lease([MIB])  # and dies before it has reserved them
     vanish(other)
     arena.reclaim.reap()
@@ -955,7 +955,7 @@ def test_a_damaged_place_is_left_alone(arena):
     arena.acquire([MIB]).release()
     place = Table.of(arena).rows["place"]
     before, place[0] = place[0], (1 << 64) - 1
-    other = Arena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     assert other.blocks.is_damaged(0)
     other.blocks.unmap()
     other.statistics()
@@ -1099,7 +1099,7 @@ def test_no_load_waits_for_the_lock_to_give_pages_back(make_arena):
     del arena.receiving.claim(*send(arena, bytes(50 * MIB)))[:]
     (kept,) = arena.receiving.claim(*send(arena, b"x" * (30 * MIB)))
     sent = send(arena, b"y")
-    other = Arena.attach(*map(os.dup, arena.descriptors))
+    other = SharedArena.attach(*map(os.dup, arena.descriptors))
     lock = Table.of(arena).header("lock", "u4")
     core.wait_for_the_lock(60_000_000)
     lock[0] = other.blocks.slot + 1  # it lives, and does not move
@@ -1125,7 +1125,7 @@ def test_who_takes_the_lock_over_from_a_dead_one_mends_what_that_left(arena):
     """Also if it died before it could say that it was in the middle of something."""
     arena.acquire([MIB]).release()
     arena.acquire([100]).release()
-    other = Arena.attach(*map(os.dup, arena.descriptors))
+    other = SharedArena.attach(*map(os.dup, arena.descriptors))
     slot = other.blocks.slot
     other.blocks.abandon()
     other._files.close()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oobpickle._memory.arena import Arena
+from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from table import Table
 
@@ -12,7 +12,7 @@ N_KEPT = 64
 
 @pytest.fixture
 def arena():
-    arena = Arena.create(Options(capacity=64 * MIB))
+    arena = SharedArena.create(Options(capacity=64 * MIB))
     yield arena
     arena.close()
     assert arena.try_destroy()
