@@ -21,6 +21,7 @@ import multiprocessing.process as mp_process
 import multiprocessing.queues as mp_queues
 import multiprocessing.reduction as mp_reduction
 import multiprocessing.spawn as mp_spawn
+import multiprocessing.util as mp_util
 import os
 import subprocess
 import warnings
@@ -101,6 +102,8 @@ def _join(arena: inner.SharedArena, channels: bytes = b"", *, is_spawned: bool =
     hook.installed = True
     _reset_guard_in_children()
     installed.start(hook, _replacements())
+    if is_spawned:  # once its process object is loaded, and with it what that imports
+        mp_util.register_after_fork(hook, Hook.look_for_libraries)
     _absences.discard(install)
 
 

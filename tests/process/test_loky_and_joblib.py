@@ -10,10 +10,10 @@ WITH_EACH = (
     "errors_with_arrays",
     "first_used_inside",
     "imported_before",
+    "older_than_the_block",
+    "only_returns_and_is_older",
     "small_tasks",
 )
-#: A pool of joblib's that is older than the block goes on as it is.
-WITH_LOKY = ("older_than_the_block", "only_returns_and_is_older")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -22,13 +22,7 @@ def test_with(case, library):
     run_program("loky_and_joblib", case, library)
 
 
-@pytest.mark.parametrize("library", [one for one in LIBRARIES if "loky" in one])
-@pytest.mark.parametrize("case", WITH_LOKY)
-def test_with_workers_of_loky_that_are_older(case, library):
-    run_program("loky_and_joblib", case, library)
-
-
-ALONE = set(cases_of("loky_and_joblib")) - {*WITH_EACH, *WITH_LOKY, "memory_maps"}
+ALONE = set(cases_of("loky_and_joblib")) - {*WITH_EACH, "memory_maps"}
 
 
 @pytest.mark.parametrize("case", sorted(ALONE))

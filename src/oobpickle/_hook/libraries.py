@@ -40,8 +40,7 @@ def serves(name: str) -> bool:
         Of the module.
     """
     if name == "joblib.pool":
-        queue = getattr(sys.modules.get(name), "CustomizablePicklingQueue", None)
-        return _is_ours(getattr(queue, "_make_methods", None))
+        return _is_ours(getattr(sys.modules.get(name), "CustomizablePickler", None))
     for package in LOKY:
         if name.startswith(f"{package}."):
             queues = sys.modules.get(f"{package}.backend.queues")

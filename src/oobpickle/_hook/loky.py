@@ -1,7 +1,7 @@
 """What is replaced in joblib and loky, so that their messages go out of band too.
 
 **What.** `replacements` lists what is replaced in those that are imported: ``dumps`` of loky's
-queues, what starts its workers, how it measures a worker's memory, and joblib's queue for its
+queues, what starts its workers, how it measures a worker's memory, and the pickler of joblib's
 ``multiprocessing`` backend. joblib has a loky of its own, ``joblib.externals.loky``.
 
 **How it works.** Both pickle by themselves, and give the bytes to connections of multiprocessing,
@@ -73,9 +73,9 @@ def replacements() -> list[Replacement]:
             if hasattr(module, "_ReusablePoolExecutor")
         ),
     ]
-    pool = sys.modules.get("joblib.pool")
-    if pool is not None and hasattr(pool, "CustomizablePicklingQueue"):
-        wanted.append((pool.CustomizablePicklingQueue, "_make_methods", hooked_make_methods))
+    pool: Any = sys.modules.get("joblib.pool")
+    if hasattr(pool, "BytesIO") and hasattr(pool, "CustomizablePickler"):
+        wanted += [(pool, "BytesIO", hooked_buffer), (pool, "CustomizablePickler", hooked_pickler)]
     return [one for one in wanted if hasattr(one[0], one[1])]
 
 
@@ -192,34 +192,39 @@ def _backward(arrays: _Arrays, joblib: Any, reducer: Any, array: Any) -> Any:
 # --- joblib's own pool
 
 
-def hooked_make_methods(original: Any) -> Any:
-    def _make_methods(self: Any) -> None:
-        original(self)
-        if not self._reducers:
-            return  # then it sends as multiprocessing does
-        plain, lock = self._send, self._wlock
+def hooked_buffer(original: Any) -> Any:
+    class Buffer(original):  # type: ignore[misc]
+        """What joblib's queue pickles into, and then sends the value of."""
 
-        def send(obj: object) -> None:
-            hook = installed.current
-            kind = original.__globals__.get("CustomizablePickler")
-            if (
-                hook is None
-                or hook.arena.blocks.closed
-                or not (isinstance(kind, type) and issubclass(kind, pickle.Pickler))
-            ):
-                running()
-                plain(obj)
-                return
-            message = _taken_apart(hook, obj, kind, {}, self._reducers)
-            self._writer.send_bytes(to_send(hook, message, sys._getframe(0)))
+        taken: tuple[Hook, core.Message] | None = None
 
-        def put(obj: object) -> None:
-            with lock:
-                send(obj)
+        def getvalue(self) -> Any:
+            taken, self.taken = self.taken, None
+            return to_send(*taken, sys._getframe(1)) if taken else super().getvalue()
 
-        self._send, self.put = send, put
+    return Buffer
 
-    return _make_methods
+
+def hooked_pickler(original: Any) -> Any:
+    def CustomizablePickler(writer: Any, reducers: Any = None, *args: Any, **kwargs: Any) -> Any:
+        hook = running()
+        is_ours = hook is not None and hasattr(writer, "taken") and not (args or kwargs)
+        if is_ours and isinstance(original, type) and issubclass(original, pickle.Pickler):
+            return _Dumper(hook, writer, original, reducers)
+        return original(writer, reducers, *args, **kwargs)
+
+    return CustomizablePickler
+
+
+class _Dumper:
+    """In the place of a pickler that is made for one object."""
+
+    def __init__(self, hook: Any, buffer: Any, kind: Any, reducers: Any) -> None:
+        self._given = hook, buffer, kind, reducers
+
+    def dump(self, obj: object) -> None:
+        hook, buffer, kind, reducers = self._given
+        buffer.taken = hook, _taken_apart(hook, obj, kind, {}, reducers)
 
 
 # --- workers
@@ -252,7 +257,7 @@ def hooked_popen(original: Any) -> Any:
 
 
 def hooked_get(original: Any) -> Any:
-    """An executor that is older than the block is forgotten, and ends when nobody uses it."""
+    """An executor that is older than the block is ended, or left to whoever uses it."""
     function = getattr(original, "__func__", None)
     if function is None:
         return original  # no class method any more
@@ -262,8 +267,12 @@ def hooked_get(original: Any) -> Any:
         if hook is None:
             return function(cls, *args, **kwargs)
         storage, name = _storage_in(function.__globals__)
-        if getattr(storage.get(name), _MADE_IN, None) != hook.arena.identity:
-            storage[name] = None  # `shutdown` would wait for whoever uses it, perhaps for ever
+        older = storage.get(name)
+        if older is not None and getattr(older, _MADE_IN, None) != hook.arena.identity:
+            storage[name] = None
+            if not getattr(older, "_pending_work_items", True):
+                older.shutdown(wait=True)  # else whoever uses it would be waited for
+        older = None  # it ends when nobody refers to it
         found = function(cls, *args, **kwargs)
         setattr(found[0] if isinstance(found, tuple) else found, _MADE_IN, hook.arena.identity)
         return found

@@ -49,7 +49,8 @@ def reducers_of(kind, folder, max_nbytes=None):
 def test_each_loky_and_the_pool_of_joblib_are_served():
     names = sorted({(owner.__name__, name) for owner, name, _ in hooks.replacements()})
     expected = [
-        ("CustomizablePicklingQueue", "_make_methods"),
+        ("joblib.pool", "BytesIO"),
+        ("joblib.pool", "CustomizablePickler"),
         ("LokyProcess", "_Popen"),
         ("_ReusablePoolExecutor", "get_reusable_executor"),
     ]
@@ -192,15 +193,24 @@ def test_shared_pages_are_not_counted_as_memory_of_a_worker():
 
 @pytest.mark.parametrize("is_for_each_thread", [True, False])
 def test_an_executor_is_made_anew_for_each_arena(monkeypatch, is_for_each_thread):
-    """Without `shutdown`, which waits for whoever uses it."""
+    """One that is idle is shut down; `shutdown` of another would wait for whoever uses it."""
     storage = SimpleNamespace(executor=None)
+    ended = []
+
+    class Executor:
+        def __init__(self):
+            self._pending_work_items = {}
+
+        def shutdown(self, wait):
+            assert wait
+            ended.append(self)
 
     class Reusable:
         @classmethod
         def get_reusable_executor(cls, n):
             place, name = (vars(storage), "executor") if is_for_each_thread else (globals(), NAME)
             if place.get(name) is None:
-                place[name] = SimpleNamespace()
+                place[name] = Executor()
             return place[name], True
 
     original = vars(Reusable)["get_reusable_executor"]
@@ -212,9 +222,11 @@ def test_an_executor_is_made_anew_for_each_arena(monkeypatch, is_for_each_thread
     with oobpickle.enabled():
         second, _ = Reusable.get_reusable_executor(2)
         assert Reusable.get_reusable_executor(2)[0] is second
+    second._pending_work_items = {1: "a task"}
     with oobpickle.enabled():
         third, _ = Reusable.get_reusable_executor(2)
     assert Reusable.get_reusable_executor(2)[0] is third
     assert len({id(one) for one in (first, second, third)}) == 3
+    assert ended == [first]
     names = vars(reusable_executor)
     assert "_executor_storage" in names or NAME in names
