@@ -67,7 +67,6 @@ def _protocol_of_queue(queue: Any) -> int | None:
     namespace = getattr(pickles, "__globals__", None)
     if namespace is vars(mp_queues):
         return pickle.DEFAULT_PROTOCOL
-    name = type(queue).__module__  # joblib's has its `put` in each instance
-    if isinstance(namespace, dict):
-        name = namespace.get("__name__")
+    # joblib's queue has its `put` in each instance.
+    name = namespace.get("__name__") if isinstance(namespace, dict) else type(queue).__module__
     return _LOKYS if isinstance(name, str) and libraries.serves(name) else None
