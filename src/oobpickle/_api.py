@@ -290,13 +290,15 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
             installed.uninterrupted(_leave, block)
             raise
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         fallbacks, libraries = installed.uninterrupted(_leave, self._blocks[-1])
         self._blocks.pop()
-        if fallbacks:
-            warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=2)
-        elif libraries:
-            warnings.warn(not_served.describe(libraries), NotServedWarning, stacklevel=2)
+        # Where warnings are errors, one must not take the place of an error of the program's.
+        with contextlib.suppress(FallbackWarning) if error else contextlib.nullcontext():
+            if fallbacks:
+                warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=2)
+            elif libraries:
+                warnings.warn(not_served.describe(libraries), NotServedWarning, stacklevel=2)
 
     def __del__(self) -> None:
         for block in getattr(self, "_blocks", ()):  # a Ctrl-C came before the first line inside

@@ -61,6 +61,7 @@ class Rebuild:
 
 class Message:
     is_for_one: bool
+    keeps_flags: bool
     def __init__(
         self,
         blocks: Blocks | Literal[False] | None,

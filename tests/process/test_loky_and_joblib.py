@@ -22,7 +22,7 @@ def test_with(case, library):
     run_program("loky_and_joblib", case, library)
 
 
-ALONE = set(cases_of("loky_and_joblib")) - {*WITH_EACH, "memory_maps"}
+ALONE = set(cases_of("loky_and_joblib")) - {*WITH_EACH, "memory_maps", "both_are_imported"}
 
 
 @pytest.mark.parametrize("case", sorted(ALONE))
@@ -32,4 +32,14 @@ def test_joblib(case):
 
 @pytest.mark.parametrize("backend", ["loky", "multiprocessing"])
 def test_what_joblib_keeps_in_files(backend):
-    run_program("loky_and_joblib", "memory_maps", backend)
+    plain, inside = (
+        run_program("loky_and_joblib", "memory_maps", backend, where)
+        for where in ("plain", "inside")
+    )
+
+    assert plain == inside
+
+
+@pytest.mark.parametrize("first", ["loky", "joblib"])
+def test_both_lokys(first):
+    run_program("loky_and_joblib", "both_are_imported", first)

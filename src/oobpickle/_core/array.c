@@ -340,6 +340,11 @@ PyObject *array_reduce(struct message *message, PyObject *array)
         Py_DECREF(dtype);
         return NULL;
     }
+    if (message_keeps_flags(message) && (view.readonly || view.len == 0)) {
+        PyBuffer_Release(&view);
+        Py_DECREF(dtype);
+        return as_numpy_does(array);
+    }
     if (view.len == 0) {
         PyObject *shape = attribute(array, "shape");
         if (shape)

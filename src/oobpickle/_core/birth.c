@@ -119,7 +119,11 @@ bool birth_take(struct blocks *blocks)
     return true;
 }
 
+/* Once for the process: subinterpreters make the module again. */
 int birth_start(void)
 {
-    return pthread_atfork(before, in_parent, in_child);
+    static bool is_started;
+    int error = is_started ? 0 : pthread_atfork(before, in_parent, in_child);
+    is_started = error == 0;
+    return error;
 }

@@ -104,6 +104,9 @@ static int lease_all(struct blocks *blocks, const u64 *needs, Py_ssize_t n, stru
     int problem = step_begin(blocks);
     if (problem)
         return problem;
+    /* Under the lock: who has had it since the arena was closed sees every lease there will be. */
+    if (get(&table->shared->header.closed))
+        problem = DETACHED;
     Py_ssize_t i = 0;
     for (; i < n && problem == ROOM; i++) {
         *need = needs[i];

@@ -347,6 +347,7 @@ PyObject *array_reduce(struct message *message, PyObject *array);
 /* --- message.c: one message, as it is taken apart */
 
 struct dtype *message_dtype(struct message *message);
+bool message_keeps_flags(const struct message *message);
 bool message_keeps(struct message *message, u64 nbytes);
 void message_made(struct message *message, PyObject *memory);
 PyObject *message_stand_in(struct message *message, Py_buffer *view);

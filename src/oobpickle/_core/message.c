@@ -71,6 +71,7 @@ struct message {
     char *memory; /* HEAD_ROOM, and then (header, content) of each buffer */
     u64 used, room, from;
     Py_ssize_t n_exports;
+    bool keeps_flags; /* read-only arrays arrive read-only, as NumPy sends them */
     bool is_for_one; /* it is written once, and its memory is given back meanwhile */
 };
 
@@ -83,6 +84,11 @@ static struct message *of(PyObject *self)
 }
 
 /* --- the small helpers of array.c */
+
+bool message_keeps_flags(const struct message *message)
+{
+    return message->keeps_flags;
+}
 
 struct dtype *message_dtype(struct message *message)
 {
@@ -946,6 +952,17 @@ static int set_for_one(PyObject *self, PyObject *value, void *Py_UNUSED(closure)
     return 0;
 }
 
+static PyObject *get_keeps_flags(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(of(self)->keeps_flags);
+}
+
+static int set_keeps_flags(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
+{
+    of(self)->keeps_flags = value == Py_True;
+    return 0;
+}
+
 static PyMethodDef methods[] = {
     {"write", write_piece, METH_O, NULL},
     {"take", take, METH_O, NULL},
@@ -974,6 +991,7 @@ static PyGetSetDef attributes[] = {
     {"sizes", get_sizes, NULL, NULL, NULL},
     {"blocks", get_blocks, NULL, NULL, NULL},
     {"is_for_one", get_for_one, set_for_one, NULL, NULL},
+    {"keeps_flags", get_keeps_flags, set_keeps_flags, NULL, NULL},
     {0},
 };
 

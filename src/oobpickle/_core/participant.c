@@ -334,7 +334,6 @@ int participant_join(struct blocks *blocks)
         return DETACHED;
     FAULT("participant.held");
     struct lives lives = {.blocks = blocks};
-    bool had_owner = get(&row_of(blocks, slot)->state) != VACANT;
     u64 begun = epoch();
     blocks->lock.slot = slot;
     blocks->lock.epoch = begun;
@@ -350,6 +349,8 @@ int participant_join(struct blocks *blocks)
         blocks->lock.epoch = 0;
         return taken == LOCK_ERROR ? -1 : taken == LOCK_BUSY ? BUSY : DETACHED;
     }
+    /* Whoever had the lock before may have recovered the slot meanwhile. */
+    bool had_owner = get(&row_of(blocks, slot)->state) != VACANT;
     if (had_owner) /* asked before what was released is drained */
         for (u32 other = 0; other < n_slots(blocks); other++)
             is_alive_known(&lives, other);

@@ -22,14 +22,16 @@ not in C: those messages travel as they would without us.
 
 from __future__ import annotations
 
+import copyreg
 import multiprocessing.context as mp_context
 import multiprocessing.process as mp_process
 import os
 import pickle
 import sys
+import time
 import weakref
 from collections import ChainMap
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Final
 
 from oobpickle import _envelope
@@ -44,12 +46,11 @@ from oobpickle._native import core
 
 _PROTOCOL: Final = 5
 _DISPATCH_TABLE: Final[Any] = vars(pickle.Pickler)["dispatch_table"]  # as the pickler in C has it
+_MOMENT_S: Final = 0.05
 _MADE_IN: Final = "_oobpickle_arena"  # of an executor: the identity of the arena
 
 #: By process object: the duplicates of our descriptors that its worker inherits.
-_inherited: Final[weakref.WeakKeyDictionary[Any, list[tuple[int, File]]]] = (
-    weakref.WeakKeyDictionary()
-)
+_inherited: Final[weakref.WeakKeyDictionary[Any, _Duplicates]] = weakref.WeakKeyDictionary()
 
 
 def replacements() -> list[Replacement]:
@@ -88,18 +89,27 @@ def hooked_dumps(original: Any) -> Any:
     def dumps(obj: object, reducers: Any = None, protocol: int | None = None) -> Any:
         hook = installed.current
         kind = namespace.get("_LokyPickler")
-        if (
-            hook is None
-            or protocol is not None
-            or hook.arena.blocks.closed
-            or not (isinstance(kind, type) and issubclass(kind, pickle.Pickler))
-        ):
+        if hook is None or protocol is not None or hook.arena.blocks.closed or not _is_known(kind):
             running()
             return original(obj, reducers=reducers, protocol=protocol)
         message = _taken_apart(hook, obj, kind, namespace.get("_dispatch_table", {}), reducers)
         return to_send(hook, message, sys._getframe(1))
 
     return dumps
+
+
+def _is_known(kind: Any) -> bool:
+    """Tell whether a pickler of theirs is in C, and made by nobody else (``set_loky_pickler``)."""
+    base = getattr(kind, "_loky_pickler_cls", pickle.Pickler)
+    if base is pickle.Pickler:
+        return isinstance(kind, type) and issubclass(kind, base)
+    table = getattr(base, "dispatch_table", None)  # of cloudpickle: its own, then copyreg's
+    return (
+        "cloudpickle" in str(base.__module__).split(".")
+        and issubclass(base, pickle.Pickler)
+        and isinstance(table, ChainMap)
+        and table.maps[1:] == [copyreg.dispatch_table]
+    )
 
 
 def _taken_apart(
@@ -110,14 +120,14 @@ def _taken_apart(
     Its constructor has no argument for the callback, and copies a table of which most is the same
     for each message: so what it does is done here, and `own` are the reducers of all its messages.
     """
-    base = getattr(kind, "_loky_pickler_cls", pickle.Pickler)
-    table = getattr(base, "dispatch_table", None)  # of cloudpickle: its own, before copyreg's
-    special: dict[type, Any] = {**table.maps[0]} if isinstance(table, ChainMap) else {}
+    base: Any = getattr(kind, "_loky_pickler_cls", pickle.Pickler)
+    special: dict[type, Any] = {} if base is pickle.Pickler else {**base.dispatch_table.maps[0]}
     special.update(own)
     arrays = _Arrays()
     for cls, reducer in (reducers or {}).items():
         special[cls] = arrays.instead_of(reducer)
     message = core.Message(hook.destination, hook.threshold, _envelope.tables(special))
+    message.keeps_flags = True  # as the protocol that they use
     pickler = kind.__new__(kind)
     base.__init__(pickler, message, protocol=_PROTOCOL, buffer_callback=message.take)
     _DISPATCH_TABLE.__set__(pickler, message.table)
@@ -209,7 +219,7 @@ def hooked_pickler(original: Any) -> Any:
     def CustomizablePickler(writer: Any, reducers: Any = None, *args: Any, **kwargs: Any) -> Any:
         hook = running()
         is_ours = hook is not None and hasattr(writer, "taken") and not (args or kwargs)
-        if is_ours and isinstance(original, type) and issubclass(original, pickle.Pickler):
+        if is_ours and _is_known(original):
             return _Dumper(hook, writer, original, reducers)
         return original(writer, reducers, *args, **kwargs)
 
@@ -230,14 +240,36 @@ class _Dumper:
 # --- workers
 
 
+class _Duplicates:
+    """Duplicates of descriptors, which are closed with this object."""
+
+    def __init__(self) -> None:
+        self._files: list[tuple[int, File]] = []
+
+    def make(self, descriptors: Sequence[int]) -> None:
+        for fd in descriptors:
+            duplicate = os.dup(fd)
+            self._files.append((duplicate, file_of(duplicate)))
+
+    @property
+    def numbers(self) -> list[int]:
+        return [fd for fd, _ in self._files]
+
+    def __del__(self) -> None:
+        for fd, file in self._files:
+            close_if(fd, file)
+
+
 def hooked_dump(original: Any) -> Any:
     def dump(obj: object, file: IO[bytes], *args: Any, **kwargs: Any) -> None:
         popen: Any = mp_context.get_spawning_popen()
         hook = running() if popen is not None and isinstance(obj, mp_process.BaseProcess) else None
         if hook is not None and hook.arena.can_be_inherited():
-            duplicates = [os.dup(fd) for fd in hook.arena.descriptors]
-            _inherited[obj] = [(fd, file_of(fd)) for fd in duplicates]
-            file.write(dropped(Inheritance(hook, duplicates)))
+            duplicates = _Duplicates()
+            with ignoring(OSError):  # none is left: the worker starts all the same
+                duplicates.make(hook.arena.descriptors)
+                _inherited[obj] = duplicates
+                file.write(dropped(Inheritance(hook, duplicates.numbers)))
         original(obj, file, *args, **kwargs)
 
     return dump
@@ -250,14 +282,13 @@ def hooked_popen(original: Any) -> Any:
         try:
             return function(process_obj)
         finally:
-            for fd, file in _inherited.pop(process_obj, ()):
-                close_if(fd, file)
+            _inherited.pop(process_obj, None)
 
     return staticmethod(_Popen)
 
 
 def hooked_get(original: Any) -> Any:
-    """An executor that is older than the block is ended, or left to whoever uses it."""
+    """An executor that is older than the block is replaced, if nobody is using it."""
     function = getattr(original, "__func__", None)
     if function is None:
         return original  # no class method any more
@@ -267,17 +298,34 @@ def hooked_get(original: Any) -> Any:
         if hook is None:
             return function(cls, *args, **kwargs)
         storage, name = _storage_in(function.__globals__)
-        older = storage.get(name)
-        if older is not None and getattr(older, _MADE_IN, None) != hook.arena.identity:
-            storage[name] = None
-            if not getattr(older, "_pending_work_items", True):
-                older.shutdown(wait=True)  # else whoever uses it would be waited for
-        older = None  # it ends when nobody refers to it
+        older: Any = storage.get(name)
+        is_older = older is not None and getattr(older, _MADE_IN, None) != hook.arena.identity
+        # Whoever asks for the older one as it is says no arguments; joblib always says them.
+        is_wanted = kwargs.get("reuse") is True and "get_reusable_executor" in vars(cls)
+        is_kept = is_older and (is_wanted or not _becomes_idle(older))
+        if is_older and not is_kept:
+            kwargs["reuse"] = False  # as if other arguments were given
+        older = None
         found = function(cls, *args, **kwargs)
-        setattr(found[0] if isinstance(found, tuple) else found, _MADE_IN, hook.arena.identity)
+        if not is_kept:
+            made = found[0] if isinstance(found, tuple) else found
+            setattr(made, _MADE_IN, hook.arena.identity)
         return found
 
     return classmethod(get_reusable_executor)
+
+
+def _becomes_idle(executor: Any) -> bool:
+    """Tell whether an executor has nothing to do, in a moment at most.
+
+    To shut down one that is in use would be to wait for its user, perhaps for ever.
+    """
+    until = time.monotonic() + _MOMENT_S
+    while getattr(executor, "_pending_work_items", True):
+        if time.monotonic() > until:
+            return False
+        time.sleep(_MOMENT_S / 50)
+    return True
 
 
 def _storage_in(namespace: dict[str, Any]) -> tuple[dict[str, Any], str]:

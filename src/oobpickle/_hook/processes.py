@@ -230,9 +230,11 @@ _STANDARD: Final = frozenset((-1, 0, 1, 2))
 
 def _named(given: Mapping[str, Any]) -> Iterator[int]:
     """Yield what the caller says that a program inherits."""
+    numbers = []
     for fd in given["pass_fds"]:
         with contextlib.suppress(TypeError, ValueError):  # the original complains
-            yield int(fd)
+            numbers.append(int(fd))
+    yield from numbers
     pairs = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
     made = {given[theirs] for theirs, ours in pairs if given[ours] >= 0}
     yield from {given[theirs] for theirs, _ in pairs} - made - _STANDARD
@@ -242,11 +244,14 @@ def _inherited(given: Mapping[str, Any]) -> Iterator[int]:
     """Yield what a program inherits, but for pipes that are made for it, and the standard three."""
     yield from _named(given)
     if not given["close_fds"]:
-        for name in os.listdir("/proc/self/fd"):
-            fd = int(name)
-            with ignoring(OSError):  # the one that was listed with
-                if fd not in _STANDARD and os.get_inheritable(fd):
-                    yield fd
+        others = (int(name) for name in os.listdir("/proc/self/fd"))
+        yield from (fd for fd in others if fd not in _STANDARD and _is_inheritable(fd))
+
+
+def _is_inheritable(fd: int) -> bool:
+    with ignoring(OSError):  # the one that was listed with
+        return os.get_inheritable(fd)
+    return False
 
 
 class Inheritance:

@@ -267,10 +267,10 @@ class SharedArena:
         self.blocks.depart_all()
 
     def try_destroy(self) -> bool:
-        """Unmap and close everything if nobody needs it any more; the statistics stay.
+        """Unmap and close everything if this process needs it no more; the statistics stay.
 
-        That is when it is closed, this process is the last in it, and no array, lease or message is
-        left.
+        That is when it is closed, this process has no array of it, and no message is on its way:
+        nothing new is sent, since a lease is refused from then on, under the lock.
         """
         blocks = self.blocks
         if not blocks.ended:
@@ -279,8 +279,10 @@ class SharedArena:
             with ignoring(OSError):
                 self.reclaim.look()
                 self.reclaim.punch_idle()
-            n_blocks, _, _ = blocks.census()
-            if any(n_blocks[1:]) or self.reclaim.n_others() or not blocks.is_idle:
+            # With the lock once since it was closed: who leased before that is seen.
+            is_certain = blocks.reap() >= 0
+            (_, n_leased, n_in_flight, _), _, _ = blocks.census()
+            if not is_certain or n_leased or n_in_flight or not blocks.is_idle:
                 blocks.unmap()
                 return False
             self._final = self.statistics()

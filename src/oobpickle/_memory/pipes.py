@@ -25,11 +25,13 @@ import socket
 import stat
 import struct
 import time
-from collections.abc import Collection, Iterator, Mapping
-from typing import Final
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Final, TypeVar
 
 from oobpickle import _system
 from oobpickle._foreign import ignoring, pass_on_foreign
+
+T = TypeVar("T")
 
 _SOCKET: Final = 1 << 63
 
@@ -254,9 +256,14 @@ def _own_pids() -> Iterator[int]:
     """Yield the processes of this user: one that has not joined yet may be about to read."""
     me = os.geteuid()
     for pid in _pids():
-        with ignoring(OSError):
-            if os.stat(f"/proc/{pid}").st_uid == me:
-                yield pid
+        if _user_of(pid) == me:
+            yield pid
+
+
+def _user_of(pid: int) -> int | None:
+    with ignoring(OSError):
+        return os.stat(f"/proc/{pid}").st_uid
+    return None
 
 
 def _may_have(pid: int, names: Mapping[str, int], participants: Collection[int]) -> set[int]:
@@ -312,8 +319,18 @@ def _name(channel: int) -> str:
 
 
 def _descriptors_of(pid: str) -> Iterator[tuple[str, str]]:
-    """Yield each descriptor of a process, and what it refers to."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # the process is gone
-        for fd in os.listdir(f"/proc/{pid}/fd"):
-            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-                yield fd, os.readlink(f"/proc/{pid}/fd/{fd}")
+    """Yield each descriptor of a process, and what it refers to.
+
+    Nothing is open where it yields: a Ctrl-C while a generator is closed would be lost.
+    """
+    for fd in _in_proc(os.listdir, f"/proc/{pid}/fd") or ():
+        target = _in_proc(os.readlink, f"/proc/{pid}/fd/{fd}")
+        if target is not None:
+            yield fd, target
+
+
+def _in_proc(call: Callable[[str], T], path: str) -> T | None:
+    try:
+        return call(path)
+    except (FileNotFoundError, ProcessLookupError):
+        return None

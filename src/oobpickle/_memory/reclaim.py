@@ -150,12 +150,6 @@ class Reclaim:
 
     # --- the others
 
-    def n_others(self) -> int:
-        """Return how many other participants there are, living or not yet reaped."""
-        blocks = self._blocks
-        own = blocks.slot if blocks.joined else -1
-        return sum(slot != own for slot, _, _ in blocks.participants())
-
     def living(self) -> set[int]:
         """Return the pids of all participants, this process among them, by the proof of life.
 

@@ -1,7 +1,9 @@
 """joblib and loky, as their users use them: results and arguments by value go out of band."""
 
 import contextlib
+import errno
 import functools
+import gc
 import multiprocessing
 import operator
 import os
@@ -217,6 +219,85 @@ def descriptors(library):
 # --- loky alone
 
 
+def both_are_imported(first):
+    """Each has a loky of its own; a worker may be started by the other's."""
+    for name in (first, {"loky": "joblib", "joblib": "loky"}[first]):
+        __import__(name)
+    for library in ("loky_own", "joblib_loky"):
+        with oobpickle.enabled(capacity=512 * MIB) as arena, _open(library) as run:
+            _check_next(run)
+            assert _counts(arena) == (2 * N, 0), (library, arena.statistics())
+
+
+def an_older_executor_that_is_asked_for():
+    """It keeps its workers and their environment."""
+    import loky
+
+    older = loky.get_reusable_executor(1, env={"OF_THE_OLDER": "yes"}, timeout=100)
+    assert older.submit(os.getenv, "OF_THE_OLDER").result() == "yes"
+    with oobpickle.enabled():
+        same = loky.get_reusable_executor(reuse=True)
+        assert same is older
+        assert same.submit(os.getenv, "OF_THE_OLDER").result() == "yes"
+        assert same._max_workers == 1
+        other = loky.get_reusable_executor(1)
+        assert other is not older
+        assert other.submit(os.getenv, "OF_THE_OLDER").result() is None
+        assert loky.get_reusable_executor(reuse=True) is other
+        other.shutdown()
+
+
+def without_descriptors_for_a_worker():
+    """It starts all the same; what was duplicated is closed."""
+    import loky.backend
+
+    with _in_silence() as arena:
+        process = loky.backend.get_context("loky").Process(target=print)
+        process.start()  # so that all is imported
+        process.join()
+        n_before = len(our_descriptors())
+        original = os.dup
+        hits = []
+
+        def refuse(fd):
+            hits.append(fd)
+            if len(hits) % 3 == 2:
+                raise OSError(errno.EMFILE, "no descriptor is left")
+            return original(fd)
+
+        os.dup = refuse
+        try:
+            process = loky.backend.get_context("loky").Process(target=print)
+            process.start()
+        finally:
+            os.dup = original
+        process.join()
+        assert process.exitcode == 0
+        assert len(hits) == 2
+        assert len(our_descriptors()) == n_before
+        assert arena.statistics().n_fallbacks == 0
+
+
+def processes_with_a_launcher_of_their_own():
+    """Nothing of the duplicates stays when the process object has gone."""
+    from loky.backend.popen_loky_posix import Popen
+    from loky.backend.process import LokyProcess
+
+    class Own(LokyProcess):
+        @staticmethod
+        def _Popen(process):
+            return Popen(process)
+
+    with oobpickle.enabled():
+        n_before = len(our_descriptors())
+        process = Own(target=print)
+        process.start()
+        process.join()
+        del process
+        gc.collect()
+        assert len(our_descriptors()) == n_before
+
+
 def lambdas_and_local_functions():
     with oobpickle.enabled(capacity=512 * MIB) as arena, _joblib("loky") as run:
         offset = np.full(NBYTES // 8, 7.0)
@@ -290,7 +371,7 @@ def _same(array):
     return array
 
 
-def memory_maps(backend):
+def memory_maps(backend, where):
     """What joblib keeps in files stays there, in its mode; what is returned is what it was."""
     from joblib import Parallel, delayed
 
@@ -298,16 +379,14 @@ def memory_maps(backend):
     with tempfile.NamedTemporaryFile() as file:
         ones.tofile(file.name)
         own = np.memmap(file.name, np.float64, "r")
-        found = []
-        for context in (contextlib.nullcontext(), oobpickle.enabled(capacity=512 * MIB)):
-            with context as arena:
-                parallel = Parallel(2, max_nbytes=MIB, mmap_mode="c", backend=backend)
-                seen = parallel(delayed(_describe)(a) for a in (ones, own, ones[::2], ones[:10]))
-                back = parallel(delayed(_same)(a) for a in (ones, own, ones[::2]))
-                found.append((seen, [_describe(one) for one in back]))
-        assert found[0] == found[1], found
+        inside = oobpickle.enabled(capacity=512 * MIB) if where == "inside" else None
+        with inside or contextlib.nullcontext() as arena:
+            parallel = Parallel(2, max_nbytes=MIB, mmap_mode="c", backend=backend)
+            seen = parallel(delayed(_describe)(a) for a in (ones, own, ones[::2], ones[:10]))
+            back = parallel(delayed(_same)(a) for a in (ones, own, ones[::2]))
+            print(seen, [_describe(one) for one in back])
         assert seen[0] == ("memmap", "c", float(ones.sum())), seen
-        assert arena.statistics().n_messages_out_of_band >= 1, arena.statistics()
+        assert arena is None or arena.statistics().n_messages_out_of_band >= 1, arena.statistics()
 
 
 def _pid(_):

@@ -1,5 +1,6 @@
 """What is replaced in joblib and loky, and what their reducers still do."""
 
+import copyreg
 import io
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import joblib.pool
 import loky.backend.process
 import numpy as np
 import pytest
+from cloudpickle import CloudPickler
 from joblib import _memmapping_reducer as memmapping
 from joblib.externals.loky import reusable_executor
 from joblib.externals.loky.backend import queues, reduction
@@ -150,6 +152,70 @@ def test_functions_go_as_loky_sends_them(pipe):
     np.testing.assert_array_equal(offset + 2, reader.recv()(2))
 
 
+@pytest.mark.parametrize("kind", ["argument", "result", "loky"])
+@pytest.mark.parametrize("n", [10, NBYTES])
+def test_arrays_that_are_read_only_arrive_so(pipe, kind, n, tmp_path):
+    """Their pickler keeps the flag, that of multiprocessing's protocol does not."""
+    _, reader, writer = pipe
+    array = np.ones(n)
+    array.flags.writeable = False
+    sent(writer, [array, np.ones(n)], None if kind == "loky" else reducers_of(kind, tmp_path))
+    found, other = reader.recv()
+    np.testing.assert_array_equal(array, found)
+    assert (found.flags.writeable, other.flags.writeable) == (False, True)
+
+
+def test_empty_arrays_have_the_strides_that_they_have_without_us(pipe):
+    _, reader, writer = pipe
+    array = np.empty((0, 7))
+    sent(writer, [array, np.ones(NBYTES)])
+    assert reader.recv()[0].strides == pickle.loads(reduction.dumps(array)).strides
+
+
+def _mine(number):
+    return str, ("mine",)
+
+
+class OwnTable(pickle.Pickler):
+    dispatch_table = copyreg.dispatch_table.copy()
+    dispatch_table[complex] = _mine
+
+
+class OwnArguments(pickle.Pickler):
+    def __init__(self, file, protocol=None):
+        super().__init__(file, protocol)
+
+
+class OwnLevels(CloudPickler):
+    dispatch_table = CloudPickler.dispatch_table.new_child({complex: _mine})
+
+
+@pytest.mark.parametrize("kind", [OwnTable, OwnArguments, OwnLevels])
+def test_picklers_of_the_users_own_are_left_alone(pipe, kind, monkeypatch):
+    _, reader, writer = pipe
+    module = SimpleNamespace(Pickler=kind)
+    monkeypatch.setitem(sys.modules, "pickler_of_a_user", module)
+    reduction.set_loky_pickler("pickler_of_a_user")
+    try:
+        plain = pickle.loads(reduction.dumps([1j, abs]))
+        sent(writer, [1j, abs])
+    finally:
+        reduction.set_loky_pickler()
+    assert reader.recv() == plain
+
+
+@pytest.mark.parametrize("name", ["pickle", "cloudpickle"])
+def test_both_picklers_that_loky_has_are_served(pipe, name):
+    arena, reader, writer = pipe
+    reduction.set_loky_pickler(name)
+    try:
+        sent(writer, [np.arange(NBYTES), abs])
+    finally:
+        reduction.set_loky_pickler()
+    assert reader.recv()[1] is abs
+    assert arena.statistics().n_messages_out_of_band == 1
+
+
 def test_what_cannot_be_pickled_raises_and_leaves_nothing(pipe):
     arena, _, writer = pipe
     with pytest.raises((TypeError, pickle.PicklingError)):
@@ -193,40 +259,42 @@ def test_shared_pages_are_not_counted_as_memory_of_a_worker():
 
 @pytest.mark.parametrize("is_for_each_thread", [True, False])
 def test_an_executor_is_made_anew_for_each_arena(monkeypatch, is_for_each_thread):
-    """One that is idle is shut down; `shutdown` of another would wait for whoever uses it."""
+    """If it is idle; the end of one that is in use would be waited for, perhaps for ever."""
     storage = SimpleNamespace(executor=None)
-    ended = []
-
-    class Executor:
-        def __init__(self):
-            self._pending_work_items = {}
-
-        def shutdown(self, wait):
-            assert wait
-            ended.append(self)
+    reuses = []
 
     class Reusable:
         @classmethod
-        def get_reusable_executor(cls, n):
+        def get_reusable_executor(cls, n, reuse="auto"):
+            reuses.append(reuse)
             place, name = (vars(storage), "executor") if is_for_each_thread else (globals(), NAME)
-            if place.get(name) is None:
-                place[name] = Executor()
+            if place.get(name) is None or reuse is False:
+                place[name] = SimpleNamespace(_pending_work_items={})
             return place[name], True
+
+    class Joblibs(Reusable):
+        """Says each time that it is to be used again, and all arguments."""
 
     original = vars(Reusable)["get_reusable_executor"]
     monkeypatch.setitem(globals(), NAME, None)
     if is_for_each_thread:
         monkeypatch.setitem(globals(), "_executor_storage", storage)
-    first, _ = Reusable.get_reusable_executor(2)
+    found = [Reusable.get_reusable_executor(2)[0]]
     Reusable.get_reusable_executor = hooks.hooked_get(original)
     with oobpickle.enabled():
-        second, _ = Reusable.get_reusable_executor(2)
-        assert Reusable.get_reusable_executor(2)[0] is second
-    second._pending_work_items = {1: "a task"}
+        found.append(Reusable.get_reusable_executor(2)[0])
+        assert Reusable.get_reusable_executor(2)[0] is found[-1]
+    found[-1]._pending_work_items[1] = "a task"
     with oobpickle.enabled():
-        third, _ = Reusable.get_reusable_executor(2)
-    assert Reusable.get_reusable_executor(2)[0] is third
-    assert len({id(one) for one in (first, second, third)}) == 3
-    assert ended == [first]
+        assert Reusable.get_reusable_executor(2)[0] is found[-1]
+        found[-1]._pending_work_items.clear()
+        assert Reusable.get_reusable_executor(2, reuse=True)[0] is found[-1]
+        found.append(Reusable.get_reusable_executor(2)[0])
+    with oobpickle.enabled():
+        found.append(Joblibs.get_reusable_executor(2, reuse=True)[0])
+        assert Joblibs.get_reusable_executor(2, reuse=True)[0] is found[-1]
+    assert Reusable.get_reusable_executor(2)[0] is found[-1]
+    assert len(set(map(id, found))) == 4
+    assert reuses == ["auto", False, "auto", "auto", True, False, False, True, "auto"]
     names = vars(reusable_executor)
     assert "_executor_storage" in names or NAME in names
