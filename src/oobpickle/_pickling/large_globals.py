@@ -52,8 +52,8 @@ def warn_of_large(taken: Iterable[Any]) -> None:
         _warn(
             f"oobpickle: {kind} {obj.__qualname__} goes by value, since it cannot be found by its "
             f"name, and takes {total} bytes along with each message: {what} has {largest}. "
-            "Set it in the workers with the initializer of the pool, pass it as an argument where "
-            f"it is needed, or put the {kind} into a module that the workers can import.",
+            f"Pass it as an argument where it is needed, or put the {kind} into a module that the "
+            "workers can import, and set it there with the initializer of the pool.",
             where,
             lineno,
         )
