@@ -525,3 +525,12 @@ def test_what_locals_returned_to_a_caller_of_dumps_stays_as_it_is():
 
     assert variables["wanted"] == 1
     assert variables["obj"] is BIG
+
+
+def test_a_warning_does_not_take_the_place_of_an_error_of_the_program():
+    """Where warnings are errors."""
+    with pytest.raises(ZeroDivisionError), oobpickle.enabled():
+        installed.current.count_fallback("channel", MIB)
+        raise ZeroDivisionError
+    with pytest.raises(FallbackWarning, match="1 message"), oobpickle.enabled():
+        installed.current.count_fallback("channel", MIB)

@@ -14,7 +14,8 @@ the arena's, which are closed when the worker is launched. It replaces workers w
 pages of shared memory are not counted.
 
 **Lifetime.** Each asks at call time whether the hook is in. What is imported inside the block is
-replaced when it makes its first pipe (`processes.hooked_pipe`).
+replaced when it makes its first pipe (`processes.hooked_pipe`); in a worker, when its process
+object is loaded.
 
 **When it cannot.** What a release of theirs does not have is not replaced, nor a pickler that is
 not in C: those messages travel as they would without us.

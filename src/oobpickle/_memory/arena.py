@@ -40,13 +40,6 @@ class SharedArena:
     """Shared memory for the messages between the processes that have joined.
 
     What a program sees of it is `oobpickle.Arena`.
-
-    Attributes
-    ----------
-    identity : bytes
-        16 random bytes that name the arena in its envelopes.
-    options : Options
-        Capacity, threshold, wait_timeout and copy_on_receive in force.
     """
 
     def __init__(self, files: Files) -> None:

@@ -1159,3 +1159,10 @@ def test_a_released_block_whose_entry_is_damaged_is_not_used_again(arena):
     table.rows[index] = before  # and on the stack, as it was
     table.rows["below"][index] = table["released"]
     table["released"] = index + 1
+
+
+def test_a_closed_arena_leases_nothing_under_the_lock(arena):
+    arena.blocks.close()
+    index, *_ = arena.blocks.lease([100])
+    assert core.SHORTAGES[index] == "detached"
+    assert arena.statistics().n_blocks["leased"] == 0

@@ -6,10 +6,12 @@ import os
 import resource
 import socket
 import stat
+import sys
 
 import pytest
 
 from conftest import process_with
+from oobpickle._memory import pipes
 from oobpickle._memory.pipes import (
     channel_id,
     is_broken,
@@ -434,3 +436,14 @@ def test_that_an_unproven_channel_is_empty_says_nothing(ends):
     close(ends, 0)
     close(ends, 0)
     assert is_unreadable(channel, [], unproven=[channel])
+
+
+@pytest.mark.parametrize("look", [lambda: pipes._descriptors_of("self"), pipes._own_pids])
+def test_nothing_of_ours_runs_when_a_look_is_given_up(look):
+    """A Ctrl-C in there would be printed and lost."""
+    found, calls = look(), []
+    next(found)
+    sys.setprofile(lambda frame, event, _: calls.append(frame.f_code) if event == "call" else None)
+    found.close()
+    sys.setprofile(None)
+    assert [code for code in calls if code.co_name != found.__name__] == []
