@@ -248,8 +248,8 @@ def open_channels() -> set[int]:
     return found - {0}
 
 
-def _pids() -> Iterator[int]:
-    return (int(name) for name in os.listdir("/proc") if name.isdigit())
+def _pids() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
 def _own_pids() -> Iterator[int]:
