@@ -17,8 +17,9 @@ PAGE = 4096
 ROWS = 1 << 20
 SLOTS = 4096
 CLASSES = 128
-NONE, FREE, LEASED, IN_FLIGHT, HELD, RELEASED, EMPTIED, QUARANTINED = range(8)
+NONE, FREE, LEASED, IN_FLIGHT, HELD, RELEASED, EMPTIED, QUARANTINED, PUBLISHED = range(9)
 FOLLOWS, ADOPTED, UNPROVEN, PREPARED = 1 << 62, 1 << 61, 1 << 60, 1 << 59
+NAMES = 1 << 63
 VACANT, JOINED = 0, 1
 _U64 = (1 << 64) - 1
 _LOW = (1 << 32) - 1
@@ -47,6 +48,17 @@ def place_word(index, offset, size_class):
 def resident_word(index, nbytes):
     mask = (1 << 48) - 1
     return (nbytes * _BY_FIRST + index * _BY_SECOND + _PLUS) & _U64 & ~mask | nbytes
+
+
+def counted_word(index, n):
+    return (n * _BY_FIRST + index * _BY_SECOND + _PLUS) & _U64 & ~_LOW | n
+
+
+def name_word(reference, index, generation):
+    mask = (1 << 48) - 1
+    named = (generation << 20 | index) & mask
+    mixed = (named * _BY_FIRST + reference * _BY_SECOND + _PLUS) & _U64 & ~mask & ~NAMES
+    return NAMES | mixed | named
 
 
 def rows_word(n_rows):
@@ -155,6 +167,44 @@ class Table:
             yield index
             link = self.rows[name][index]
 
+    # --- what is published
+
+    def used(self, index):
+        """Bytes of a message in a block; none if it is a reference."""
+        used = int(self.rows["used"][index])
+        return 0 if used & NAMES else used
+
+    def named(self, index):
+        """The block that a reference names, or None."""
+        used = int(self.rows["used"][index])
+        return used & (ROWS - 1) if used & NAMES and self.state(index) != FREE else None
+
+    def n_named(self, index):
+        """How many references a published block says to have."""
+        return int(self.rows["channel"][index]) & _LOW
+
+    def _problems_of_references(self, n):
+        names = Counter()
+        for i in range(n):
+            if int(self.rows["used"][i]) & NAMES and self.state(i) == FREE:
+                yield f"block {i} is free and names another"
+            named = self.named(i)
+            if named is None:
+                continue
+            names[named] += 1
+            if self.state(named) != PUBLISHED:
+                yield f"block {i} names block {named}, which has state {self.state(named)}"
+            right = name_word(i, named, int(self.rows["generation"][named]))
+            if int(self.rows["used"][i]) != right:
+                yield f"block {i}: the check of what it names is wrong"
+        for i in range(n):
+            if self.state(i) != PUBLISHED:
+                continue
+            if int(self.rows["channel"][i]) != counted_word(i, names[i]):
+                yield f"block {i} says {self.n_named(i)} references, and has {names[i]}"
+            if not names[i] and not self["unheld"]:
+                yield f"block {i} is published, without a reference"
+
     # --- all of it
 
     def problems(self):
@@ -166,6 +216,7 @@ class Table:
                 *self._problems_of_lists(n),
                 *self._problems_of_sums(n),
                 *self._problems_of_owners(n),
+                *self._problems_of_references(n),
             ]
         except AssertionError as error:  # a list that leads nowhere
             return [str(error)]
@@ -174,7 +225,7 @@ class Table:
         end = 0
         for i in range(n):
             row, state = self.rows[i], self.state(i)
-            if state in (NONE, QUARANTINED) or state > QUARANTINED:
+            if state in (NONE, QUARANTINED) or state > PUBLISHED:
                 yield f"row {i}: state {state}"
             right = commit_word(i, state, self.owner(i), int(row["generation"]))
             if right != int(row["commit"]):
@@ -183,8 +234,9 @@ class Table:
             if place_word(i, offset, size_class) != int(row["place"]):
                 yield f"row {i}: the check of its place is wrong"
             room, resident = class_nbytes(size_class), self.resident(i)
-            if state not in (FREE, RELEASED, EMPTIED) and row["used"] > room:
-                yield f"row {i}: {row['used']} bytes used of {room}"
+            used = self.used(i)
+            if state not in (FREE, RELEASED, EMPTIED) and used > room:
+                yield f"row {i}: {used} bytes used of {room}"
             if resident_word(i, resident) != int(row["resident"]) or resident % PAGE:
                 yield f"row {i}: {resident} bytes resident"
             if resident > class_stride(size_class):
@@ -223,7 +275,7 @@ class Table:
 
     def _problems_of_sums(self, n):
         states = [self.state(i) for i in range(n)]
-        held = sum(int(self.rows["used"][i]) for i in range(n) if states[i] == HELD)
+        held = sum(self.used(i) for i in range(n) if states[i] == HELD)
         idle = sum(
             self.resident(i)
             for i in range(n)

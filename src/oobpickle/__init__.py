@@ -14,6 +14,7 @@ nothing.
 
 from oobpickle._api import enabled, install, statistics, uninstall
 from oobpickle._arena import Arena
+from oobpickle._broadcast import broadcast
 from oobpickle._errors import (
     ArenaError,
     ArenaFullError,
@@ -29,12 +30,14 @@ from oobpickle._fallback import Fallback
 from oobpickle._pickling.payload import Payload
 from oobpickle._pickling.reducers import register, unregister
 from oobpickle._pickling.serializer import dumps, loads
+from oobpickle._published import Broadcast
 from oobpickle._statistics import Statistics
 
 __all__ = [
     "Arena",
     "ArenaError",
     "ArenaFullError",
+    "Broadcast",
     "EnvelopeError",
     "Fallback",
     "FallbackWarning",
@@ -45,6 +48,7 @@ __all__ = [
     "StaleEnvelopeError",
     "Statistics",
     "StructureError",
+    "broadcast",
     "dumps",
     "enabled",
     "install",

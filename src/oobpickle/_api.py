@@ -2,7 +2,7 @@
 
 **What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
 
-**How it works.** Twelve objects of the standard library are replaced, each by a function of its own
+**How it works.** Thirteen objects of the standard library are replaced, each by a function of its own
 that does what it replaced unless the hook is in: see `_replacements`.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
@@ -38,6 +38,7 @@ from oobpickle._hook import installed, loky, not_served
 from oobpickle._hook.channels import Channels
 from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._hook.fileno import hooked_fileno
+from oobpickle._hook.forked import hooked_bootstrap
 from oobpickle._hook.installed import Block, Hook, Replacement, running
 from oobpickle._hook.main_module import hooked_preparation, is_absent
 from oobpickle._hook.processes import (
@@ -72,6 +73,7 @@ def _replacements() -> list[Replacement]:
         (mp_reduction, "DupFd", hooked_dup_fd),
         *((popen, "_launch", hooked_launch) for popen in SPAWNING),
         (mp_spawn, "get_preparation_data", hooked_preparation),
+        (mp_process.BaseProcess, "_bootstrap", hooked_bootstrap),
         (subprocess.Popen, "_execute_child", hooked_execute_child),
     ]
 

@@ -11,6 +11,9 @@ returns the envelope; loading it calls `unpack_envelope`.
 The zeros make the whole of it `MARK` bytes long modulo `MODULUS`, as few other messages are; so
 the receiver of a message need not look closely at each.
 
+The size of a buffer that lies in published memory is marked (bit 63), and its offset there
+follows; its block is a reference, which comes behind the others (``_core/references.c``).
+
 A large stream, or a long table, lies in the arena too: then the envelope names the first block
 only, and that block holds the rest (flag 1); the first bytes of the stream follow. Sender and
 receiver compute the layout of the buffers within the blocks from the sizes (``_core/plan.c``).
@@ -103,8 +106,11 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
         blocks = _with_index(arena, index_needs, blocks)
     if blocks is None:
         message.leave_blocks()
-        blocks = arena.acquire([*index_needs, *core.plan(sizes)]).blocks
+        references = message.references
+        own = core.plan(sizes)[: -len(references) or None]
+        blocks = arena.acquire([*index_needs, *own]).blocks
         message.move_into(blocks[len(index_needs) :])
+        blocks += references
     arena.sending.note(message.nbytes, message.nbytes_fresh)
     lease = Lease(arena.blocks, blocks)
     pairs = lease.pairs

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from oobpickle._fallback import COUNTERS_END, Fallback, fallbacks_of
 
@@ -30,6 +31,9 @@ from oobpickle._fallback import COUNTERS_END, Fallback, fallbacks_of
     N_RECLAIMED,
     N_SHARED_AFTER_FORK,
 ) = range(10)
+
+#: Of blocks, in the order in which the core counts them.
+STATES: Final = ("free", "leased", "in_flight", "held")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,11 @@ class Statistics:
     n_blocks, nbytes : mapping of str to int
         Blocks, and bytes in use in them, by state: ``"free"`` (bytes that are kept for the next
         message), ``"leased"``, ``"in_flight"``, ``"held"``.
+    n_published, nbytes_published : int
+        Blocks in which `broadcast` has stored something, and the bytes in them.
+    n_references : int
+        What stands for one of those in a handle, on its way, or where it has arrived. Each is one
+        of the blocks in `n_blocks`, without bytes of its own.
     nbytes_resident : int
         Bytes of the arena that have pages now.
     nbytes_huge : int
@@ -85,6 +94,9 @@ class Statistics:
     fallbacks: Mapping[str, Fallback]
     n_blocks: Mapping[str, int]
     nbytes: Mapping[str, int]
+    n_published: int
+    nbytes_published: int
+    n_references: int
     nbytes_resident: int
     nbytes_huge: int
     capacity: int
@@ -107,6 +119,9 @@ def summed(
     n_quarantined: int,
     n_blocks: Mapping[str, int],
     nbytes: Mapping[str, int],
+    n_published: int = 0,
+    nbytes_published: int = 0,
+    n_references: int = 0,
     nbytes_resident: int,
     nbytes_huge: int,
     capacity: int,
@@ -128,6 +143,9 @@ def summed(
         fallbacks=fallbacks_of(counters),
         n_blocks=n_blocks,
         nbytes=nbytes,
+        n_published=n_published,
+        nbytes_published=nbytes_published,
+        n_references=n_references,
         nbytes_resident=nbytes_resident,
         nbytes_huge=nbytes_huge,
         capacity=capacity,
@@ -136,13 +154,12 @@ def summed(
 
 def nothing() -> Statistics:
     """Return the statistics of an arena that does not exist: zeros."""
-    states = dict.fromkeys(("free", "leased", "in_flight", "held"), 0)
     return summed(
         [0] * COUNTERS_END,
         n_participants=0,
         n_quarantined=0,
-        n_blocks=states,
-        nbytes=states,
+        n_blocks=dict.fromkeys(STATES, 0),
+        nbytes=dict.fromkeys(STATES, 0),
         nbytes_resident=0,
         nbytes_huge=0,
         capacity=0,

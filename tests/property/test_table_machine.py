@@ -7,15 +7,19 @@ of ``tests/long/kills.py``.
 
 import gc
 import os
+from pickle import PickleBuffer
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from exploring import examples
+from oobpickle._envelope import tables
 from oobpickle._errors import ArenaFullError
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
-from table import ADOPTED, FREE, HELD, IN_FLIGHT, JOINED, LEASED, RELEASED, Table
+from oobpickle._memory.sending import Lease
+from oobpickle._native import core
+from table import ADOPTED, FREE, HELD, IN_FLIGHT, JOINED, LEASED, PUBLISHED, RELEASED, Table
 
 MIB = 1 << 20
 CAPACITY = 16 * MIB
@@ -38,6 +42,7 @@ class Process:
         self.incarnation = int(Table.of(arena).participant(self.slot).incarnation[0])
         self.leases = []  # (lease, seeds)
         self.held = []  # (index, generation, view, seed)
+        self.views = []  # frozen, of what is published: (block, seed)
         self.keeps = set()
 
 
@@ -161,6 +166,69 @@ class TableMachine(RuleBasedStateMachine):
             assert process.blocks.claim(message.pairs, message.needs, False) == 0
 
     @rule(who=WHO)
+    def publish(self, who):
+        process = self.one(who)
+        if not process.leases:
+            return
+        lease, seeds = process.leases.pop()
+        views = process.blocks.publish(lease.blocks)
+        process.views += zip(views, seeds, strict=True)
+
+    @rule(who=WHO, channel=CHANNELS)
+    def send_reference(self, who, channel):
+        process = self.one(who)
+        message = core.Message(None, 0, tables({}), process.blocks)
+        for view, _ in process.views:
+            message.take(PickleBuffer(view))
+        referred = [(v, seed) for v, seed in process.views if memoryview(v).nbytes >= 64 << 10]
+        assert len(referred) == len(message.references)
+        if referred:
+            lease = Lease(process.blocks, message.references)
+            sent = Message(lease, [seed for _, seed in referred], channel)
+            sent.needs = [0] * len(referred)
+            lease.seal(channel)
+            lease.depart()
+            lease.settle()
+            self.in_flight.append(sent)
+
+    @rule(who=WHO)
+    def look_again(self, who):
+        """A further view of the same, which may be written: nobody else sees that."""
+        process = self.one(who)
+        if process.views:
+            view, _ = process.views[0]
+            again = process.blocks and view.again()
+            self.seed += 1
+            start = content(self.seed, memoryview(again).nbytes)
+            memoryview(again)[: len(start)] = start
+            process.held.append((again.index, again.generation, memoryview(again), self.seed))
+
+    @rule(who=WHO)
+    def freeze(self, who):
+        process = self.one(who)
+        references = [one for one in process.held if one[2].obj.is_reference]
+        if references:
+            one = references[0]
+            process.held.remove(one)
+            _, _, view, seed = one
+            block = view.obj
+            del one, references[:], view, _
+            # What was written to is this process's own, and may not be sent as what is published.
+            if bytes(memoryview(block)[:4]) == self.content_of(block):
+                assert block.freeze()
+                process.views.append((block, seed))
+
+    def content_of(self, block):
+        again = block.again()
+        return bytes(memoryview(again)[:4])
+
+    @rule(who=WHO)
+    def drop_view(self, who):
+        process = self.one(who)
+        if process.views:
+            process.views.pop()
+
+    @rule(who=WHO)
     def give_up(self, who):
         """It has read a message, and will never load it: what follows is lost with the first."""
         process = self.one(who)
@@ -183,6 +251,7 @@ class TableMachine(RuleBasedStateMachine):
         if pid == 0:
             process.held.clear()
             process.leases.clear()
+            process.views.clear()
             gc.collect()
             os._exit(0)
         os.waitpid(pid, 0)
@@ -197,6 +266,7 @@ class TableMachine(RuleBasedStateMachine):
         process.blocks.abandon()
         process.held.clear()
         process.leases.clear()
+        process.views.clear()
         self.living.remove(process)
         self._dead.append(process)
         self.gone.append(process)
@@ -254,6 +324,9 @@ class TableMachine(RuleBasedStateMachine):
                 ):
                     self.is_his(process, LEASED, block.index, block.generation)
                     self.holds(memoryview(block), need, seed)
+            for block, seed in process.views:
+                self.is_his(process, HELD, block.index, block.generation)
+                self.holds(memoryview(block), memoryview(block).nbytes, seed)
             for index, generation, view, seed in process.held:
                 self.is_his(process, HELD, index, generation)
                 self.holds(view, view.nbytes, seed)
@@ -291,6 +364,8 @@ class TableMachine(RuleBasedStateMachine):
     def the_table_is_in_order(self):
         if getattr(self, "living", ()) and not self.dead:
             self.table.assert_in_order()
+            for index in range(self.table.n_rows):  # what nobody refers to is gone at once
+                assert self.table.state(index) != PUBLISHED or self.table.n_named(index)
 
     def teardown(self):
         for process in self.living[1:]:
@@ -299,9 +374,11 @@ class TableMachine(RuleBasedStateMachine):
         survivor.blocks.reap()
         survivor.leases.clear()
         survivor.held.clear()
+        survivor.views.clear()
         survivor.blocks.reap()
         states = {self.table.state(index) for index in range(self.table.n_rows)}
-        assert states <= {FREE, IN_FLIGHT}
+        named = {self.table.named(index) for index in range(self.table.n_rows)}
+        assert states <= {FREE, IN_FLIGHT, *([PUBLISHED] if named - {None} else [])}
         self.table.assert_in_order()
         for process in [*self.living[1:], *self.gone]:
             process.arena._files.close()

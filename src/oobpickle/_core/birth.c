@@ -38,29 +38,32 @@ void birth_go_on(void)
     pthread_mutex_unlock(&mutex);
 }
 
-static void prepare(struct blocks *blocks)
+static bool prepare(struct blocks *blocks)
 {
     struct birth *birth = &blocks->own.birth;
-    if (!has_joined(blocks) || blocks->own.retired || get(&blocks->table.shared->header.closed))
-        return;
+    bool is_closed = get(&blocks->table.shared->header.closed) && !blocks->first_view;
+    if (!has_joined(blocks) || blocks->own.retired || is_closed)
+        return false;
     if (FAILS("birth.open") || life_open(&blocks->own.handle, &birth->life) != 0)
-        return;
+        return false;
     u32 slot = participant_vacant(blocks, &birth->life.file);
     if (slot == SLOTS) {
         life_close(&birth->life);
-        return;
+        return false;
     }
     birth->epoch = 0;
     birth->slot = slot;
     birth->incarnation = participant_write(blocks, slot, 0, 0);
     FAULT("birth.prepared");
+    return true;
 }
 
 static void before(void)
 {
     birth_pause();
     for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena)
-        prepare(blocks);
+        if (!prepare(blocks) && blocks->first_view)
+            put(&blocks->table.shared->header.unborn, 1);
 }
 
 static void in_parent(void)

@@ -298,8 +298,9 @@ void block_release(struct block *block)
     if (state_of(seen) != state || (owner_of(seen) != blocks->lock.slot && !block->is_copy) ||
         get(&row->generation) != block->generation)
         return; /* damaged, or taken from us */
-    u64 used = get(&row->used);
-    if (!block->is_emptied &&
+    u64 used = row_nbytes(row);
+    bool is_reference = is_name(get(&row->used));
+    if (!block->is_emptied && !is_reference &&
         ((state == LEASED && is_incomplete(block)) || (!block->is_kept && is_too_much(block))))
         punch(block, true);
     u64 resident = row_resident(row, block->index);
@@ -317,6 +318,8 @@ void block_release(struct block *block)
         atomic_fetch_add_explicit(&header->idle, resident, memory_order_relaxed);
     table_push(&blocks->table, block->index);
     FAULT("release.pushed");
+    if (is_reference)
+        release_unheld(blocks, block->is_frozen); /* a handle: seldom, and perhaps the last of all */
 }
 
 static void leave_window(struct block *block)
@@ -341,6 +344,7 @@ static void dealloc(PyObject *self)
     PyTypeObject *type = Py_TYPE(self);
     if (block->has_tail)
         tail_forget(block);
+    view_forget(block);
     block_release(block);
     if (block->is_copy)
         free(block->address);
@@ -364,7 +368,8 @@ static void dealloc(PyObject *self)
 static int getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
     struct block *block = (struct block *)self;
-    return PyBuffer_FillInfo(view, self, block->address, (Py_ssize_t)block->nbytes, 0, flags);
+    return PyBuffer_FillInfo(view, self, block->address, (Py_ssize_t)block->nbytes, block->is_frozen,
+                             flags);
 }
 
 u64 block_fresh(const PyObject *self)
@@ -389,6 +394,11 @@ static PyObject *get_generation(PyObject *self, void *Py_UNUSED(closure))
 static PyObject *get_is_copy(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(((struct block *)self)->is_copy);
+}
+
+static PyObject *get_is_reference(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(((struct block *)self)->is_reference);
 }
 
 static PyObject *get_fresh(PyObject *self, void *Py_UNUSED(closure))
@@ -512,6 +522,8 @@ static PyObject *empty(PyObject *self, PyObject *Py_UNUSED(none))
 static PyMethodDef methods[] = {
     {"reserve", reserve, METH_O, NULL},
     {"empty", empty, METH_NOARGS, NULL},
+    {"freeze", view_freeze, METH_NOARGS, NULL},
+    {"again", view_again, METH_NOARGS, NULL},
     {0},
 };
 
@@ -519,6 +531,7 @@ static PyGetSetDef attributes[] = {
     {"index", get_index, NULL, NULL, NULL},
     {"generation", get_generation, NULL, NULL, NULL},
     {"is_copy", get_is_copy, NULL, NULL, NULL},
+    {"is_reference", get_is_reference, NULL, NULL, NULL},
     {"nbytes_fresh", get_fresh, NULL, NULL, NULL},
     {"nbytes_resident", get_resident, NULL, NULL, NULL},
     {0},

@@ -27,6 +27,7 @@ u64 lock_patience_us = 2000000;
 #define HURRY_US 5000000
 #define NOW_US 5000 /* while nobody else can run */
 #define KEEP_LEAST ((u64)64 << 20)
+#define MOST_UNHELD 16 /* published blocks that one step frees */
 
 static struct blocks *of(PyObject *self)
 {
@@ -81,12 +82,36 @@ int step_begin(struct blocks *blocks)
     if (taken == TAKEN_DIRTY)
         table_rebuild(&blocks->table, NULL, NULL);
     table_drain(&blocks->table);
+    if (blocks->has_inherited)
+        views_take(blocks);
     return ROOM;
+}
+
+/* Release what was leased because nobody refers to it any more. */
+static void release_taken(struct blocks *blocks, u32 index, u64 generation)
+{
+    struct block *block = block_new(blocks, index, generation, 0);
+    if (block == NULL)
+        return; /* it is lost until this process ends */
+    block->state = LEASED;
+    block->reserved = row_resident(table_row(&blocks->table, index), index);
+    Py_DECREF((PyObject *)block);
 }
 
 void step_end(struct blocks *blocks)
 {
+    u32 taken[MOST_UNHELD], n = 0;
+    u64 generations[MOST_UNHELD];
+    while (n < MOST_UNHELD && get(&blocks->table.shared->header.unheld)) {
+        u32 index = table_take_unheld(&blocks->table, blocks->lock.slot, is_alive, blocks);
+        if (index == ROWS)
+            break;
+        taken[n] = index;
+        generations[n++] = get(&table_row(&blocks->table, index)->generation);
+    }
     lock_give(&blocks->lock);
+    while (n-- > 0)
+        release_taken(blocks, taken[n], generations[n]);
 }
 
 static PyObject *shortage(int reason, u64 need, u64 room)
@@ -372,10 +397,14 @@ static PyObject *prepare(PyObject *Py_UNUSED(self), PyObject *list)
 
 /* --- receiving */
 
+/* A reference has no bytes of its own. */
 static bool is_message(struct blocks *blocks, u64 index, u64 generation, u64 nbytes)
 {
-    return index < ROWS && row_is(&blocks->table, (u32)index, IN_FLIGHT, generation) &&
-           get(&table_row(&blocks->table, (u32)index)->used) == nbytes &&
+    if (index >= ROWS || !row_is(&blocks->table, (u32)index, IN_FLIGHT, generation))
+        return false;
+    if (is_name(get(&table_row(&blocks->table, (u32)index)->used)))
+        return nbytes == 0 && table_named(&blocks->table, (u32)index) != ROWS;
+    return get(&table_row(&blocks->table, (u32)index)->used) == nbytes &&
            nbytes <= blocks->table.known[index].place.nbytes;
 }
 
@@ -404,7 +433,9 @@ static bool claim_one(struct block *block)
     FAULT("claim.committed");
     block->state = HELD;
     blocks->n_held++;
-    atomic_fetch_add_explicit(&blocks->table.shared->header.held, block->nbytes, memory_order_relaxed);
+    if (!block->is_reference)
+        atomic_fetch_add_explicit(&blocks->table.shared->header.held, block->nbytes,
+                                  memory_order_relaxed);
     forget_adopted(blocks, block->index, block->generation);
     return true;
 }
@@ -413,7 +444,8 @@ static bool claim_one(struct block *block)
 static int copy_out(struct block *block, bool keep)
 {
     struct blocks *blocks = block->blocks;
-    u64 offset = blocks->table.known[block->index].place.offset, n = block->nbytes;
+    u32 index = block->is_reference ? block->named : block->index;
+    u64 offset = blocks->table.known[index].place.offset, n = block->nbytes;
     char *copy = malloc(n ? n : 1);
     if (copy == NULL) {
         PyErr_NoMemory();
@@ -436,6 +468,7 @@ static int copy_out(struct block *block, bool keep)
     }
     if (block->is_using)
         mapping_leave(&blocks->mapping, offset);
+    view_forget(block);
     if (block->is_apart)
         munmap(block->address, block->mapped);
     block->is_using = block->is_apart = false;
@@ -448,7 +481,11 @@ static int copy_out(struct block *block, bool keep)
 
 static int receive_one(struct block *block, bool keep)
 {
-    if (block->address == NULL || block->state != HELD || block->blocks->n_forking)
+    if (block->address == NULL || block->state != HELD)
+        return copy_out(block, keep);
+    if (block->is_reference) /* what is mapped privately a child may inherit as it is */
+        return 0;
+    if (block->blocks->n_forking)
         return copy_out(block, keep);
     block_enter(block, block->nbytes);
     return 0;
@@ -487,6 +524,8 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
             block = block_new(blocks, (u32)pair[0], pair[1], nbytes);
             if (block == NULL)
                 Py_CLEAR(list);
+            else if (nbytes == 0)
+                reference_look(block);
         }
         if (block == NULL || !claim_one(block)) {
             Py_XDECREF((PyObject *)block);
@@ -500,7 +539,10 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
     /* All have an address before the GIL can go: a fork in another thread makes them private then. */
     for (Py_ssize_t i = 0; list && i < n; i++) {
         struct block *block = (struct block *)PyList_GetItem(list, i);
-        block_map(block, block->nbytes);
+        if (block->is_reference)
+            view_map(block);
+        else
+            block_map(block, block->nbytes);
     }
     for (Py_ssize_t i = 0; list && i < n; i++)
         if (receive_one((struct block *)PyList_GetItem(list, i), keep) != 0)
@@ -855,11 +897,12 @@ static PyObject *counters(PyObject *self, PyObject *Py_UNUSED(none))
     return list;
 }
 
-/* census(): blocks and bytes in them, free, leased, in flight, held; and how many are damaged */
+/* census(): blocks and bytes in them, free, leased, in flight, held, published, and references; and how
+   many are damaged */
 static PyObject *census(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct blocks *blocks = of(self);
-    unsigned long long n[4] = {0}, nbytes[4] = {0}, n_damaged = 0;
+    unsigned long long n[6] = {0}, nbytes[6] = {0}, n_damaged = 0;
     if (has_ended(blocks))
         return error_ended();
     u32 n_rows = table_n_rows(&blocks->table);
@@ -871,14 +914,15 @@ static PyObject *census(PyObject *self, PyObject *Py_UNUSED(none))
         }
         enum state state = state_of(get(&row->commit));
         bool is_free = state == FREE || state == RELEASED || state == EMPTIED;
-        u32 kind = is_free ? 0 : (u32)state - (u32)FREE;
-        if (kind > 3)
+        u32 kind = is_free ? 0 : state == PUBLISHED ? 4 : (u32)state - (u32)FREE;
+        if (kind > 4)
             continue;
         n[kind]++;
-        nbytes[kind] += is_free ? (state == EMPTIED ? 0 : row_resident(row, i)) : get(&row->used);
+        n[5] += !is_free && is_name(get(&row->used));
+        nbytes[kind] += is_free ? (state == EMPTIED ? 0 : row_resident(row, i)) : row_nbytes(row);
     }
-    return Py_BuildValue("(KKKK)(KKKK)K", n[0], n[1], n[2], n[3], nbytes[0], nbytes[1], nbytes[2],
-                         nbytes[3], n_damaged);
+    return Py_BuildValue("(KKKKKK)(KKKKKK)K", n[0], n[1], n[2], n[3], n[4], n[5], nbytes[0],
+                         nbytes[1], nbytes[2], nbytes[3], nbytes[4], nbytes[5], n_damaged);
 }
 
 /* --- pages */
@@ -1208,6 +1252,7 @@ static PyMethodDef methods[] = {
     {"settle", settle, METH_O, NULL},
     {"release", release, METH_O, NULL},
     {"prepare", prepare, METH_O, NULL},
+    {"publish", publish, METH_O, NULL},
     {"claim", claim, METH_VARARGS, NULL},
     {"is_unread", is_unread, METH_VARARGS, NULL},
     {"is_damaged", is_damaged, METH_O, NULL},

@@ -80,6 +80,7 @@ int mapping_reserve(struct mapping *mapping, u64 offset, char *address, u64 nbyt
 int mapping_punch(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
 int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, u64 nbytes,
                       bool keep_file);
+char *mapping_view(const struct mapping *mapping, u64 offset, u64 nbytes, bool writable);
 int mapping_share(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
 int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes);
 int advise(char *address, u64 nbytes, int advice);
@@ -124,6 +125,7 @@ u64 table_pages(const struct table_view *table, u64 nbytes);
 bool row_is(struct table_view *table, u32 index, enum state state, u64 generation);
 bool row_is_damaged(struct table_view *table, u32 index);
 u64 row_resident(const struct row *row, u32 index);
+u64 row_nbytes(const struct row *row);
 void row_quarantine(struct table_view *table, u32 index);
 bool row_change(struct row *row, u32 index, u64 seen, u64 low);
 void row_emptied(struct table_view *table, u32 index);
@@ -139,6 +141,18 @@ u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot);
 void table_push(struct table_view *table, u32 index);
 void table_drain(struct table_view *table);
 void table_free(struct table_view *table, u32 index, u64 generation, bool emptied);
+void row_lease(struct table_view *table, u32 index, u64 nbytes, u32 slot);
+
+/* --- references.c: rows that name a published block */
+
+bool table_publish(struct table_view *table, u32 index, u64 generation, u32 reference);
+bool table_name(struct table_view *table, u32 reference, u32 index);
+u32 table_named(struct table_view *table, u32 reference);
+void table_unname(struct table_view *table, u32 reference);
+void table_forget_counts(struct table_view *table, u32 n_rows);
+void table_count(struct table_view *table, u32 reference);
+u32 table_take_unheld(struct table_view *table, u32 slot, bool (*is_alive)(void *, u32), void *with);
+
 void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void *with);
 
 /* --- lock.c: one step at a time, between all processes */
@@ -201,6 +215,7 @@ void life_close(struct life *life);
 u32 participant_vacant(const struct blocks *blocks, const struct file *life);
 bool participant_should_reap(const struct blocks *blocks);
 u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespace);
+void participant_inherit(struct blocks *blocks, bool inherits);
 bool participant_keep(struct blocks *blocks, u64 source);
 void participant_retain(struct blocks *blocks, const u64 *sources, size_t n);
 u32 n_slots(const struct blocks *blocks);
@@ -233,6 +248,10 @@ struct block {
     bool is_sending;  /* its envelope is being written */
     bool is_using;    /* counted as a user of its window */
     bool has_tail;    /* see `tails` */
+    bool is_reference; /* without memory of its own: it names a published block */
+    bool is_frozen;   /* nobody here can write to its view */
+    u32 named;        /* that block */
+    struct block *view_before, *view_after; /* of a reference with an address */
 };
 
 #define TAILS 16
@@ -245,7 +264,7 @@ struct blocks {
     struct mapping mapping;
     struct lock lock;
     struct participation own;
-    struct block *first;
+    struct block *first, *first_view;
     struct blocks *next_arena, *arena_before;
     u64 keep_nbytes;    /* what free blocks may keep */
     u64 entered_nbytes; /* of blocks, in our page tables ... */
@@ -254,6 +273,7 @@ struct blocks {
     u64 hurried_until;
     u64 n_copied, nbytes_copied, n_shared; /* at a fork, and not counted yet */
     u32 n_held, n_inside, n_forking, n_tails;
+    bool has_inherited; /* views whose references are its parent's */
     struct block *tails[TAILS]; /* held, with pages of a larger message behind what is in them */
 };
 
@@ -272,6 +292,20 @@ void tails_cut(struct blocks *blocks);
 int block_type_make(void);
 int blocks_type_make(PyObject *module);
 bool is_blocks(PyObject *object);
+
+/* --- published.c: one object for many readers */
+
+bool reference_look(struct block *block);
+int view_map(struct block *block);
+void view_forget(struct block *block);
+struct block *view_at(struct blocks *blocks, const void *address, u64 nbytes);
+PyObject *refer_now(struct blocks *blocks, const struct block *view);
+void views_inherit(struct blocks *blocks);
+void views_take(struct blocks *blocks);
+void release_unheld(struct blocks *blocks, bool reap);
+PyObject *publish(PyObject *self, PyObject *list);
+PyObject *view_freeze(PyObject *self, PyObject *none);
+PyObject *view_again(PyObject *self, PyObject *none);
 struct block *block_at(PyObject *list, Py_ssize_t i);
 PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes);
 bool block_reserve_now(PyObject *block, u64 total);
@@ -316,12 +350,15 @@ struct chunk {
 struct plan {
     struct chunk small, shared;
     u32 n_blocks;
+    bool is_coarse; /* for what is published */
 };
 
 struct placed {
     u64 at, capacity; /* 0: the block is there already */
     u32 block;
 };
+
+#define REFERRED ((u64)1 << 63) /* beside the size of a buffer that is a reference; its offset follows */
 
 struct placed plan_next(struct plan *plan, u64 nbytes);
 PyObject *plan_needs(PyObject *module, PyObject *arguments);

@@ -53,7 +53,7 @@ static bool must_become_private(const struct block *block, u64 of_epoch)
 {
     /* What has no address yet is in the middle of a claim by another thread: see `receive_one`. */
     return block->state == HELD && block->address && block->epoch == of_epoch && !block->is_private &&
-           !block->is_copy;
+           !block->is_copy && !block->is_reference;
 }
 
 static void privatize(struct block *block, bool keep_file)
@@ -164,10 +164,11 @@ PyObject *fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
             blocks->table.known[i].entered = 0;
         participant_renew(blocks);
         blocks->lock.is_deaf = true; /* a signal is seen when the hook is done */
-        if (get(&blocks->table.shared->header.closed))
+        if (get(&blocks->table.shared->header.closed) && !blocks->first_view)
             life_close(&blocks->own.birth.life);
         else
             participant_join(blocks);
+        views_inherit(blocks);
         blocks->lock.is_deaf = false;
         count(blocks);
     }

@@ -37,7 +37,7 @@ enum {
     KEPT = 64,   /* sources of messages that a participant may still load */
     PASSED = 32, /* ends of channels that were passed on last */
     CHUNK = 1 << 16, /* rows that are mapped at once */
-    VERSION = 4,
+    VERSION = 5,
 };
 
 #define HUGE ((u64)2 << 20)
@@ -53,6 +53,7 @@ enum state {
     RELEASED,    /* by its owner, and not seen by a holder of the lock yet */
     EMPTIED,     /* the same, and its pages have gone back to the system */
     QUARANTINED, /* damaged: not used any more */
+    PUBLISHED,   /* many read it and nobody writes: it lives as long as a reference names it */
 };
 
 #define STATE_MASK 0xFFULL
@@ -69,6 +70,10 @@ enum state {
 #define PREPARED ((u64)1 << 59) /* the pages of a free block are kept until a message takes them */
 #define INCOMPLETE ((u64)1 << 58) /* of a free block: who knows how many of its pages were made */
 #define INDEX_BITS 20
+
+/* What `used` of a reference holds: which published block it names, with a check. */
+#define NAMES ((u64)1 << 63)
+#define NAMED_MASK (((u64)1 << 48) - 1)
 #define FOLLOWED_MASK (((u64)1 << 60) - 1)
 #define ADOPTION_SHIFT 28
 #define ADOPTION_MASK (((u64)1 << ADOPTION_SHIFT) - 1)
@@ -78,9 +83,9 @@ struct row {
     word commit;
     word generation; /* counts the leases; never reset */
     word place;      /* check << 40 | offset in pages << 8 | size class */
-    word used;       /* bytes of the message in it */
+    word used;       /* bytes of the message in it; of a reference, what it names */
     word resident;   /* bytes that have pages, with a check in the upper bits */
-    word channel;    /* where the envelope waits; see above */
+    word channel;    /* where the envelope waits, see above; of a published block, how many name it */
     half next;       /* link of a free list: index + 1, or 0 */
     half below;      /* link of the stack of released blocks, likewise, while it is on it */
     half last;       /* slot that wrote it last */
@@ -100,7 +105,8 @@ struct participant { /* 1 KiB */
     word reading; /* messages that it may have taken from their channel and not adopted yet */
     word steps;   /* counts its steps: a holder of the lock that moves is not stopped */
     word keeps_all;
-    word unused[9];
+    word inherits; /* it may have views whose references are those of its parent */
+    word unused[8];
     word counters[COUNTERS];
     word kept[KEPT];
 };
@@ -124,6 +130,8 @@ struct header {
     word incarnation;
     word closed;
     word strangers; /* a process that cannot join has read messages: nothing is reclaimed */
+    word unheld;    /* there may be published blocks that no reference names */
+    word unborn;    /* a child that is not known may have views: nothing published is freed */
     word n_passed;
     word passed[PASSED];
     half warm[CLASSES]; /* heads of the free lists, index + 1: blocks with pages */
@@ -189,6 +197,24 @@ static inline u64 resident_word(u32 index, u64 nbytes)
 static inline u64 rows_word(u64 n_rows)
 {
     return ((n_rows * BY_FIRST + PLUS) & ~LOW_MASK) | n_rows;
+}
+
+static inline u64 counted_word(u32 index, u64 n)
+{
+    return ((n * BY_FIRST + (u64)index * BY_SECOND + PLUS) & ~LOW_MASK) | n;
+}
+
+/* A reference names a published block, and as much of its generation as there is room for. */
+static inline u64 name_word(u32 reference, u32 index, u64 generation)
+{
+    u64 named = (generation << INDEX_BITS | index) & NAMED_MASK;
+    u64 mixed = named * BY_FIRST + (u64)reference * BY_SECOND + PLUS;
+    return NAMES | (mixed & ~NAMED_MASK & ~NAMES) | named;
+}
+
+static inline bool is_name(u64 used)
+{
+    return used & NAMES;
 }
 
 static inline u64 follows(u32 index, u64 generation)

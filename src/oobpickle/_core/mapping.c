@@ -148,6 +148,31 @@ char *mapping_again(const struct mapping *mapping, u64 offset, u64 nbytes)
     return map_behind(mapping->first, offset, nbytes);
 }
 
+/* Map a range of the file so that what is written to it is this process's own. Without the file's
+   descriptor it is a copy. */
+char *mapping_view(const struct mapping *mapping, u64 offset, u64 nbytes, bool writable)
+{
+    const int flags = MAP_PRIVATE | MAP_NORESERVE, access = PROT_READ | (writable ? PROT_WRITE : 0);
+    if (FAILS("mapping.view"))
+        return NULL;
+    if (!file_is_ours(&mapping->data)) {
+        errno = EBADF;
+        return NULL;
+    }
+    /* First without access, and unlocked: mlockall(2) of the past would write every page. */
+    char *address = mmap(NULL, nbytes, PROT_NONE, flags, mapping->data.fd, (off_t)offset);
+    if (address == MAP_FAILED)
+        return NULL;
+    munlock(address, nbytes);
+    /* The descriptor may have been closed a moment ago, and another file mapped. */
+    if (file_is_ours(&mapping->data) && mprotect(address, nbytes, access) == 0) {
+        advise_always(address, nbytes);
+        return address;
+    }
+    munmap(address, nbytes);
+    return NULL;
+}
+
 /* --- windows */
 
 static char *map_window(const struct mapping *mapping, u64 offset, u64 nbytes)

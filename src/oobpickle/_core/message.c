@@ -14,6 +14,9 @@ stream once the sum of all so far reaches the threshold; what is in the stream b
                 room, or the message will not go through an arena
     NOWHERE     they are counted only
 
+What lies in published memory and cannot be written (published.c) is not copied: a reference to it is
+sent, wherever the others are; in a pickle that everybody can load it is a copy, too.
+
 A message goes from IN_BLOCKS to IN_MEMORY as a whole when there is no room for its next buffer, and
 back as a whole when room was waited for.
 
@@ -43,8 +46,9 @@ enum where { IN_BLOCKS, IN_MEMORY, NOWHERE };
 
 struct buffer {
     u64 nbytes;
-    u64 at; /* within its block, or the memory */
-    u32 block;
+    u64 at; /* within its block, or the memory; of a reference, within what is published */
+    u32 block; /* of `leased`, or of `references` */
+    bool is_reference;
 };
 
 /* What the pickler has in the place of memory, until it asks about that. */
@@ -56,10 +60,12 @@ struct pending {
 struct message {
     PyObject_HEAD
     struct blocks *blocks; /* a reference, or NULL */
+    struct blocks *published; /* the same: whose published memory is sent as references */
     PyObject *tables;      /* (registered, special, general, find) */
     u64 threshold, kept_nbytes, stream_nbytes, buffers_nbytes, fresh_nbytes;
     PyObject *pieces; /* of the stream: [bytes, or a bytearray that nobody else changes] */
     PyObject *leased; /* [Block] */
+    PyObject *references; /* [Block], or NULL */
     PyObject *made;   /* a bytearray that nobody else has */
     struct buffer *buffers;
     size_t n_buffers, buffers_room;
@@ -330,6 +336,8 @@ static int leave_blocks(struct message *message)
 {
     for (size_t i = 0; i < message->n_buffers; i++) {
         struct buffer *buffer = &message->buffers[i];
+        if (buffer->is_reference)
+            continue;
         char *to = more_for_buffer(message, buffer->nbytes);
         if (to == NULL) {
             message->where = NOWHERE; /* half of it is gone */
@@ -391,11 +399,36 @@ static char *place_of(struct message *message, struct buffer *buffer)
     return to;
 }
 
+/* Whether a buffer is sent as a reference; -1 with an exception. */
+static int take_reference(struct message *message, struct buffer *buffer, const Py_buffer *view)
+{
+    if (message->published == NULL || message->published->first_view == NULL)
+        return 0;
+    const struct block *from = view_at(message->published, view->buf, (u64)view->len);
+    if (from == NULL || !PyBuffer_IsContiguous(view, 'A') ||
+        get(&message->published->table.shared->header.closed))
+        return 0;
+    if (message->references == NULL && (message->references = PyList_New(0)) == NULL)
+        return -1;
+    PyObject *reference = refer_now(message->published, from);
+    if (reference == NULL)
+        return 0;
+    buffer->is_reference = true;
+    buffer->block = (u32)PyList_Size(message->references);
+    buffer->at = (u64)((const char *)view->buf - from->address);
+    int result = PyList_Append(message->references, reference);
+    Py_DECREF(reference);
+    return result == 0 ? 1 : -1;
+}
+
 static int take_memory(struct message *message, const Py_buffer *view)
 {
     struct buffer *buffer = new_buffer(message, (u64)view->len);
-    if (buffer == NULL)
-        return -1;
+    int is_reference = buffer ? take_reference(message, buffer, view) : -1;
+    if (is_reference) {
+        message->n_buffers += is_reference > 0;
+        return is_reference > 0 ? 0 : -1;
+    }
     char *to = place_of(message, buffer);
     if (to)
         memory_copy(to, view);
@@ -700,8 +733,15 @@ static PyObject *get_reducer(PyObject *self, PyObject *arguments)
 
 /* --- what becomes of it */
 
-/* blocks: [Block] with the buffers, in the order of the plan, each as large as what is in it; None if
-   the buffers are not in blocks */
+static PyObject *references_of(const struct message *message)
+{
+    return message->references
+               ? PyList_GetSlice(message->references, 0, PyList_Size(message->references))
+               : PyList_New(0);
+}
+
+/* blocks: [Block] with the buffers, in the order of the plan, each as large as what is in it, and the
+   references behind them; None if the buffers are not in blocks */
 static PyObject *get_blocks(PyObject *self, void *Py_UNUSED(closure))
 {
     struct message *message = of(self);
@@ -709,26 +749,30 @@ static PyObject *get_blocks(PyObject *self, void *Py_UNUSED(closure))
         Py_RETURN_NONE;
     for (size_t i = 0; i < message->n_buffers; i++) {
         const struct buffer *buffer = &message->buffers[i];
-        if (buffer->nbytes)
+        if (buffer->nbytes && !buffer->is_reference)
             block_use(block_of(message, buffer->block), buffer->at + buffer->nbytes);
     }
-    return PyList_GetSlice(message->leased, 0, PyList_Size(message->leased));
+    PyObject *all = PyList_GetSlice(message->leased, 0, PyList_Size(message->leased));
+    for (Py_ssize_t i = 0; all && message->references && i < PyList_Size(message->references); i++)
+        if (PyList_Append(all, PyList_GetItem(message->references, i)) < 0)
+            Py_CLEAR(all);
+    return all;
 }
 
 /* move_into([Block]): from ordinary memory into blocks that were leased for the plan of its sizes */
 static PyObject *move_into(PyObject *self, PyObject *list)
 {
     struct message *message = of(self);
-    struct plan plan = {0};
+    struct plan plan;
     if (message->where != IN_MEMORY || message->n_exports || !PyList_Check(list)) {
         PyErr_SetString(PyExc_ValueError, "not in memory of its own, or that is in use");
         return NULL;
     }
     for (int is_real = 0; is_real < 2; is_real++) {
-        plan = (struct plan){0};
+        plan = (struct plan){.is_coarse = message->plan.is_coarse};
         for (size_t i = 0; i < message->n_buffers; i++) {
             struct buffer *buffer = &message->buffers[i];
-            if (buffer->nbytes == 0)
+            if (buffer->nbytes == 0 || buffer->is_reference)
                 continue;
             struct placed placed = plan_next(&plan, buffer->nbytes);
             struct block *block = block_at(list, (Py_ssize_t)placed.block);
@@ -768,6 +812,48 @@ static PyObject *leave(PyObject *self, PyObject *Py_UNUSED(none))
     return of(self)->where != IN_BLOCKS || leave_blocks(of(self)) == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
+static int copy_reference(const struct message *message, const struct buffer *buffer, char *to)
+{
+    struct block *block = (struct block *)PyList_GetItem(message->references, (Py_ssize_t)buffer->block);
+    if (block->address == NULL && view_map(block) != 0) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        return -1;
+    }
+    copy_now(to, block->address + buffer->at, buffer->nbytes);
+    return 0;
+}
+
+/* Put copies in the place of references; the others are in memory. */
+static int copy_references(struct message *message)
+{
+    if (message->references == NULL)
+        return 0;
+    struct message before = *message;
+    message->memory = NULL;
+    message->used = message->room = 0;
+    int result = 0;
+    for (size_t i = 0; i < message->n_buffers && result == 0; i++) {
+        struct buffer *buffer = &message->buffers[i];
+        char *to = more_for_buffer(message, buffer->nbytes);
+        if (to == NULL)
+            result = -1;
+        else if (buffer->is_reference)
+            result = copy_reference(message, buffer, to);
+        else if (buffer->nbytes)
+            copy_now(to, before.memory + buffer->at, buffer->nbytes);
+        if (to && result == 0) {
+            message->buffers_nbytes += buffer->is_reference ? buffer->nbytes : 0;
+            buffer->at = (u64)(to - message->memory);
+            buffer->is_reference = false;
+        }
+    }
+    free_memory(&before);
+    Py_CLEAR(message->references);
+    if (result != 0)
+        message->where = NOWHERE; /* half of it is gone */
+    return result;
+}
+
 /* to_pickle(before, between, after): all of it as one pickle: the buffers, one after the other, each as
    a bytearray, and the stream. memoryview(message) shows it. */
 static PyObject *to_pickle(PyObject *self, PyObject *arguments)
@@ -779,7 +865,8 @@ static PyObject *to_pickle(PyObject *self, PyObject *arguments)
     PyObject *result = NULL;
     if (before.len > HEAD_ROOM || message->n_exports || message->from || message->where == NOWHERE) {
         PyErr_SetString(PyExc_ValueError, "it is a pickle already, or what comes first is too long");
-    } else if (message->where != IN_BLOCKS || leave_blocks(message) == 0) {
+    } else if ((message->where != IN_BLOCKS || leave_blocks(message) == 0) &&
+               copy_references(message) == 0) {
         u64 nbytes = (u64)between.len + message->stream_nbytes + (u64)after.len;
         char *to = more_memory(message, nbytes);
         if (to) {
@@ -834,6 +921,7 @@ static void forget(struct message *message)
     while (message->n_pending)
         drop_pending(message, message->n_pending - 1);
     drop_blocks(message);
+    Py_CLEAR(message->references);
     Py_CLEAR(message->made);
     Py_CLEAR(message->pieces);
     dtype_forget(&message->dtype);
@@ -841,7 +929,7 @@ static void forget(struct message *message)
     message->n_buffers = 0;
     message->kept_nbytes = message->stream_nbytes = message->buffers_nbytes = 0;
     message->fresh_nbytes = 0;
-    message->plan = (struct plan){0};
+    message->plan = (struct plan){.is_coarse = message->plan.is_coarse};
     message->where = message->begun;
 }
 
@@ -865,12 +953,13 @@ static PyObject *clear(PyObject *self, PyObject *Py_UNUSED(none))
 
 /* --- the type */
 
-/* Message(blocks, threshold, tables): `blocks` is None if the buffers are not to go into an arena, and
-   False if they are only to be counted */
+/* Message(blocks, threshold, tables, published): `blocks` is None if the buffers are not to go into an
+   arena, and False if they are only to be counted; `published` is the arena to whose published memory
+   references may be sent, if there is one */
 static PyObject *new_message(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(keywords))
 {
-    PyObject *blocks, *number, *tables;
-    if (!PyArg_ParseTuple(arguments, "OOO!", &blocks, &number, &PyTuple_Type, &tables))
+    PyObject *blocks, *number, *tables, *published = NULL;
+    if (!PyArg_ParseTuple(arguments, "OOO!|O", &blocks, &number, &PyTuple_Type, &tables, &published))
         return NULL;
     u64 threshold = PyLong_AsUnsignedLongLong(number);
     if (PyErr_Occurred())
@@ -890,6 +979,10 @@ static PyObject *new_message(PyTypeObject *type, PyObject *arguments, PyObject *
     message->tables = Py_NewRef(tables);
     if (message->begun == IN_BLOCKS)
         message->blocks = (struct blocks *)Py_NewRef(blocks);
+    if (published == NULL && message->begun == IN_BLOCKS)
+        published = blocks;
+    if (published && is_blocks(published))
+        message->published = (struct blocks *)Py_NewRef(published);
     if (begin(message) != 0)
         Py_CLEAR(message);
     return (PyObject *)message;
@@ -904,6 +997,7 @@ static void dealloc(PyObject *self)
     free(message->pending);
     Py_XDECREF(message->tables);
     Py_XDECREF((PyObject *)message->blocks);
+    Py_XDECREF((PyObject *)message->published);
     PyObject_Free(self);
     Py_DECREF((PyObject *)type);
 }
@@ -919,14 +1013,31 @@ NUMBER(nbytes, of(self)->stream_nbytes + of(self)->buffers_nbytes)
 NUMBER(n_buffers, of(self)->n_buffers)
 NUMBER(nbytes_fresh, of(self)->fresh_nbytes)
 
-/* sizes: nbytes of each buffer, 64-bit words */
+static size_t n_references(const struct message *message)
+{
+    return message->references ? (size_t)PyList_Size(message->references) : 0;
+}
+
+/* sizes: nbytes of each buffer, 64-bit words; that of a reference is marked, and its offset follows */
 static PyObject *get_sizes(PyObject *self, void *Py_UNUSED(closure))
 {
     struct message *message = of(self);
-    PyObject *sizes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(8 * message->n_buffers));
-    for (size_t i = 0; sizes && i < message->n_buffers; i++)
-        memcpy(PyBytes_AsString(sizes) + 8 * i, &message->buffers[i].nbytes, 8);
+    size_t n = message->n_buffers + n_references(message);
+    PyObject *sizes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(8 * n));
+    char *to = sizes ? PyBytes_AsString(sizes) : NULL;
+    for (size_t i = 0; to && i < message->n_buffers; i++) {
+        const struct buffer *buffer = &message->buffers[i];
+        const u64 words[2] = {buffer->nbytes | (buffer->is_reference ? REFERRED : 0), buffer->at};
+        memcpy(to, words, buffer->is_reference ? 16 : 8);
+        to += buffer->is_reference ? 16 : 8;
+    }
     return sizes;
+}
+
+/* references: [Block] */
+static PyObject *get_references(PyObject *self, void *Py_UNUSED(closure))
+{
+    return references_of(of(self));
 }
 
 /* table: where a pickler is to look for reducers */
@@ -963,6 +1074,17 @@ static int set_keeps_flags(PyObject *self, PyObject *value, void *Py_UNUSED(clos
     return 0;
 }
 
+static PyObject *get_coarse(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(of(self)->plan.is_coarse);
+}
+
+static int set_coarse(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
+{
+    of(self)->plan.is_coarse = value == Py_True;
+    return 0;
+}
+
 static PyMethodDef methods[] = {
     {"write", write_piece, METH_O, NULL},
     {"take", take, METH_O, NULL},
@@ -990,8 +1112,10 @@ static PyGetSetDef attributes[] = {
     {"nbytes_fresh", get_nbytes_fresh, NULL, NULL, NULL},
     {"sizes", get_sizes, NULL, NULL, NULL},
     {"blocks", get_blocks, NULL, NULL, NULL},
+    {"references", get_references, NULL, NULL, NULL},
     {"is_for_one", get_for_one, set_for_one, NULL, NULL},
     {"keeps_flags", get_keeps_flags, set_keeps_flags, NULL, NULL},
+    {"is_coarse", get_coarse, set_coarse, NULL, NULL},
     {0},
 };
 

@@ -123,6 +123,7 @@ static PyObject *layout(void)
         WORD(header, empty),        WORD(header, bank),        WORD(header, totals),
         WORD(participant, state),   WORD(participant, incarnation), WORD(participant, pid),
         WORD(participant, pid_namespace), WORD(participant, reading), WORD(participant, steps),
+        WORD(header, unheld),       WORD(header, unborn),      WORD(participant, inherits),
         WORD(participant, keeps_all), WORD(participant, counters), WORD(participant, kept),
         WORD(row, commit),          WORD(row, generation),     WORD(row, place),
         WORD(row, used),            WORD(row, resident),       WORD(row, channel),

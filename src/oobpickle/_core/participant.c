@@ -264,6 +264,12 @@ static void tell(const struct participation *own, struct participant *row, u64 a
     put(&row->keeps_all, own->keeps_all || also_kept);
 }
 
+/* Say whether this process may have views whose references are its parent's. */
+void participant_inherit(struct blocks *blocks, bool inherits)
+{
+    put(&row_of(blocks, blocks->lock.slot)->inherits, inherits);
+}
+
 /* Begin the row of a slot whose byte is held, needing no lock; return the incarnation. It is that of
    a child that is not forked yet if `pid` is 0. */
 u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespace)
@@ -280,6 +286,7 @@ u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespac
         put(&row->counters[k], 0);
     /* The parent may have read messages: the child has their bytes too. */
     tell(own, row, pid == 0 && own->n_adopted ? adopted_by(own->incarnation, 0) : 0);
+    put(&row->inherits, pid == 0 && blocks->first_view);
     raise_n_slots(header, slot + 1);
     atomic_store_explicit(&row->state, JOINED, memory_order_release);
     return incarnation;

@@ -6,7 +6,8 @@ What. `plan_next`, which sender and receiver compute alike from the sizes, in or
 How it works. A large buffer has a block of its own. Smaller ones share *chunks*, 64-byte aligned.
 What survives of a message pins little: buffers from 4 KiB on share chunks of 64 KiB, so one of them
 keeps at most 16 times itself; those that are smaller become ordinary memory on arrival, and their
-chunk comes back at once, so that it may be large.
+chunk comes back at once, so that it may be large. A buffer that lies in published memory is a
+reference, which comes behind the blocks; its size is marked, and its offset follows.
 
 Lifetime. No state.
 
@@ -21,11 +22,32 @@ When it cannot. It cannot fail. */
 #define SMALL ((u64)4 << 10)
 #define CHUNK_NBYTES ((u64)64 << 10)
 #define LARGE_CHUNK_NBYTES ((u64)1 << 20)
+#define COARSE ((u64)4 << 20)
 #define ALIGN 64
+
+/* What is published lives as a whole, and each block is a mapping for each reader: so few of them. The
+   chunks grow with what is in them. */
+static struct placed plan_coarse(struct plan *plan, u64 nbytes)
+{
+    struct chunk *chunk = &plan->shared;
+    u64 at = round_up(chunk->filled, ALIGN), capacity = 0;
+    if (nbytes >= COARSE)
+        return (struct placed){.block = plan->n_blocks++, .capacity = nbytes};
+    if (at + nbytes > chunk->capacity) {
+        capacity = 2 * chunk->capacity < CHUNK_NBYTES ? CHUNK_NBYTES : 2 * chunk->capacity;
+        capacity = capacity > COARSE ? COARSE : capacity < nbytes ? round_up(nbytes, PAGE) : capacity;
+        *chunk = (struct chunk){.block = plan->n_blocks++, .capacity = capacity};
+        at = 0;
+    }
+    chunk->filled = at + nbytes;
+    return (struct placed){.block = chunk->block, .at = at, .capacity = capacity};
+}
 
 /* The place of the next buffer, which is not empty. */
 struct placed plan_next(struct plan *plan, u64 nbytes)
 {
+    if (plan->is_coarse)
+        return plan_coarse(plan, nbytes);
     if (nbytes >= OWN)
         return (struct placed){.block = plan->n_blocks++, .capacity = nbytes};
     struct chunk *chunk = nbytes < SMALL ? &plan->small : &plan->shared;
@@ -56,21 +78,36 @@ static u64 size_at(const Py_buffer *view, Py_ssize_t i)
     return nbytes;
 }
 
-/* plan(sizes, before): [bytes used of each block]; or before the message is there, what is leased */
+/* How many sizes are marked, each with an offset behind it. */
+static Py_ssize_t references_in(const Py_buffer *view, Py_ssize_t n)
+{
+    Py_ssize_t n_references = 0;
+    for (Py_ssize_t i = 0; i + 1 < n; i++)
+        if (size_at(view, i) & REFERRED) {
+            n_references++;
+            i++;
+        }
+    return n_references;
+}
+
+/* plan(sizes, before, coarse): [bytes used of each block, and 0 of each reference]; or before the message is there, what is leased */
 PyObject *plan_needs(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     PyObject *sizes;
     Py_buffer view;
     Py_ssize_t n;
-    int before = 0;
-    if (!PyArg_ParseTuple(arguments, "O|p", &sizes, &before) || sizes_of(sizes, &view, &n) != 0)
+    int before = 0, coarse = 0;
+    if (!PyArg_ParseTuple(arguments, "O|pp", &sizes, &before, &coarse) || sizes_of(sizes, &view, &n) != 0)
         return NULL;
-    struct plan plan = {0};
+    u32 n_references = (u32)references_in(&view, n);
+    struct plan plan = {.is_coarse = coarse};
     u64 *needs = calloc((size_t)n + 1, sizeof *needs);
     PyObject *list = needs ? NULL : PyErr_NoMemory();
     for (Py_ssize_t i = 0; needs && i < n; i++) {
         u64 nbytes = size_at(&view, i);
-        if (nbytes) {
+        if (nbytes & REFERRED) {
+            i++;
+        } else if (nbytes) {
             struct placed placed = plan_next(&plan, nbytes);
             if (!before)
                 needs[placed.block] = placed.at + nbytes;
@@ -78,9 +115,10 @@ PyObject *plan_needs(PyObject *Py_UNUSED(module), PyObject *arguments)
                 needs[placed.block] = placed.capacity;
         }
     }
+    u32 n_needs = plan.n_blocks + n_references; /* a reference needs nothing */
     if (needs)
-        list = PyList_New(plan.n_blocks);
-    for (u32 i = 0; list && i < plan.n_blocks; i++) {
+        list = PyList_New(n_needs);
+    for (u32 i = 0; list && i < n_needs; i++) {
         PyObject *need = PyLong_FromUnsignedLongLong(needs[i]);
         if (need == NULL)
             Py_CLEAR(list);
@@ -109,27 +147,36 @@ static PyObject *part_of(PyObject *block, const Py_buffer *memory, u64 at, u64 n
     return part;
 }
 
-/* spread([memoryview of each block], sizes, received): [memory of each buffer]; of what was received the
+/* spread([memoryview of each block], sizes, received, coarse): [memory of each buffer]; of what was received the
    smallest are copies */
 PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     PyObject *blocks, *sizes, *list = NULL;
     Py_buffer view, memory = {0};
     Py_ssize_t n;
-    int received;
-    if (!PyArg_ParseTuple(arguments, "O!Op", &PyList_Type, &blocks, &sizes, &received) ||
+    int received, coarse = 0;
+    if (!PyArg_ParseTuple(arguments, "O!Op|p", &PyList_Type, &blocks, &sizes, &received, &coarse) ||
         sizes_of(sizes, &view, &n) != 0)
         return NULL;
-    struct plan plan = {0};
+    struct plan plan = {.is_coarse = coarse};
+    Py_ssize_t n_references = references_in(&view, n), n_buffers = n - n_references;
+    Py_ssize_t next_reference = PyList_Size(blocks) - n_references;
     u32 looked_at = UINT32_MAX; /* `memory` is that of this block */
-    list = PyList_New(n);
-    for (Py_ssize_t i = 0; list && i < n; i++) {
+    list = PyList_New(n_buffers);
+    for (Py_ssize_t i = 0, k = 0; list && k < n_buffers; i++, k++) {
         u64 nbytes = size_at(&view, i);
         PyObject *part = NULL;
         if (nbytes == 0) {
             part = PyByteArray_FromStringAndSize(NULL, 0);
         } else {
-            struct placed placed = plan_next(&plan, nbytes);
+            struct placed placed;
+            bool is_reference = nbytes & REFERRED;
+            if (is_reference) {
+                placed = (struct placed){.block = (u32)next_reference++, .at = size_at(&view, ++i)};
+                nbytes &= ~REFERRED;
+            } else {
+                placed = plan_next(&plan, nbytes);
+            }
             PyObject *block = PyList_GetItem(blocks, (Py_ssize_t)placed.block);
             if (block && looked_at != placed.block) {
                 if (memory.obj)
@@ -140,15 +187,15 @@ PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
                     block = NULL;
                 }
             }
-            if (block && placed.at + nbytes > (u64)memory.len)
+            if (block && (nbytes > (u64)memory.len || placed.at > (u64)memory.len - nbytes))
                 PyErr_SetString(PyExc_ValueError, "a block is smaller than what lies in it");
             else if (block)
-                part = part_of(block, &memory, placed.at, nbytes, received);
+                part = part_of(block, &memory, placed.at, nbytes, received && !is_reference);
         }
         if (part == NULL)
             Py_CLEAR(list);
         else
-            PyList_SetItem(list, i, part);
+            PyList_SetItem(list, k, part);
     }
     if (memory.obj)
         PyBuffer_Release(&memory);

@@ -222,6 +222,13 @@ static bool is_torn(struct table_view *table, u32 index, u64 commit)
            commit == commit_word(index, FREE, get(&table_row(table, index)->generation) - 1);
 }
 
+/* Bytes of a message in it; none if it is a reference. */
+u64 row_nbytes(const struct row *row)
+{
+    u64 used = get(&row->used);
+    return is_name(used) ? 0 : used;
+}
+
 bool row_is_damaged(struct table_view *table, u32 index)
 {
     for (int i = 0; i < 3; i++) { /* without the lock, one may be half written */
@@ -318,7 +325,7 @@ static half *find_free(struct table_view *table, u32 size_class, u64 nbytes, u32
 
 /* --- leasing and freeing */
 
-static void commit_lease(struct table_view *table, u32 index, u64 nbytes, u32 slot)
+void row_lease(struct table_view *table, u32 index, u64 nbytes, u32 slot)
 {
     struct row *row = table_row(table, index);
     u64 generation = get(&row->generation) + 1;
@@ -374,7 +381,7 @@ enum shortage table_lease(struct table_view *table, u64 nbytes, u32 slot, struct
     }
     *leased = (struct leased){
         .index = found, .counted = have, .present = get(&row->channel) & INCOMPLETE ? 0 : have};
-    commit_lease(table, found, nbytes, slot);
+    row_lease(table, found, nbytes, slot);
     return ROOM;
 }
 
@@ -392,7 +399,7 @@ u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot)
     put_half(head, get_half(&row->next));
     if (!(get(&row->channel) & PREPARED))
         atomic_fetch_sub_explicit(&header->idle, row_resident(row, index), memory_order_relaxed);
-    commit_lease(table, index, 0, slot);
+    row_lease(table, index, 0, slot);
     return index;
 }
 
@@ -414,6 +421,7 @@ void table_free(struct table_view *table, u32 index, u64 generation, bool emptie
     struct row *row = table_row(table, index);
     if (emptied)
         row_emptied(table, index);
+    table_unname(table, index);
     /* Its link stays: whoever follows us, if we die here, frees what is below. */
     put(&row->commit, commit_word(index, FREE, generation));
     FAULT("free.committed");
@@ -487,6 +495,7 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
     free_chain(table, get(&header->draining));
     put(&header->draining, 0);
     table_drain(table);
+    table_forget_counts(table, n_rows);
     for (u32 i = 0; i < CLASSES; i++) {
         put_half(&header->warm[i], 0);
         put_half(&header->empty[i], 0);
@@ -510,11 +519,15 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
         u64 pages = row_resident(row, i);
         resident += pages;
         if (state == HELD)
-            held += get(&row->used);
+            held += row_nbytes(row);
         if (state == RELEASED || (state == FREE && !(get(&row->channel) & PREPARED)))
             idle += pages;
-        if (state == FREE)
+        if (state == FREE) {
+            put(&row->used, 0);
             link_free(table, i);
+        } else {
+            table_count(table, i); /* damaged, too: its reader may be alive */
+        }
     }
     put(&header->resident, resident);
     /* Others hold and release meanwhile. */

@@ -77,7 +77,8 @@ def hooked_pickler(original: Any) -> Any:
         def dumps(cls, obj: object, protocol: int | None = None) -> Any:
             # Every message comes here: what is above `_send` is all that it costs a small one.
             hook = installed.current
-            if protocol is not None or hook is None or hook.arena.blocks.closed:
+            blocks = None if hook is None else hook.arena.blocks
+            if protocol is not None or hook is None or blocks is None or blocks.closed:
                 running()
                 return super().dumps(obj, protocol)
             if cls is not HookedPickler or namespace.get("dumps") is not standard:
@@ -86,7 +87,7 @@ def hooked_pickler(original: Any) -> Any:
             is_lost = False
             if hook.spawned:
                 is_lost = hook.channels.is_spawned(_descriptor_in(sys._getframe(1)))
-            message = core.Message(hook.destination, hook.threshold, tables)
+            message = core.Message(hook.destination, hook.threshold, tables, blocks)
             take_apart(obj, message, by_value=True, is_main_lost=is_lost, undo=undo)
             small = message.small()
             if small is None:

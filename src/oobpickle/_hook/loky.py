@@ -127,7 +127,9 @@ def _taken_apart(
     arrays = _Arrays()
     for cls, reducer in (reducers or {}).items():
         special[cls] = arrays.instead_of(reducer)
-    message = core.Message(hook.destination, hook.threshold, _envelope.tables(special))
+    message = core.Message(
+        hook.destination, hook.threshold, _envelope.tables(special), hook.arena.blocks
+    )
     message.keeps_flags = True  # as the protocol that they use
     pickler = kind.__new__(kind)
     base.__init__(pickler, message, protocol=_PROTOCOL, buffer_callback=message.take)

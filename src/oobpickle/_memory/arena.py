@@ -204,14 +204,16 @@ class SharedArena:
             if self._final is None:
                 raise
             return self._final
-        states = ("free", "leased", "in_flight", "held")
         n_blocks, nbytes, n_quarantined = census
         in_file = self._files.resident_nbytes()
         return _statistics.summed(
             counters,
             n_participants=n_participants,
-            n_blocks=dict(zip(states, n_blocks, strict=True)),
-            nbytes=dict(zip(states, nbytes, strict=True)),
+            n_blocks=dict(zip(_statistics.STATES, n_blocks, strict=False)),
+            nbytes=dict(zip(_statistics.STATES, nbytes, strict=False)),
+            n_published=n_blocks[4],
+            nbytes_published=nbytes[4],
+            n_references=n_blocks[5],
             nbytes_resident=resident if in_file is None else in_file,
             nbytes_huge=self._files.huge_nbytes(),
             capacity=self.options.capacity or 0,
@@ -274,7 +276,7 @@ class SharedArena:
                 self.reclaim.punch_idle()
             # With the lock once since it was closed: who leased before that is seen.
             is_certain = blocks.reap() >= 0
-            (_, n_leased, n_in_flight, _), _, _ = blocks.census()
+            (_, n_leased, n_in_flight, *_), _, _ = blocks.census()
             if not is_certain or n_leased or n_in_flight or not blocks.is_idle:
                 blocks.unmap()
                 return False

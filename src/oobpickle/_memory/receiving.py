@@ -88,7 +88,7 @@ class Receiving:
         self._keep_within_limit()
         views = []
         for block, nbytes in zip(claimed, needs, strict=True):
-            if block.is_copy or copies:
+            if block.is_copy or (copies and nbytes):  # a reference has no bytes of its own
                 views.append(memoryview(block) if block.is_copy else _copy_of(block, nbytes))
                 if not is_index:
                     blocks.count(

@@ -34,6 +34,7 @@ from oobpickle._memory import headroom
 from oobpickle._memory.options import Options
 from oobpickle._memory.reclaim import Reclaim
 from oobpickle._native import core
+from oobpickle._statistics import STATES
 
 _PLAIN_NBYTES_PER_S: Final = 0.3e9  # what a pipe takes, for the default wait_timeout
 _FIRST_PAUSE_S: Final = 0.2e-3
@@ -245,8 +246,7 @@ class Sending:
         now = time.monotonic()
         if not again or not self._usage or now >= self._count_again_at:
             _, nbytes, _ = self._blocks.census()
-            names = ("free", "leased", "in_flight", "held")
-            uses = zip(names, nbytes, strict=True)
+            uses = zip((*STATES, "published", "references"), nbytes, strict=True)
             used = ", ".join(f"{format_nbytes(n)} {state}" for state, n in uses if n)
             self._usage = used or "nothing in use"
             took_s = time.monotonic() - now

@@ -25,7 +25,7 @@ import pickle
 import struct
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from oobpickle._errors import StaleEnvelopeError
@@ -62,6 +62,15 @@ def as_pickle(message: Any, *, head: bytes = b"", tail: bytes = b"") -> memoryvi
     middle = pickle_middle(message.stream_nbytes)
     message.to_pickle(head + PICKLE_START, middle, PICKLE_END + tail)
     return memoryview(message)
+
+
+def buffers_in(whole: memoryview, sizes: Iterable[int]) -> Iterator[memoryview]:
+    """Yield the buffers, of the given sizes, in what `as_pickle` returned without a head."""
+    at = len(PICKLE_START)
+    for nbytes in sizes:
+        at += PICKLE_BUFFER.size
+        yield whole[at : at + nbytes]
+        at += nbytes
 
 
 def write(message: Any, view: memoryview, send: Callable[[Any], None]) -> None:

@@ -1,0 +1,290 @@
+/* Published blocks, as this process sees them: one object for many readers.
+
+What. `publish` hands leased blocks to all who will have references to them. A reference that this
+process holds has a *view*: the published bytes, mapped privately.
+
+How it works. A view is a mapping of its own (MAP_PRIVATE): pages that were not written show the
+block, which nobody writes while a reference names it, and a write makes the page this process's own.
+So what arrives is writable and independent, and costs page tables. A view that is frozen cannot be
+written, neither by NumPy nor by anybody else; memory that lies in one can be sent on as a reference
+(`refer_now`), since it is what was published.
+
+Lifetime. A view is a `Block`; its deallocation unmaps it and releases the reference. Who releases the
+last one frees the published block, if the lock can be had at once; else the next step of any process
+does.
+
+A forked child inherits views. It takes references of its own in the hook that Python calls after the
+fork (`views_inherit`); until then, and for ever if that hook does not run or the lock is not to be had,
+its row says that it inherits, and all that is published lives as long as it does. A child that cannot
+be known (no descriptor for its proof of life) makes it live as long as the arena; one of a raw clone(2)
+runs no handler and must not use what it inherited.
+
+When it cannot. Without a mapping the bytes are copied, and the reference is released at once. */
+
+#include "core.h"
+
+#include <string.h>
+#include <sys/mman.h>
+
+#define HURRY_US 5000000
+#define LEAST_REFERRED ((u64)64 << 10) /* a mapping and its page faults cost more than such a copy */
+
+static struct place *place_of(const struct block *block)
+{
+    return &block->blocks->table.known[block->named].place;
+}
+
+/* --- views */
+
+/* What the reference names; false: nothing that is in order. */
+bool reference_look(struct block *block)
+{
+    struct table_view *table = &block->blocks->table;
+    u32 named = table_named(table, block->index);
+    if (named == ROWS)
+        return false;
+    u64 nbytes = row_nbytes(table_row(table, named));
+    block->is_reference = true;
+    block->named = named;
+    block->nbytes = nbytes <= place_of(block)->nbytes ? nbytes : 0;
+    return true;
+}
+
+static void remember(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    block->view_before = NULL;
+    block->view_after = blocks->first_view;
+    if (blocks->first_view)
+        blocks->first_view->view_before = block;
+    blocks->first_view = block;
+}
+
+/* Give a reference an address. -1: it cannot be mapped. */
+int view_map(struct block *block)
+{
+    u64 nbytes = round_up(block->nbytes ? block->nbytes : 1, PAGE);
+    block->address = mapping_view(&block->blocks->mapping, place_of(block)->offset, nbytes,
+                                  !block->is_frozen);
+    if (block->address == NULL)
+        return -1;
+    block->mapped = nbytes;
+    remember(block);
+    return 0;
+}
+
+void view_forget(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    if (!block->is_reference || block->address == NULL || block->is_copy)
+        return;
+    if (block->view_before)
+        block->view_before->view_after = block->view_after;
+    else
+        blocks->first_view = block->view_after;
+    if (block->view_after)
+        block->view_after->view_before = block->view_before;
+    block->view_before = block->view_after = NULL;
+    munmap(block->address, block->mapped);
+    block->address = NULL;
+}
+
+/* The frozen view that has all of this memory, or NULL. */
+struct block *view_at(struct blocks *blocks, const void *address, u64 nbytes)
+{
+    uintptr_t at = (uintptr_t)address;
+    if (blocks->table.shared == NULL || nbytes < LEAST_REFERRED)
+        return NULL;
+    for (struct block *block = blocks->first_view; block; block = block->view_after) {
+        uintptr_t from = (uintptr_t)block->address;
+        if (block->is_frozen && at >= from && at - from <= block->nbytes &&
+            nbytes <= block->nbytes - (at - from))
+            return block->state == HELD && block->epoch == epoch() ? block : NULL;
+    }
+    return NULL;
+}
+
+/* freeze(): nobody can write to this view any more; False if it is none */
+PyObject *view_freeze(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct block *block = (struct block *)self;
+    if (block->is_reference && !block->is_copy && block->address && !block->is_frozen)
+        block->is_frozen = mprotect(block->address, block->mapped, PROT_READ) == 0;
+    return PyBool_FromLong(block->is_frozen);
+}
+
+/* --- making references */
+
+static enum shortage lease_reference(struct blocks *blocks, u32 *index)
+{
+    struct leased leased = {0};
+    u64 room;
+    enum shortage shortage = table_lease(&blocks->table, 0, blocks->lock.slot, &leased, &room);
+    *index = leased.index;
+    return shortage;
+}
+
+static void hold(struct blocks *blocks, u32 index)
+{
+    struct row *row = table_row(&blocks->table, index);
+    if (row_change(row, index, get(&row->commit), low_of(HELD, blocks->lock.slot)))
+        blocks->n_held++;
+}
+
+/* In the middle of a message, with the GIL kept: a reference, leased, to what a view shows. NULL,
+   without an exception: it cannot be had now. */
+PyObject *refer_now(struct blocks *blocks, const struct block *view)
+{
+    const bool was_deaf = blocks->lock.is_deaf, kept_gil = blocks->lock.keeps_gil;
+    PyObject *object = NULL;
+    u32 index;
+    if (!file_is_ours(&blocks->mapping.data))
+        return NULL;
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
+    if (step_begin(blocks) == ROOM) {
+        if (lease_reference(blocks, &index) == ROOM) {
+            struct row *row = table_row(&blocks->table, index);
+            struct block *block = block_new(blocks, index, get(&row->generation), 0);
+            if (block) /* without an object it is lost until this process ends */
+                block->state = LEASED;
+            object = (PyObject *)block;
+            if (block && table_name(&blocks->table, index, view->named))
+                reference_look(block);
+        }
+        step_end(blocks);
+    }
+    blocks->lock.keeps_gil = kept_gil;
+    blocks->lock.is_deaf = was_deaf;
+    if (object && !((struct block *)object)->is_reference)
+        Py_CLEAR(object);
+    if (object == NULL)
+        PyErr_Clear();
+    return object;
+}
+
+/* again(): a further view of what this one shows, which may be written; None if there is none */
+PyObject *view_again(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    const struct block *view = (const struct block *)self;
+    struct blocks *blocks = view->blocks;
+    if (!view->is_reference || view->state != HELD || view->epoch != epoch() || !blocks->table.shared)
+        Py_RETURN_NONE;
+    struct block *again = (struct block *)refer_now(blocks, view);
+    if (again == NULL)
+        Py_RETURN_NONE;
+    hold(blocks, again->index);
+    again->state = HELD;
+    if (view_map(again) == 0)
+        return (PyObject *)again;
+    Py_DECREF((PyObject *)again);
+    Py_RETURN_NONE;
+}
+
+/* Free what nobody refers to any more, if the lock can be had; with `reap` also what was left by the
+   dead. */
+void release_unheld(struct blocks *blocks, bool reap)
+{
+    const bool was_deaf = blocks->lock.is_deaf, kept_gil = blocks->lock.keeps_gil;
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
+    int problem = step_begin(blocks);
+    if (problem == ROOM) {
+        if (reap)
+            participant_reap(blocks);
+        step_end(blocks);
+    } else if (problem == BUSY)
+        blocks->hurried_until = now_us() + HURRY_US; /* the next ones do not wait for it */
+    blocks->lock.keeps_gil = kept_gil;
+    blocks->lock.is_deaf = was_deaf;
+}
+
+/* Step, in a forked child: references of its own for the views that it has inherited. */
+void views_take(struct blocks *blocks)
+{
+    for (struct block *view = blocks->first_view; view; view = view->view_after) {
+        u32 index;
+        if (view->epoch == epoch() || view->state != HELD)
+            continue;
+        if (lease_reference(blocks, &index) != ROOM)
+            return; /* at the next step, perhaps */
+        hold(blocks, index);
+        if (!table_name(&blocks->table, index, view->named))
+            continue; /* damaged: nobody frees it */
+        FAULT("views.referred");
+        blocks->table.known[view->index].n_users--;
+        blocks->table.known[index].n_users++;
+        view->index = index;
+        view->generation = get(&table_row(&blocks->table, index)->generation);
+        view->epoch = epoch();
+    }
+    participant_inherit(blocks, false);
+    blocks->has_inherited = false;
+}
+
+void views_inherit(struct blocks *blocks)
+{
+    blocks->has_inherited = blocks->first_view != NULL;
+    if (!blocks->has_inherited || !has_joined(blocks))
+        return;
+    blocks->lock.keeps_gil = true;
+    if (step_begin(blocks) == ROOM)
+        step_end(blocks);
+    blocks->lock.keeps_gil = false;
+}
+
+/* --- publishing */
+
+/* Make a reference to each of the blocks, and publish it: under one lock. */
+static bool publish_all(struct blocks *blocks, PyObject *list, PyObject *views)
+{
+    for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
+        struct block *block = block_at(list, i), *view;
+        u32 index;
+        if (block->state != LEASED || block->epoch != epoch() || block->blocks != blocks ||
+            lease_reference(blocks, &index) != ROOM)
+            return false;
+        view = block_new(blocks, index, get(&table_row(&blocks->table, index)->generation), 0);
+        if (view == NULL)
+            return false;
+        view->state = LEASED;
+        PyList_SetItem(views, i, (PyObject *)view);
+        if (!table_publish(&blocks->table, block->index, block->generation, index))
+            return false;
+        block->state = NONE; /* nobody's, from now on */
+        reference_look(view);
+        view->is_frozen = true;
+        hold(blocks, index);
+        view->state = HELD;
+    }
+    return true;
+}
+
+/* publish([Block]): [Block] frozen views of what was leased and written, or (shortage, 0, 0). What
+   was published before something failed is freed with its view. */
+PyObject *publish(PyObject *self, PyObject *list)
+{
+    struct blocks *blocks = (struct blocks *)self;
+    Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (block_at(list, i) == NULL)
+            return NULL;
+    if (n < 0) {
+        PyErr_SetString(PyExc_TypeError, "not a list");
+        return NULL;
+    }
+    PyObject *views = PyList_New(n);
+    int problem = views ? step_begin(blocks) : -1;
+    if (problem == ROOM) {
+        if (get(&blocks->table.shared->header.closed))
+            problem = DETACHED;
+        else if (!publish_all(blocks, list, views))
+            problem = TABLE;
+        step_end(blocks);
+    }
+    for (Py_ssize_t i = 0; i < n && problem == ROOM; i++)
+        if (view_map((struct block *)PyList_GetItem(views, i)) != 0)
+            problem = SPACE;
+    if (problem == ROOM)
+        return views;
+    Py_XDECREF(views);
+    return problem < 0 ? NULL : Py_BuildValue("iKK", problem, 0ULL, 0ULL);
+}
