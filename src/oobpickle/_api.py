@@ -2,8 +2,8 @@
 
 **What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
 
-**How it works.** Thirteen objects of the standard library are replaced, each by a function of its own
-that does what it replaced unless the hook is in: see `_replacements`.
+**How it works.** Thirteen objects of the standard library are replaced, each by a function of its
+own that does what it replaced unless the hook is in: see `_replacements`.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
 until they see the arena closed.

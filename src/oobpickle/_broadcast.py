@@ -1,4 +1,4 @@
-"""`broadcast`: one object, stored once, for every process that a message brings it to.
+"""One object, stored once, for every process that a message brings it to.
 
 **What.** `broadcast`, which is the public side of `_published`.
 
@@ -26,18 +26,19 @@ T = TypeVar("T")
 def broadcast(obj: T, *, readonly: bool = False) -> Broadcast[T]:
     """Store an object once, for every process that is to have it.
 
-    Send the handle in the place of the object, at any depth of a message: in arguments and results
-    of a pool, in ``initargs``, in ``functools.partial``, in a closure, through queues and pipes. The
-    receiver's function gets the object itself, without a copy, so it stays as it is.
+    Send the handle in the place of the object, at any depth of a message: in arguments and
+    results of a pool, in ``initargs``, in ``functools.partial``, in a closure, through queues
+    and pipes. The receiver's function gets the object itself, without a copy, so it stays as it
+    is.
 
     Parameters
     ----------
     obj : object
         Anything that pickles. It is the value of now: later changes to `obj` are not seen.
     readonly : bool, optional
-        Whether arrays arrive so that NumPy refuses to write to them. Slices of such arrays travel as
-        references, too. By default what arrives is writable and independent: a page that a receiver
-        writes to becomes its own.
+        Whether arrays arrive so that NumPy refuses to write to them. Slices of such arrays travel
+        as references, too. By default what arrives is writable and independent: a page that a
+        receiver writes to becomes its own.
 
     Returns
     -------
@@ -51,17 +52,18 @@ def broadcast(obj: T, *, readonly: bool = False) -> Broadcast[T]:
 
     Notes
     -----
-    The memory is free when the last handle, message and array of it is gone, in any process, however
-    those processes end; `Broadcast.close` drops a handle's part at once. It counts towards the
-    arena's ``capacity``. A process that is forked while this one has the handle, or an array of it,
-    may use what it inherits for as long as it likes, and no page is copied for that.
+    The memory is free when the last handle, message and array of it is gone, in any process,
+    however those processes end; `Broadcast.close` drops a handle's part at once. It counts
+    towards the arena's ``capacity``. A process that is forked while this one has the handle, or
+    an array of it, may use what it inherits for as long as it likes, and no page is copied for
+    that.
 
-    The object is copied once, here. What arrives costs page tables, and a page of its own for each
-    page that is written to. Objects that are mostly small Python objects gain nothing: they are
-    unpickled by each receiver.
+    The object is copied once, here. What arrives costs page tables, and a page of its own for
+    each page that is written to. Objects that are mostly small Python objects gain nothing:
+    they are unpickled by each receiver.
 
-    Outside of `enabled`, where memory is full, for a receiver that has not joined, over TCP, and in a
-    plain ``pickle.dumps``, the handle travels as the object, by value.
+    Outside of `enabled`, where memory is full, for a receiver that has not joined, over TCP,
+    and in a plain ``pickle.dumps``, the handle travels as the object, by value.
 
     Examples
     --------
@@ -69,8 +71,7 @@ def broadcast(obj: T, *, readonly: bool = False) -> Broadcast[T]:
     >>> def weigh(table, row):
     ...     return float(table[row].sum())
     >>> from functools import partial
-    >>> with oobpickle.enabled():
-    ...     table = oobpickle.broadcast(np.ones((1000, 1000)))
+    >>> with oobpickle.enabled(), oobpickle.broadcast(np.ones((1000, 1000))) as table:
     ...     with multiprocessing.get_context("fork").Pool(2) as pool:
     ...         pool.map(partial(weigh, table), [0, 1])
     [1000.0, 1000.0]

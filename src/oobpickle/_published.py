@@ -58,14 +58,17 @@ class _Refuses:
 
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(
-            f"this is the handle that broadcast() returned, not the {self._kind}: use `.value`. "  # type: ignore[attr-defined]
+            f"this is the handle that broadcast() returned, not the {self._kind}: use `.value`. "
             "(A function that is called in another process gets the object itself.)"
         )
 
     def __getattr__(self, name: str) -> Any:
+        made = type(self).__dict__.get(name)
+        if isinstance(made, property) and made.fget is not None:
+            return made.fget(self)  # it has raised an AttributeError of the object's own
         if name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        self._refuse()
+        return self._refuse()
 
     __call__ = __len__ = __iter__ = __contains__ = _refuse
     __getitem__ = __setitem__ = __delitem__ = __array__ = __dataframe__ = _refuse
@@ -99,8 +102,18 @@ class Broadcast(_Refuses, Generic[T]):
     broadcast : which says what arrives, and how long the memory lives.
     """
 
-    __slots__ = ("__weakref__", "_index", "_is_published", "_kind", "_n_sizes", "_parts", "_value")
-    __slots__ += ("nbytes", "readonly")
+    __slots__ = (
+        *("__weakref__", "_index", "_kind", "_n_sizes", "_parts", "_value"),
+        *("nbytes", "readonly"),
+    )
+
+    nbytes: int
+    readonly: bool
+    _kind: str
+    _index: Any  # bytes, or published memory
+    _n_sizes: int  # at the beginning of the index; -1: nothing is published, and it is the stream
+    _parts: Sequence[Any] | None  # memory; None: closed
+    _value: Any
 
     def __init__(self) -> None:
         raise TypeError("broadcast() makes handles: oobpickle.broadcast(obj)")
@@ -109,12 +122,10 @@ class Broadcast(_Refuses, Generic[T]):
     def _made(
         cls, kind: str, index: Any, n_sizes: int, parts: Sequence[Any], *, readonly: bool
     ) -> Broadcast[Any]:
-        self = object.__new__(cls)
+        self: Broadcast[Any] = object.__new__(cls)
         self._kind = kind
         self._index, self._n_sizes = index, n_sizes
-        self._parts: Sequence[Any] | None = parts
-        self._is_published = n_sizes >= 0
-        self._value: Any = _NOTHING
+        self._parts, self._value = parts, _NOTHING
         self.readonly = readonly
         self.nbytes = len(index) + sum(memoryview(part).nbytes for part in parts)
         living.add(self)
@@ -169,7 +180,7 @@ class Broadcast(_Refuses, Generic[T]):
 
     def _buffers(self) -> list[Any]:
         parts = list(self._open())
-        return core.spread(parts, _sizes(self), False, True) if self._is_published else parts
+        return core.spread(parts, _sizes(self), False, True) if self._n_sizes >= 0 else parts
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickle as the object, by value, so that it can be loaded without oobpickle."""
@@ -187,9 +198,9 @@ def _stream(handle: Broadcast[Any]) -> bytes:
 
 
 def _reduce(handle: Broadcast[Any]) -> Any:
-    """Reduce a handle for our picklers: memory that lies in published blocks goes as a reference."""
+    """Reduce a handle for our picklers, which send references to what lies in published blocks."""
     parts = handle._open()
-    if not handle._is_published:
+    if handle._n_sizes < 0:
         buffers = [PickleBuffer(part) for part in parts]
         return functools.partial(pickle.loads, buffers=buffers), (_stream(handle),)
     index = handle._index
@@ -216,7 +227,9 @@ def _load(index: Any, n_sizes: int, parts: list[Any]) -> Any:
 
 def _block_of(part: Any) -> core.Block | None:
     block = getattr(part, "obj", None)
-    return block if type(block) is core.Block and block.is_reference else None
+    if core is None or not isinstance(block, core.Block):
+        return None
+    return block if block.is_reference else None
 
 
 def _frozen(part: Any) -> memoryview:

@@ -109,8 +109,8 @@ class Survivors:
         inside.assert_table_in_order(self.arena, [process.pid for process, _ in self.workers])
 
     def _strays(self):
-        used = Table.of(self.arena).rows["used"]
-        nbytes = sum(used[index] for index, _, _ in inside.owners(self.arena))
+        table = Table.of(self.arena)
+        nbytes = sum(table.used(index) for index, _, _ in inside.owners(self.arena))
         return blocks_of_the_dead(self.arena) or nbytes > WORKERS_NBYTES
 
     def _take_all_room(self):

@@ -36,6 +36,7 @@ import oobpickle
 from internals import inner
 from oobpickle import _faults
 from oobpickle._hook import installed
+from oobpickle._published import store
 from table import LEASED, Table
 
 SIZES = (300_000, 1_500_000, 70_000)
@@ -116,6 +117,15 @@ REACHED_BY = {
         "fork.privatized",
         "privatize.step",
     },
+    "broadcast": {
+        "publish.committed",
+        "publish.named",
+        "reference.counted",
+        "reference.named",
+        "reference.uncounted",
+        "reference.unnamed",
+        "views.referred",
+    },
     "bury_a_child": {
         "participant.recovered",
         "participant.absorbed",
@@ -129,7 +139,8 @@ class Victim:
     """A participant, and its ends of the channels to the owner."""
 
     def __init__(self, fault, from_owner, to_owner, clogged):
-        self._of_children = fault if fault.startswith("fork.after_in_child") else None
+        of_children = ("fork.after_in_child", "views.referred")
+        self._of_children = fault if fault.startswith(of_children) else None
         self.arena = installed.current.arena
         self.from_owner, self.to_owner, self.clogged = from_owner, to_owner, clogged
         self.own_read, self.own_write = multiprocessing.Pipe(duplex=False)
@@ -146,6 +157,7 @@ class Victim:
             self.prepare,
             self.copy_on_receive,
             self.send_on,
+            self.broadcast,
             self.fork_and_go_on,
             self.drop,
             self.lease_new_rows,
@@ -207,6 +219,23 @@ class Victim:
         self.own_write.send(message(11, 200_000))
         self.own_write.send_bytes(self.own_read.recv_bytes())
         verify(self.own_read.recv(), 11)
+
+    def broadcast(self):
+        self.seed += 1
+        sent = self.seed, content(self.seed, 300_000)
+        with contextlib.suppress(oobpickle.ArenaFullError):
+            handle = store(sent, inner(self.arena), readonly=False)
+            for _ in range(2):
+                self.own_write.send([handle, handle])
+                one, _ = self.own_read.recv()
+                self.held.append(verify(one, sent[0]))
+            self.to_owner.send(handle)
+            with inside.faulty_children(self._of_children):
+                pid = os.fork()
+            if pid == 0:
+                verify(handle.value)
+                os._exit(0)
+            self._follow(pid)
 
     def lease_new_rows(self):
         table, leases = Table.of(self.arena), []

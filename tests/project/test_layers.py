@@ -20,8 +20,9 @@ LAYERS = (
     ("_statistics", "_copying"),
     ("_pickling", "_memory"),
     ("_envelope", "_arena"),
+    ("_published",),
     ("_hook",),
-    ("_api",),
+    ("_api", "_broadcast"),
     ("__init__",),
     ("testing",),
 )

@@ -2,11 +2,11 @@
 
 **What.** A replacement for ``BaseProcess._bootstrap``, which runs in a child before its target.
 
-**How it works.** Under fork nothing is pickled: the child has the very arguments of its parent, and
-among them handles that `broadcast` made. They are looked for where a pickler would come to them, in
-target, arguments and keyword arguments: in lists, tuples, dictionaries, sets, ``functools.partial``,
-closures, bound methods, and the attributes of objects. What can be changed is changed in place: all of
-it is the child's own memory.
+**How it works.** Under fork nothing is pickled: the child has the very arguments of its parent,
+and among them handles that `broadcast` made. They are looked for where a pickler would come to
+them, in target, arguments and keyword arguments: in lists, tuples, dictionaries, sets,
+``functools.partial``, closures, bound methods, and the attributes of objects. What can be changed
+is changed in place: all of it is the child's own memory.
 
 **Lifetime.** It asks at call time whether this process has any handle.
 
@@ -55,7 +55,9 @@ class Values:
     """One walk through objects; each object that it comes to is looked at once."""
 
     def __init__(self) -> None:
-        self._done: dict[int, tuple[Any, Any]] = {}  # by id: the object, which keeps that, and its value
+        self._done: dict[
+            int, tuple[Any, Any]
+        ] = {}  # by id: the object, which keeps that, and its value
 
     def of(self, obj: Any) -> Any:
         """Return what stands in the place of `obj`: itself, unless it is or has a handle."""

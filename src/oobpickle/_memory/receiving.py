@@ -85,7 +85,7 @@ class Receiving:
             raise EnvelopeError(f"the arena cannot be read in this process: {error}") from error
         if isinstance(claimed, int):
             raise self._refusal(*struct.unpack_from("<2Q", pairs, 16 * claimed))
-        self._keep_within_limit()
+        self.keep_within_limit()
         views = []
         for block, nbytes in zip(claimed, needs, strict=True):
             if block.is_copy or (copies and nbytes):  # a reference has no bytes of its own
@@ -113,7 +113,7 @@ class Receiving:
         # and a copy would need as much again, just when memory is scarce.
         return not (nbytes > capacity // 4 and held_nbytes <= capacity)
 
-    def _keep_within_limit(self) -> None:
+    def keep_within_limit(self) -> None:
         """Bound what free blocks may keep.
 
         The larger of 64 MiB and an eighth of the memory that there is: the lowest limit of a memory
