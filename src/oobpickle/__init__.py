@@ -23,6 +23,7 @@ from oobpickle._errors import (
     NotServedWarning,
     OobPickleError,
     PayloadError,
+    RepeatedWarning,
     StaleEnvelopeError,
     StructureError,
 )
@@ -45,6 +46,7 @@ __all__ = [
     "OobPickleError",
     "Payload",
     "PayloadError",
+    "RepeatedWarning",
     "StaleEnvelopeError",
     "Statistics",
     "StructureError",

@@ -31,8 +31,8 @@ from typing import Any, NoReturn, TypeVar
 
 from oobpickle import _statistics, _system
 from oobpickle._arena import AbsentArena, Arena
-from oobpickle._errors import ArenaError, FallbackWarning, NotServedWarning
-from oobpickle._fallback import Fallback, describe_fallbacks
+from oobpickle._errors import ArenaError, FallbackWarning, NotServedWarning, RepeatedWarning
+from oobpickle._fallback import Fallback, describe_fallbacks, describe_repeated
 from oobpickle._foreign import ignoring
 from oobpickle._hook import installed, loky, not_served
 from oobpickle._hook.channels import Channels
@@ -252,6 +252,9 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
         Once, when the block is left, if messages travelled in-band although they were large enough.
     NotServedWarning
         The same if nothing went out of band, and a library was used that is not served.
+    RepeatedWarning
+        The same if one array went out ten times or more, unchanged, and was most of what was sent:
+        `broadcast` stores it once.
     RuntimeWarning
         If what the call returns is dropped and was never entered: then nothing is enabled.
 
@@ -293,7 +296,7 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
             raise
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        fallbacks, libraries = installed.uninterrupted(_leave, self._blocks[-1])
+        fallbacks, libraries, repeated = installed.uninterrupted(_leave, self._blocks[-1])
         self._blocks.pop()
         # Where warnings are errors, one must not take the place of an error of the program's.
         with contextlib.suppress(FallbackWarning) if error else contextlib.nullcontext():
@@ -301,6 +304,8 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
                 warnings.warn(describe_fallbacks(fallbacks), FallbackWarning, stacklevel=2)
             elif libraries:
                 warnings.warn(not_served.describe(libraries), NotServedWarning, stacklevel=2)
+            if repeated:
+                warnings.warn(repeated, RepeatedWarning, stacklevel=2)
 
     def __del__(self) -> None:
         for block in getattr(self, "_blocks", ()):  # a Ctrl-C came before the first line inside
@@ -332,25 +337,28 @@ def _enter(options: Options, block: Block) -> Arena:
         return AbsentArena(options)
 
 
-def _leave(block: Block) -> tuple[dict[str, Fallback], list[str]]:
+def _leave(block: Block) -> tuple[dict[str, Fallback], list[str], str]:
     """Leave one block; return what to warn of, if it was the last one of the owner.
 
-    That is the fallbacks, or the libraries that were used and not served, if nothing else was.
+    That is the fallbacks, or the libraries that were used and not served, if nothing else was; and
+    what is to be said of an array that was sent again and again.
     """
     with installed.guard:
         _absences.discard(block)
         hook = installed.current
         if hook is None or block not in hook.blocks:
-            return {}, []
+            return {}, [], ""
         if len(hook.blocks) > 1 or hook.installed:
             hook.blocks.discard(block)
-            return {}, []
+            return {}, [], ""
+        repeated = hook.arena.blocks.repeated()
         is_owner, libraries = hook.is_owner, not_served.names(hook)
         installed.stop(hook)
         if not is_owner:
-            return {}, []
+            return {}, [], ""
         done = hook.arena.statistics()
-        return dict(done.fallbacks), [] if done.n_messages_out_of_band else libraries
+        libraries = [] if done.n_messages_out_of_band else libraries
+        return dict(done.fallbacks), libraries, describe_repeated(repeated, done.nbytes_out_of_band)
 
 
 def statistics() -> Statistics:

@@ -56,6 +56,10 @@ class FallbackWarning(UserWarning):
     """Some messages travelled in-band; the text says how many, why, and what to change."""
 
 
+class RepeatedWarning(FallbackWarning):
+    """The same array went out again and again, and made up most of what was sent."""
+
+
 class NotServedWarning(FallbackWarning):
     """Nothing went out of band: a library was used that pickles by itself and is not served."""
 

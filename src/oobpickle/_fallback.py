@@ -77,3 +77,22 @@ def describe_fallbacks(fallbacks: Mapping[str, Fallback]) -> str:
     n_messages = sum(fallback.n_messages for fallback in fallbacks.values())
     plural = "message" if n_messages == 1 else "messages"
     return f"{n_messages} {plural} travelled in-band, none was lost: {'; '.join(parts)}"
+
+
+_LEAST_REPEATED_NBYTES: Final = 64 << 20
+
+
+def describe_repeated(repeated: tuple[int, int] | None, nbytes: int) -> str:
+    """Say that the same memory was sent again and again, if it was most of `nbytes` in all."""
+    if repeated is None:
+        return ""
+    n_times, nbytes_each = repeated
+    total = n_times * nbytes_each
+    if total < _LEAST_REPEATED_NBYTES or 2 * total < nbytes:
+        return ""
+    return (
+        f"the same array (or other buffer) of {format_nbytes(nbytes_each)} was sent {n_times} "
+        f"times, unchanged: {format_nbytes(total)} of {format_nbytes(max(nbytes, total))} in all. "
+        "oobpickle.broadcast(obj) stores an object once for all who are to have it; send what it "
+        "returns in its place."
+    )

@@ -143,7 +143,9 @@ class Broadcast(_Refuses, Generic[T]):
         if self._value is _NOTHING:
             parts = self._open()
             own = [part if self.readonly else _again(part) for part in parts]
-            self._value = _load(self._index, self._n_sizes, own)
+            loaded = _load(self._index, self._n_sizes, own)
+            if self._value is _NOTHING:  # another thread may have been faster
+                self._value = loaded
         return self._value  # type: ignore[no-any-return]
 
     def close(self) -> None:
@@ -272,7 +274,7 @@ def store(obj: Any, arena: SharedArena | None, *, readonly: bool) -> Broadcast[A
     kind = type(obj).__name__
     if arena is None:
         return _in_memory(obj, kind, readonly=readonly)
-    message = core.Message(arena.blocks, 0, tables({}))
+    message = core.Message(arena.blocks, 0, tables({}), None)  # what is in it is copied
     message.is_coarse = True
     take_apart(obj, message, by_value=True)
     if message.nbytes < _LEAST_PUBLISHED_NBYTES:

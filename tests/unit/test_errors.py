@@ -31,7 +31,13 @@ def public_names():
 
 def test_every_error_is_listed_here():
 
-    assert public_names() == {"OobPickleError", "FallbackWarning", "NotServedWarning", *STANDARD}
+    assert public_names() == {
+        "OobPickleError",
+        "FallbackWarning",
+        "NotServedWarning",
+        "RepeatedWarning",
+        *STANDARD,
+    }
 
 
 @pytest.mark.parametrize("name", STANDARD)

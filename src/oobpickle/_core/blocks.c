@@ -1253,6 +1253,7 @@ static PyMethodDef methods[] = {
     {"release", release, METH_O, NULL},
     {"prepare", prepare, METH_O, NULL},
     {"publish", publish, METH_O, NULL},
+    {"repeated", repeated, METH_NOARGS, NULL},
     {"claim", claim, METH_VARARGS, NULL},
     {"is_unread", is_unread, METH_VARARGS, NULL},
     {"is_damaged", is_damaged, METH_O, NULL},

@@ -255,6 +255,12 @@ struct block {
 };
 
 #define TAILS 16
+#define REPEATS 16
+
+struct repeat { /* a buffer that was sent */
+    const void *address;
+    u64 nbytes, sample, n;
+};
 
 #define ENTERED_LIMIT ((u64)96 << 20)
 
@@ -273,6 +279,7 @@ struct blocks {
     u64 hurried_until;
     u64 n_copied, nbytes_copied, n_shared; /* at a fork, and not counted yet */
     u32 n_held, n_inside, n_forking, n_tails;
+    struct repeat repeats[REPEATS];
     bool has_inherited; /* views whose references are its parent's */
     struct block *tails[TAILS]; /* held, with pages of a larger message behind what is in them */
 };
@@ -313,6 +320,11 @@ u64 block_fresh(const PyObject *block);
 bool block_can_take(const struct block *block, u64 nbytes);
 void block_use(struct block *block, u64 nbytes);
 void block_punch_range(struct block *block, u64 at, u64 nbytes);
+
+/* --- repeats.c: the same memory sent again and again */
+
+void repeats_note(struct blocks *blocks, const Py_buffer *view);
+PyObject *repeated(PyObject *self, PyObject *none);
 
 /* --- fork.c: what this process has becomes its own */
 

@@ -429,6 +429,8 @@ static int take_memory(struct message *message, const Py_buffer *view)
         message->n_buffers += is_reference > 0;
         return is_reference > 0 ? 0 : -1;
     }
+    if (message->published && !message->plan.is_coarse)
+        repeats_note(message->published, view);
     char *to = place_of(message, buffer);
     if (to)
         memory_copy(to, view);

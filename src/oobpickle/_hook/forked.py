@@ -15,6 +15,9 @@ is changed in place: all of it is the child's own memory.
 
 from __future__ import annotations
 
+import collections
+import contextlib
+import copyreg
 import functools
 import types
 from collections.abc import Callable
@@ -23,7 +26,9 @@ from typing import Any, Final
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._published import Broadcast, living
 
-_LEAVES: Final = (str, bytes, bytearray, int, float, complex, type, types.ModuleType)
+_LEAVES: Final = frozenset(
+    (type(None), bool, int, float, complex, str, bytes, bytearray, type, types.ModuleType)
+)
 _FIELDS: Final = ("_target", "_args", "_kwargs")
 
 
@@ -37,14 +42,13 @@ def hooked_bootstrap(original: Any) -> Any:
 
 
 def _replace_in(process: Any) -> None:
-    values = Values()
-    try:
-        for name, value in list(vars(process).items()):
+    values, fields = Values(), vars(process)
+    with contextlib.suppress(RecursionError):  # what is so deep stays what it is
+        for name, value in list(fields.items()):
             if name in _FIELDS or not name.startswith("_"):
-                setattr(process, name, values.of(value))
-    except Exception as error:
-        pass_on_foreign(error)
-        process.run = functools.partial(_raise, error)
+                fields[name] = values.of(value)
+    if values.error is not None:
+        process.run = functools.partial(_raise, values.error)
 
 
 def _raise(error: Exception) -> None:
@@ -52,16 +56,22 @@ def _raise(error: Exception) -> None:
 
 
 class Values:
-    """One walk through objects; each object that it comes to is looked at once."""
+    """One walk through objects; each object that it comes to is looked at once.
+
+    Attributes
+    ----------
+    error : Exception or None
+        Why an object could not be loaded.
+    """
 
     def __init__(self) -> None:
-        self._done: dict[
-            int, tuple[Any, Any]
-        ] = {}  # by id: the object, which keeps that, and its value
+        # By id: the object, which keeps that its own, and what stands in its place.
+        self._done: dict[int, tuple[Any, Any]] = {}
+        self.error: Exception | None = None
 
     def of(self, obj: Any) -> Any:
         """Return what stands in the place of `obj`: itself, unless it is or has a handle."""
-        if obj is None or isinstance(obj, _LEAVES):
+        if type(obj) in _LEAVES:
             return obj
         if id(obj) not in self._done:
             self._done[id(obj)] = obj, obj  # for what refers to itself
@@ -71,22 +81,39 @@ class Values:
     def _look(self, obj: Any) -> Any:
         kind = type(obj)
         if kind is Broadcast:
-            return obj.value
-        look = _BY_TYPE.get(kind)
-        if look is not None:
-            return look(self, obj)
-        if isinstance(obj, list | dict | tuple | set):
-            _BY_TYPE.get(next(base for base in kind.__mro__ if base in _BY_TYPE), _same)(self, obj)
-        attributes = getattr(obj, "__dict__", None)
-        if type(attributes) is dict:
-            self._in_dict(attributes)
-        return obj
+            return self._value_of(obj)
+        look = next((_BY_TYPE[base] for base in kind.__mro__ if base in _BY_TYPE), None)
+        value = obj if look is None else look(self, obj)
+        if kind not in _BY_TYPE:
+            self._in_attributes(obj)
+        return value
 
-    def _in_list(self, items: list[Any]) -> list[Any]:
+    def _value_of(self, handle: Broadcast[Any]) -> Any:
+        try:
+            return handle.value
+        except Exception as error:
+            pass_on_foreign(error)
+            self.error = error
+            return handle
+
+    def _in_attributes(self, obj: Any) -> None:
+        with contextlib.suppress(Exception):  # of an object that answers for another one
+            attributes = object.__getattribute__(obj, "__dict__")
+            if type(attributes) is dict:
+                self._in_dict(attributes)
+        for name in _slot_names(type(obj)):
+            with contextlib.suppress(Exception):  # it is not set, or cannot be
+                item = object.__getattribute__(obj, name)
+                value = self.of(item)
+                if value is not item:
+                    object.__setattr__(obj, name, value)
+
+    def _in_list(self, items: Any) -> Any:
         for i, item in enumerate(items):
-            value = self.of(item)
-            if value is not item:
-                items[i] = value
+            if type(item) not in _LEAVES:
+                value = self.of(item)
+                if value is not item:
+                    items[i] = value
         return items
 
     def _in_dict(self, items: dict[Any, Any]) -> dict[Any, Any]:
@@ -98,8 +125,10 @@ class Values:
 
     def _in_tuple(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
         values = [self.of(item) for item in items]
-        changed = any(value is not item for value, item in zip(values, items, strict=True))
-        return tuple(values) if changed and type(items) is tuple else items
+        if all(value is item for value, item in zip(values, items, strict=True)):
+            return items
+        make = getattr(type(items), "_make", None)  # of a named tuple
+        return make(values) if callable(make) else tuple(values)
 
     def _in_set(self, items: set[Any]) -> set[Any]:
         found = [item for item in items if type(item) is Broadcast]
@@ -129,6 +158,7 @@ class Values:
             function.__defaults__ = self.of(defaults)
         if function.__kwdefaults__:
             self._in_dict(function.__kwdefaults__)
+        self._in_attributes(function)
         return function
 
     def _in_method(self, method: types.MethodType) -> types.MethodType:
@@ -137,17 +167,17 @@ class Values:
         return method if owner is method.__self__ else types.MethodType(method.__func__, owner)
 
 
-def _same(_values: Values, obj: Any) -> Any:
-    return obj
+def _slot_names(kind: type) -> list[str]:
+    return list(copyreg._slotnames(kind))  # type: ignore[attr-defined]
 
 
 _BY_TYPE: Final[dict[type, Callable[[Values, Any], Any]]] = {
     list: Values._in_list,
+    collections.deque: Values._in_list,
     dict: Values._in_dict,
     tuple: Values._in_tuple,
     set: Values._in_set,
     functools.partial: Values._in_partial,
     types.FunctionType: Values._in_function,
     types.MethodType: Values._in_method,
-    types.BuiltinFunctionType: _same,
 }

@@ -1,5 +1,6 @@
 """One object, stored once, for many processes: it arrives as itself, and ends with the last."""
 
+import collections
 import contextlib
 import ctypes
 import functools
@@ -10,6 +11,7 @@ import pickle
 import signal
 import subprocess
 import sys
+import typing
 import warnings
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Client, Listener
@@ -134,6 +136,91 @@ def everywhere(method):
         del table, process, pool, executor
         _kept.clear()
         eventually(lambda: _is_freed(arena))
+
+
+class _Named(typing.NamedTuple):
+    table: object
+    rest: object
+
+
+class _Slotted:
+    __slots__ = ("missing", "table")
+
+    def __init__(self, table):
+        self.table = table
+
+
+class _Proxy:
+    """An object that answers for another one, which is not there."""
+
+    @property
+    def __dict__(self):
+        raise RuntimeError("no context")
+
+    def __reduce__(self):
+        return _Proxy, ()
+
+
+def _tables_in(obj):
+    """What a function finds in the places where handles were put."""
+    named, slotted, queue, (mapping, _), itself, deep, _ = obj
+    assert itself[0] is itself
+    while deep:
+        deep = deep[0]
+    return [named.table, slotted.table, queue[0], mapping["table"][0], itself[1]]
+
+
+def _put_sums(results, obj):
+    results.put([_sum(table, 24) for table in _tables_in(obj)])
+
+
+def wherever_a_pickler_comes_to(method):
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled():
+        table = oobpickle.broadcast(message(24))
+        itself = [None, table]
+        itself[0] = itself
+        deep = []
+        for _ in range(50 if method != "fork" else 5000):
+            deep = [deep]
+        queue = collections.deque([table])
+        mapping = {"table": [table]}
+        obj = [_Named(table, 1), _Slotted(table), queue, (mapping, 1), itself, deep, _Proxy()]
+        results = context.SimpleQueue()
+        process = context.Process(target=_put_sums, args=(results, obj))
+        process.start()
+        assert results.get() == [_sum(table.value, 24)] * 5
+        process.join()
+        assert process.exitcode == 0
+
+
+def what_cannot_be_loaded_raises_in_the_target():
+    with oobpickle.enabled():
+        table = oobpickle.broadcast([np.ones(100_000), _Unloadable()])
+        found = os.pipe()
+        pid = fork(_end_as_process, table, found[1])
+        os.close(found[1])
+        reap(pid, 1)
+        with open(found[0]) as said:
+            text = said.read()
+            assert "RuntimeError: cannot be loaded here" in text, text
+
+
+def _end_as_process(table, stderr):
+    os.dup2(stderr, 2)
+    process = multiprocessing.get_context("fork").Process(target=len, args=(table,))
+    process.start()
+    process.join()
+    os._exit(process.exitcode)
+
+
+class _Unloadable:
+    def __reduce__(self):
+        return _raise, ("cannot be loaded here",)
+
+
+def _raise(text):
+    raise RuntimeError(text)
 
 
 def in_a_closure(method):
