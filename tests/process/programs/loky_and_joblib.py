@@ -421,6 +421,28 @@ def who_uses_an_older_executor_goes_on():
     assert found == list(range(40))
 
 
+def _sum_and_change(table, number):
+    """What joblib would keep in a file arrives as with any other pool: private, and writable."""
+    total = int(table["a"].sum())
+    table["a"][:] = number
+    with open("/proc/self/maps") as file:
+        return total, any("oobpickle" in line and " rw-p " in line for line in file)
+
+
+def one_object_for_many():
+    from joblib import Parallel, delayed
+
+    table = {"a": np.arange(1_000_000)}
+    total = int(table["a"].sum())
+    with oobpickle.enabled() as arena, oobpickle.broadcast(table) as handle:
+        for options in ({}, {"max_nbytes": None}, {"backend": "multiprocessing"}):
+            parallel = Parallel(n_jobs=2, **options)
+            found = parallel(delayed(_sum_and_change)(handle, n) for n in range(4))
+            assert found == [(total, True)] * 4
+        assert arena.statistics().nbytes_out_of_band < 50_000
+        assert arena.statistics().n_fallbacks == 0
+
+
 def _inner(seed):
     from joblib import Parallel, delayed
 
