@@ -2,7 +2,7 @@
 
 **What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
 
-**How it works.** Thirteen objects of the standard library are replaced, each by a function of its
+**How it works.** Twenty objects of the standard library are replaced, each by a function of its
 own that does what it replaced unless the hook is in: see `_replacements`.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
@@ -45,10 +45,17 @@ from oobpickle._hook.processes import (
     SPAWNING,
     hooked_dump,
     hooked_dup_fd,
-    hooked_execute_child,
     hooked_launch,
     hooked_pipe,
     is_being_started,
+)
+from oobpickle._hook.programs import (
+    hooked_exec,
+    hooked_execute_child,
+    hooked_posix_spawn,
+    hooked_spawnv_passfds,
+    hooked_spawnvef,
+    hooked_system,
 )
 from oobpickle._memory import arena as inner
 from oobpickle._memory.options import Options
@@ -75,6 +82,13 @@ def _replacements() -> list[Replacement]:
         (mp_spawn, "get_preparation_data", hooked_preparation),
         (mp_process.BaseProcess, "_bootstrap", hooked_bootstrap),
         (subprocess.Popen, "_execute_child", hooked_execute_child),
+        (os, "execv", hooked_exec),
+        (os, "execve", hooked_exec),
+        (os, "posix_spawn", hooked_posix_spawn),
+        (os, "posix_spawnp", hooked_posix_spawn),
+        (os, "_spawnvef", hooked_spawnvef),
+        (os, "system", hooked_system),
+        (mp_util, "spawnv_passfds", hooked_spawnv_passfds),
     ]
 
 

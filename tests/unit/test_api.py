@@ -6,6 +6,8 @@ import multiprocessing.connection
 import multiprocessing.queues
 import multiprocessing.reduction
 import multiprocessing.spawn
+import multiprocessing.util
+import os
 import pickle
 import secrets
 import subprocess
@@ -46,6 +48,8 @@ def replaced_objects():
         popen_forkserver.Popen._launch,
         multiprocessing.spawn.get_preparation_data,
         subprocess.Popen._execute_child,
+        *(os.execv, os.execve, os.posix_spawn, os.posix_spawnp, os._spawnvef, os.system),
+        multiprocessing.util.spawnv_passfds,
     )
 
 
@@ -93,10 +97,10 @@ def test_a_block_that_is_dropped_inside_is_left():
     assert not is_installed()
 
 
-def test_enabled_replaces_twelve_objects_and_restores_them():
+def test_enabled_replaces_nineteen_objects_and_restores_them():
     before = replaced_objects()
     with oobpickle.enabled():
-        assert len(_api._replacements()) == len(before) == 12
+        assert len(_api._replacements()) == len(before) == 19
         assert not set(map(id, before)) & set(map(id, replaced_objects()))
 
     assert before == replaced_objects()

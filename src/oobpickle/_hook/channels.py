@@ -27,6 +27,7 @@ from typing import Any, Final
 
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook.backlog import Backlog
+from oobpickle._hook.passing import Mark, marked
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.pipes import channel_id, is_related, readers, reading_end
 from oobpickle._memory.reclaim import UNPROVEN
@@ -58,6 +59,7 @@ class Channels:
         # Ends: the same when they were last asked, how often since, and what was uncounted by then.
         self._asked: dict[int, tuple[tuple[int, int] | None, int, int]] = {}
         self._n_uncounted = 0
+        self._of_old = _standard_streams()
         self.backlog = Backlog(arena)
 
     def to_bytes(self) -> bytes:
@@ -101,11 +103,17 @@ class Channels:
             self._made.pop(end, None)
             self._found.pop(end, None)
 
+    def is_of_old(self, fd: int) -> bool:
+        """Tell whether it was a standard stream before the block, and nobody has sent there."""
+        own = channel_id(fd)
+        return not own or (own in self._of_old and own not in self._made and own not in self._found)
+
     @contextlib.contextmanager
-    def passing_on(self, fds: Iterable[int]) -> Iterator[None]:
+    def passing_on(self, fds: Iterable[int], *, by_fork: bool = False) -> Iterator[None]:
         """Let a program that is started inherit descriptors.
 
-        Meanwhile messages stay in-band, and then who can read there has to be looked up.
+        Meanwhile messages stay in-band, and then who can read there has to be looked up. With
+        `by_fork`, also for as long as a child that is forked meanwhile has not become the program.
         """
         ends: set[int] = set()
         with ignoring(OSError):
@@ -117,12 +125,14 @@ class Channels:
         if not ends:
             yield
             return
-        token = object()
+        token, mark = object(), Mark(self._arena.blocks, of_children=by_fork)
         try:
             self._passing[token] = core.epoch(), ends
+            mark.set()  # before the others look
             self._arena.blocks.pass_on([*ends])
             yield
         finally:
+            mark.clear()
             self._arena.blocks.pass_on([*ends])
             self._passing.pop(token, None)
             for end in ends:
@@ -167,16 +177,18 @@ class Channels:
         if own == 0 or is_handed or start < look_again_at:
             return 0
         channel = reading_end(fd)
-        able, hidden, living = set[int](), set[int](), set[int]()
+        able, hidden, living, settled = set[int](), set[int](), set[int](), set[int]()
         try:
-            if channel:
+            if channel and self._arena.can_be_inherited():
                 able, hidden = readers(channel)
+                passing = marked(self._arena)
                 living = self._arena.reclaim.living()
+                settled = living - passing
         except OSError as error:  # no /proc, or no descriptor to look into it
             pass_on_foreign(error)
             able = set()
         self._older.pop(own, None)
-        if able and able <= living and not any(is_related(p, living) for p in hidden - living):
+        if able and able <= settled and not any(is_related(p, living) for p in hidden - living):
             self._vain.pop(own, None)
             self._found[own] = channel
             _bound(self._found)
@@ -226,6 +238,14 @@ class Channels:
             return False
         self._asked[own] = readers, n_asked + 1, since
         return True
+
+
+def _standard_streams() -> set[int]:
+    found = set[int]()
+    for fd in range(3):
+        with ignoring(OSError):  # not open
+            found.add(channel_id(fd))
+    return found
 
 
 def _bound(ends: OrderedDict[int, Any]) -> None:

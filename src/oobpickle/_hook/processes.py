@@ -1,12 +1,12 @@
 """Processes and pipes: who has an end of a channel, and how a child that is started joins.
 
-**What.** Replacements for ``connection.Pipe``, ``reduction.dump`` and ``reduction.DupFd``, for
-``Popen._launch`` of spawned processes, and for ``subprocess.Popen._execute_child``.
+**What.** Replacements for ``connection.Pipe``, ``reduction.dump`` and ``reduction.DupFd``, and for
+``Popen._launch`` of spawned processes.
 
 **How it works.** A pipe that is made while the hook is in is a known channel. Its ends go to
-children with their process objects; an end that is handed to a process that runs already, or to a
-program that is started, may be in one that has not joined. A process object that is spawned
-brings the arena's descriptors along, and is a message itself. What the child loads::
+children with their process objects; an end that is handed to a process that runs already may be in
+one that has not joined. (For programs that are started see `programs`.) A process object that is
+spawned brings the arena's descriptors along, and is a message itself. What the child loads::
 
     join the arena | POP | the process object
     join the arena | POP | its envelope | close the guard | POP
@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import io
 import multiprocessing.connection as mp_connection
 import multiprocessing.context as mp_context
@@ -38,12 +37,10 @@ import os
 import pickle
 import sys
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import IO, Any, Final
 
-from oobpickle._delegate import delegate
 from oobpickle._envelope import Envelope, tables
-from oobpickle._foreign import ignoring
 from oobpickle._hook.connections import is_standard, pack, undo_list_of_message
 from oobpickle._hook.installed import Hook, running
 from oobpickle._hook.main_module import is_lost
@@ -206,52 +203,6 @@ def _take_back(duplicate: Any) -> None:
             _send, close = sharer._cache.pop(duplicate._id[1], (None, None))
         if close is not None:
             close()
-
-
-def hooked_execute_child(original: Any) -> Any:
-    return delegate(_execute_child, original)
-
-
-def _execute_child(original: Any, /, *args: Any, **kwargs: Any) -> Any:
-    hook = running()
-    if hook is None:
-        return original(*args, **kwargs)
-    bound = inspect.signature(original).bind(*args, **kwargs)
-    bound.arguments["pass_fds"] = tuple(bound.arguments["pass_fds"])  # perhaps an iterator
-    for fd in _named(bound.arguments):
-        with ignoring(OSError), contextlib.suppress(OverflowError):  # not open
-            hook.arena.unloaded.passed_on(channel_id(fd))
-    with hook.channels.passing_on(_inherited(bound.arguments)):
-        return original(*bound.args, **bound.kwargs)
-
-
-_STANDARD: Final = frozenset((-1, 0, 1, 2))
-
-
-def _named(given: Mapping[str, Any]) -> Iterator[int]:
-    """Yield what the caller says that a program inherits."""
-    numbers = []
-    for fd in given["pass_fds"]:
-        with contextlib.suppress(TypeError, ValueError):  # the original complains
-            numbers.append(int(fd))
-    yield from numbers
-    pairs = (("p2cread", "p2cwrite"), ("c2pwrite", "c2pread"), ("errwrite", "errread"))
-    made = {given[theirs] for theirs, ours in pairs if given[ours] >= 0}
-    yield from {given[theirs] for theirs, _ in pairs} - made - _STANDARD
-
-
-def _inherited(given: Mapping[str, Any]) -> Iterator[int]:
-    """Yield what a program inherits, but for pipes that are made for it, and the standard three."""
-    yield from _named(given)
-    if not given["close_fds"]:
-        others = (int(name) for name in os.listdir("/proc/self/fd"))
-        yield from (fd for fd in others if fd not in _STANDARD and _is_inheritable(fd))
-
-
-def _is_inheritable(fd: int) -> bool:
-    with ignoring(OSError):  # the one that was listed with
-        return os.get_inheritable(fd)
-    return False
 
 
 class Inheritance:
