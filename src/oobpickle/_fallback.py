@@ -28,7 +28,9 @@ REASONS: Final[dict[str, str]] = {
     "busy": "the lock of the arena could not be had in time; is a worker stopped?",
     "channel": "a process that can read there has not joined: it is older than enabled(), or "
     "another program; make pools, queues and managers inside the block",
-    "detached": "this process could not attach to the arena; see ulimit -n and ulimit -v",
+    "detached": "a process could not attach to the arena, or its descriptors were closed there, as "
+    "code does that makes a daemon of a process (os.closerange); see ulimit -n and ulimit -v, and "
+    "close only descriptors that you have opened, or before the block",
     "damaged": "a process of the arena has written over its table; look for a faulty extension",
 }
 

@@ -255,6 +255,19 @@ def _daemonize(kind):
         oobpickle.uninstall()
 
 
+def the_warning_says_what_has_happened():
+    """Somebody whose code makes a daemon of the process recognizes it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", oobpickle.FallbackWarning)
+        with oobpickle.enabled(capacity=64 * MIB):
+            read, write = multiprocessing.Pipe(duplex=False)
+            _close_all("closed", [read, write])
+            verify(_received_from("fork", read, write, 1), 1)
+    (warning,) = [one for one in caught if one.category is oobpickle.FallbackWarning]
+    for words in ("descriptors were closed", "os.closerange", "daemon", "before the block"):
+        assert words in str(warning.message), warning.message
+
+
 def _content(seed):
     return content(seed, 300_000)
 

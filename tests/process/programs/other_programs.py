@@ -308,6 +308,48 @@ def who_is_about_to_exec(method):
         assert arena.statistics().n_messages_out_of_band == 2
 
 
+_JOINS = """
+import sys
+from multiprocessing.connection import Connection
+here = Connection(int(sys.argv[1]))
+while (received := here.recv()) is not None:
+    here.send(received)
+"""
+
+
+def programs_that_join():
+    """The first message asks them to."""
+    for start in (_start_by_posix_spawn, _start_by_fork_and_exec):
+        with _enabled() as arena:
+            here, there = multiprocessing.Pipe()
+            os.set_inheritable(there.fileno(), True)
+            argv = [sys.executable, "-W", "error", "-c", _JOINS, str(there.fileno())]
+            pid = start(argv)
+            there.close()
+            for seed in range(N):
+                here.send(message(seed))
+                verify(here.recv(), seed)
+            _assert_in_band(arena, 1)
+            assert arena.statistics().n_messages_out_of_band == 2 * N - 1
+            here.send(None)
+            reap(pid)
+            here.close()
+            inside.assert_empty(arena)
+
+
+def _start_by_posix_spawn(argv):
+    return os.posix_spawn(argv[0], argv, os.environ)
+
+
+def _start_by_fork_and_exec(argv):
+    started, say = os.pipe()  # the end that says so is closed at the exec
+    pid = fork(os.execv, argv[0], argv)
+    os.close(say)
+    assert os.read(started, 1) == b""
+    os.close(started)
+    return pid
+
+
 # --- what goes on while a program runs
 
 

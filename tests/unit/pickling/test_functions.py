@@ -229,6 +229,27 @@ def test_type_variables_arrive_once():
     assert function() is T
 
 
+def test_a_type_variable_is_refused_where_nothing_else_goes_by_value():
+    T = typing.TypeVar("T")
+    for obj in (T, [T, list[T]], T | None):
+        with pytest.raises(pickle.PicklingError) as plain:
+            pickle.dumps(obj, 5)
+        with pytest.raises(pickle.PicklingError) as caught:
+            crossed(obj)
+
+        assert str(caught.value) == str(plain.value)
+
+
+@pytest.mark.parametrize("kind", [typing.ParamSpec, typing.TypeVarTuple])
+def test_other_type_parameters_are_refused_everywhere(kind):
+    parameter = kind("P")
+    for obj in (parameter, lambda: parameter):
+        with pytest.raises((pickle.PicklingError, AttributeError)) as caught:
+            crossed(obj)
+
+        assert "lookup P on" in "\n".join([str(caught.value), *caught.value.__notes__])
+
+
 def test_modules_and_read_only_mappings_are_found_from_a_function():
 
     assert crossed(lambda: (importlib, TABLE))() == (importlib, TABLE)
