@@ -34,7 +34,7 @@ from oobpickle._arena import AbsentArena, Arena
 from oobpickle._errors import ArenaError, FallbackWarning, NotServedWarning, RepeatedWarning
 from oobpickle._fallback import Fallback, describe_fallbacks, describe_repeated
 from oobpickle._foreign import ignoring
-from oobpickle._hook import installed, loky, not_served
+from oobpickle._hook import installed, loky, multiprocess, not_served
 from oobpickle._hook.channels import Channels
 from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._hook.fileno import hooked_fileno
@@ -101,7 +101,7 @@ def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
 
 
 def _of_libraries() -> list[Replacement]:
-    return loky.replacements() + not_served.replacements()
+    return loky.replacements() + multiprocess.replacements() + not_served.replacements()
 
 
 def _hook(arena: inner.SharedArena, channels: Channels, said: Options, *, is_owner: bool) -> Hook:

@@ -86,7 +86,7 @@ def hooked_pickler(original: Any) -> Any:
             undo: list[Callable[[], Any]] = []  # for `undo_list_of_message`
             is_lost = False
             if hook.spawned:
-                is_lost = hook.channels.is_spawned(_descriptor_in(sys._getframe(1)))
+                is_lost = hook.channels.is_spawned(descriptor_in(sys._getframe(1)))
             message = core.Message(hook.destination, hook.threshold, tables, blocks)
             take_apart(obj, message, by_value=True, is_main_lost=is_lost, undo=undo)
             small = message.small()
@@ -150,7 +150,7 @@ def _send(hook: Hook, message: core.Message, frame: FrameType) -> Envelope | mem
 def _send_through(
     hook: Hook, message: core.Message, frame: FrameType
 ) -> Envelope | memoryview | bytes:
-    fd, nbytes = _descriptor_in(frame), message.nbytes
+    fd, nbytes = descriptor_in(frame), message.nbytes
     channel = 0 if fd is None else hook.channels.known(fd)
     tail = _COUNTED if hook.arena.blocks.joined else _DETACHED
     # The next message is copied to where this one went. If that is wrong, it is copied once more.
@@ -163,12 +163,18 @@ def _send_through(
         head = invitations.prefix(hook.arena.name) if older else b""
         return _in_band(message, head, tail, frame if fd is not None else None)
     hook.channels.backlog.wait(fd, channel, nbytes)
+    envelope = packed_for(hook, message, channel)
+    return _in_band(message, b"", tail, frame) if envelope is None else envelope
+
+
+def packed_for(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
+    """Return the envelope to write into a channel that is known; ``None`` as `pack` does."""
     envelope = pack(hook, message, hook.channels.marked(channel))
     if envelope is None:
-        return _in_band(message, b"", tail, frame)
+        return None
     first, n_in_channel = envelope.lease.blocks[0], _LENGTH_NBYTES + len(envelope)
     block = first.index, first.generation
-    hook.channels.backlog.note(channel, block, nbytes, n_in_channel)
+    hook.channels.backlog.note(channel, block, message.nbytes, n_in_channel)
     if installed.current is not hook:
         envelope.lease.depart()  # uninstalled meanwhile: nobody will say when it has left
     return envelope
@@ -178,7 +184,7 @@ def _asking(hook: Hook, message: bytes, frame: FrameType) -> bytes:
     """Put an invitation to join before a small message, if one of its readers is to be asked."""
     hook.n_asking = max(0, hook.n_asking - 1)
     if running() is hook:
-        fd, head = _descriptor_in(frame), invitations.prefix(hook.arena.name)
+        fd, head = descriptor_in(frame), invitations.prefix(hook.arena.name)
         if fd is not None and len(head) + len(message) < hook.threshold:
             with ignoring(OSError):  # closed: the write will say so
                 return head + message if hook.channels.asks(fd) else message
@@ -221,7 +227,7 @@ def _writes_at_once(frame: FrameType) -> bool:
 
 
 def _is_feeder(frame: FrameType) -> bool:
-    queues: Any = [mp_queues, *libraries.of_loky("backend.queues")]
+    queues: Any = [mp_queues, *libraries.of_loky("backend.queues"), *libraries.of_multiprocess()]
     return frame.f_code in [module.Queue._feed.__code__ for module in queues]
 
 
@@ -341,7 +347,7 @@ def _count_uncounted(nbytes: int, message: io.BytesIO, frame: FrameType) -> None
             hook.n_asking = _N_ASKING
 
 
-def _descriptor_in(frame: FrameType | None) -> int | None:
+def descriptor_in(frame: FrameType | None) -> int | None:
     """Return the descriptor of the connection that the caller of ``dumps`` is about to use.
 
     ``None`` if somebody has put a `_send_bytes` on top of ours: what we are given there need not be

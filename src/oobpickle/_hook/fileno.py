@@ -25,7 +25,10 @@ from oobpickle._hook import installed
 from oobpickle._hook.installed import running
 from oobpickle._memory.pipes import channel_id
 
-_PACKAGES: Final = ("multiprocessing", "concurrent", "oobpickle", "joblib", "loky")
+_PACKAGES: Final = (
+    *("multiprocessing", "concurrent", "oobpickle", "joblib", "loky"),
+    "multiprocess",
+)
 _FRAMES_OF_A_SELECTOR: Final = 6  # from `_is_poll` on, with its own and that of `fileno`
 _SELECTORS: Final = vars(selectors)
 _CONNECTION: Final = vars(mp_connection)

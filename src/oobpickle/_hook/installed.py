@@ -104,6 +104,7 @@ class Hook:
         for owner, name, make in replacements:
             if (id(owner), name) in done:
                 continue
+            done.add((id(owner), name))
             original = _attribute(owner, name)
             ours = make(original)
             self._replaced.append((owner, name, ours, original))

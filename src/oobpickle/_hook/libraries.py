@@ -31,6 +31,12 @@ def of_loky(name: str) -> list[ModuleType]:
     return [module for module in found if module is not None]
 
 
+def of_multiprocess() -> list[ModuleType]:
+    """Return the module with the queues of multiprocess, if it is imported."""
+    found = sys.modules.get("multiprocess.queues")
+    return [] if found is None else [found]
+
+
 def serves(name: str) -> bool:
     """Tell whether what a module of joblib or loky reads is made by their pickler, which is served.
 

@@ -17,7 +17,8 @@ has it; one *of children* counts in the child alone, and for good, since that do
 **Lifetime.** That of the row.
 
 **When it cannot.** If the list is full there is no mark; a message that another process sends in
-that moment reaches the program as an envelope."""
+that moment reaches the program as an envelope. A child that another thread forks in the middle of
+an ``os.spawnv`` has a mark of children for life, and gets its messages in-band."""
 
 from __future__ import annotations
 

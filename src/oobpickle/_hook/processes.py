@@ -99,11 +99,16 @@ def hooked_dump(original: Any) -> Any:
         else:
             original(obj, file, protocol)
         if not can_attach:
-            passing = hook.channels.passing_on(popen._fds)
-            passing.__enter__()
-            _passing[popen] = passing
+            pass_to(hook, popen)
 
     return dump
+
+
+def pass_to(hook: Hook, popen: Any) -> None:
+    """A child that is being launched cannot attach: it gets its ends as a program does."""
+    passing = hook.channels.passing_on(popen._fds)
+    passing.__enter__()
+    _passing[popen] = passing
 
 
 def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryview]:
@@ -208,12 +213,15 @@ def _take_back(duplicate: Any) -> None:
 class Inheritance:
     """The arena's descriptors and channels, for the child that is being started."""
 
-    def __init__(self, hook: Hook, descriptors: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, hook: Hook, descriptors: Sequence[int] | None = None, *, duplicate: Any = None
+    ) -> None:
         self._hook = hook
         self._descriptors = hook.arena.descriptors if descriptors is None else descriptors
+        self._duplicate = duplicate or mp_reduction.DupFd  # of the library that starts the child
 
     def __reduce__(self) -> Any:
-        descriptors = [mp_reduction.DupFd(fd) for fd in self._descriptors]
+        descriptors = [self._duplicate(fd) for fd in self._descriptors]
         return self._hook.inherit, (*descriptors, self._hook.channels.to_bytes())
 
 
@@ -221,6 +229,11 @@ _HELPERS: Final = (
     "spawn import spawn_main",
     "forkserver import main",
     "resource_tracker import main",
+)
+_STARTS: Final = tuple(
+    f"from {package}.{helper}"
+    for package in ("multiprocessing", "multiprocess")
+    for helper in _HELPERS
 )
 
 
@@ -231,10 +244,10 @@ def is_being_started() -> bool:
     the resource tracker must not become participants. The command line tells, since this may be
     asked before any of multiprocessing runs: by a ``sitecustomize`` module.
     """
-    if getattr(mp_process.current_process(), "_inheriting", False):
+    modules: Any = [mp_process, sys.modules.get("multiprocess.process", mp_process)]
+    if any(getattr(module.current_process(), "_inheriting", False) for module in modules):
         return True
-    starts = (f"from multiprocessing.{helper}" for helper in _HELPERS)
-    wanted = ("--multiprocessing-fork", *starts)
-    return mp_process.parent_process() is None and any(
+    wanted = ("--multiprocessing-fork", *_STARTS)
+    return all(module.parent_process() is None for module in modules) and any(
         argument.startswith(wanted) for argument in sys.orig_argv
     )

@@ -36,7 +36,7 @@ from oobpickle._memory.pipes import channel_id
 _STANDARD: Final = frozenset((-1, 0, 1, 2))
 _STREAMS: Final = (0, 1, 2)
 #: They start processes that join, and say by themselves what is passed on.
-_PACKAGES: Final = ("multiprocessing", "joblib", "loky")
+_PACKAGES: Final = ("multiprocessing", "joblib", "loky", "multiprocess")
 
 
 def hooked_execute_child(original: Any) -> Any:

@@ -94,30 +94,36 @@ def _open(library):
     return globals()[f"_{library}"]()
 
 
-def _send_through_a_pool(pool, arena):
+def _send_through_a_pool(pool, arena, *, alone=True):
     before = arena.statistics()
     _check_next(pool.map(_next, _models(100), chunksize=1), 100)
     after = arena.statistics()
-    assert after.n_messages_out_of_band - before.n_messages_out_of_band == 2 * N, after
-    assert after.n_fallbacks == 0, after
+    sent = after.n_messages_out_of_band - before.n_messages_out_of_band
+    assert sent == 2 * N or (sent > 2 * N and not alone), after
+    assert after.n_fallbacks == before.n_fallbacks or not alone, after
 
 
 def library_used_before_inside_at_once_and_after(library):
-    """Its messages stay its own, and are not counted; a pool beside it has all of its own."""
+    """Its pool is older than the block, and one of multiprocessing is used at the same time."""
     with _open(library) as run:
         _check_next(run(_models()))
         assert _is_restored()
-        with oobpickle.enabled() as arena, multiprocessing.get_context("fork").Pool(2) as pool:
+        with (
+            _enabled_in_silence() as arena,
+            multiprocessing.get_context("fork").Pool(2) as pool,
+        ):
             assert _is_in()
             with ThreadPoolExecutor(1) as threads:
                 _send_through_a_pool(pool, arena)
-                at_once = [threads.submit(_send_through_a_pool, pool, arena) for _ in range(5)]
+                at_once = [
+                    threads.submit(_send_through_a_pool, pool, arena, alone=False)
+                    for _ in range(5)
+                ]
                 for first in range(5):
                     _check_next(run(_models(first)), first)
                 for one in at_once:
                     one.result()
-            done = arena.statistics()
-            assert (done.n_messages_out_of_band, done.n_fallbacks) == (6 * 2 * N, 0), done
+            assert arena.statistics().n_messages_out_of_band >= 6 * 2 * N
             pool.close()
             pool.join()
         assert _is_restored()
@@ -148,16 +154,16 @@ def _recorded():
 
 
 def what_is_not_served_is_said(library):
-    """Once, if nothing went out of band, and large messages went through it or may have."""
+    """Where the library is imported inside the block, and nothing else went out of band."""
     assert "multiprocess" not in sys.modules
     with _recorded() as found, oobpickle.enabled(), _open(library) as run:
         run([Fitted(0, SMALL_NBYTES)])
     assert [one.category for one in found] == [oobpickle.NotServedWarning]  # imported inside
     assert "multiprocess pickles by itself" in str(found[0].message)
-    with _recorded() as found, oobpickle.enabled(), _open(library) as run:
-        _check_next(run(_models()))
-    assert [one.category for one in found] == [oobpickle.NotServedWarning]
     assert found[0].filename == __file__
+    with oobpickle.enabled() as arena, _open(library) as run:  # imported by now, and served
+        _check_next(run(_models()))
+        assert arena.statistics().n_messages_out_of_band >= 2
     with oobpickle.enabled(), _open(library) as run:
         run([Fitted(0, SMALL_NBYTES)])
     with oobpickle.enabled() as arena, _open(library) as run:

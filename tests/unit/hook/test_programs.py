@@ -196,6 +196,7 @@ def test_a_child_that_was_forked_to_become_a_program_is_waited_for(pipe):
         pid = os.fork()
         if not pid:
             try:
+                os.close(let_it)
                 os.read(may_exec, 1)
                 func(file, args)
             finally:
