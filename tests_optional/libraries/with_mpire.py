@@ -6,7 +6,8 @@ from library import double, inputs, show
 
 def use(method):
     with mpire.WorkerPool(n_jobs=2, start_method=method) as pool:
-        return pool.map(double, [(array,) for array in inputs()], chunk_size=1)
+        arguments = [(array,) for array in inputs()]
+        return pool.map(double, arguments, chunk_size=1, concatenate_numpy_output=False)
 
 
 if __name__ == "__main__":

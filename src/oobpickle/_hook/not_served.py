@@ -21,7 +21,8 @@ from typing import Any, Final
 from oobpickle._hook import installed
 from oobpickle._hook.installed import Hook, Replacement
 
-_LIBRARIES: Final = ("multiprocess", "billiard")
+_SERVED: Final = "multiprocess"  # by its module here, if it is imported before the block
+_LIBRARIES: Final = (_SERVED, "billiard")
 _STARTED_NONE: Final = "count(1)"
 
 
@@ -75,8 +76,13 @@ def _may_have_sent(hook: Hook, library: str) -> bool:
 
 def describe(libraries: list[str]) -> str:
     """Say that nothing went out of band, and why."""
-    them = " and ".join(libraries)
+    reasons = [
+        f"{library} was imported inside it, and is served if it is imported before"
+        if library == _SERVED
+        else f"{library} pickles by itself and is not served"
+        for library in libraries
+    ]
     return (
-        f"nothing went out of band in this block: {them} pickles by itself and is not served. "
-        "Its messages travel as without oobpickle; see docs/reference/channels.md"
+        f"nothing went out of band in this block: {' and '.join(reasons)}. "
+        "Its messages travel as without oobpickle; see docs/reference/libraries.md"
     )

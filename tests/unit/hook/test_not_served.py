@@ -61,5 +61,6 @@ def test_one_that_was_imported_inside_is_named_if_it_has_started_a_process(libra
 
 def test_what_is_said_names_the_library_and_the_page():
     text = not_served.describe(["billiard", "multiprocess"])
-    assert "billiard and multiprocess" in text
-    assert "docs/reference/channels.md" in text
+    assert "billiard pickles by itself and is not served" in text
+    assert "multiprocess was imported inside it" in text
+    assert "docs/reference/libraries.md" in text
