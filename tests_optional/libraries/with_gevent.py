@@ -5,7 +5,9 @@ What pools need is not patched: where everything is, they hang without oobpickle
 
 import gevent.monkey
 
-gevent.monkey.patch_all(os=False, thread=False, socket=False, select=False, queue=False)
+gevent.monkey.patch_all(
+    os=False, signal=False, thread=False, socket=False, select=False, queue=False
+)
 
 import multiprocessing  # noqa: E402
 

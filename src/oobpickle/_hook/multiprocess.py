@@ -4,8 +4,8 @@
 
 **How it works.** It pickles with dill, which is Python and has ways of its own with almost every
 type. So dill makes the bytes of a message, and nobody interferes: what it can pickle it still can.
-Bytes at or above the threshold go through the arena as one buffer, and the envelope is loaded by
-`load`, which has dill load them from there. What travels in-band is what it always was.
+Bytes at or above the threshold, and 512 KiB, go through the arena as one buffer, and the envelope
+is loaded by `load`, which has dill load them from there. What travels in-band is what it was.
 
 Its connections are a copy of those of multiprocessing, and get the same hooks. A process object
 is left as it is, but for what makes a spawned child join first.
@@ -41,6 +41,7 @@ from oobpickle._native import core
 from oobpickle._pickling.serializer import take_apart
 
 _NAME: Final = "multiprocess"
+_LEAST_NBYTES: Final = 512 << 10  # below it the detour costs what it saves: dill copies twice
 #: It imports them when they are needed.
 _PARTS: Final = ("connection", "queues", "reduction", "popen_spawn_posix", "popen_forkserver")
 
@@ -82,7 +83,7 @@ def hooked_pickler(original: Any) -> Any:
         def dumps(cls, obj: object, *args: Any, **kwargs: Any) -> Any:
             data = original.dumps(obj, *args, **kwargs)  # a class of ours would tell dill
             hook = running()
-            if hook is None or len(data) < hook.threshold:
+            if hook is None or len(data) < max(hook.threshold, _LEAST_NBYTES):
                 return data
             return _to_send(hook, data, sys._getframe(1))
 

@@ -74,14 +74,18 @@ def marked(arena: SharedArena) -> set[int]:
 
     To be asked before who lives: whoever has lost his mark by an exec is dead by then.
     """
-    table, rows = arena.descriptors[1], list[tuple[int, set[int]]]()
-    for slot, pid, _ in arena.blocks.participants():
+    table, blocks = arena.descriptors[1], arena.blocks
+    rows = list[tuple[int, int, set[int]]]()
+    for slot, pid, _ in blocks.participants():
         kept = os.pread(table, _KEPT.size, _AT + slot * _ROW_NBYTES)
         if len(kept) == _KEPT.size:
-            rows.append((pid, {n for n in _KEPT.unpack(kept) if n & _MARK and not n & _CHANNELS}))
-    current = {mark for pid, marks in rows for mark in marks if mark & _PIDS == pid}
+            marks = {n for n in _KEPT.unpack(kept) if n & _MARK and not n & _CHANNELS}
+            rows.append((slot, pid, marks))
+    current = {mark for _, pid, marks in rows for mark in marks if mark & _PIDS == pid}
+    # A program has the pid of the dead participant that has become it, and may have joined.
     return {
         pid
-        for pid, marks in rows
-        if marks & current or any(n & _OF_CHILDREN and n & _PIDS != pid for n in marks)
+        for slot, pid, marks in rows
+        if (marks & current or any(n & _OF_CHILDREN and n & _PIDS != pid for n in marks))
+        and blocks.is_alive(slot)
     }

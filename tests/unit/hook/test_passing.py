@@ -78,7 +78,17 @@ def test_a_child_that_does_nothing_but_exec_keeps_its_mark(arena):
         mark.clear()
         with Child():
             assert {child.pid} == marked(arena)
-    arena.reclaim.reap()
+
+    assert set() == marked(arena)
+
+
+def test_who_is_dead_is_not_marked_though_a_program_may_have_its_pid(arena):
+    pid = os.fork()
+    if not pid:
+        Mark(arena.blocks).set()
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert pid in [its for _, its, _ in arena.blocks.participants()]
 
     assert set() == marked(arena)
 
