@@ -35,6 +35,11 @@ _Pickler: Any = pickle._Pickler  # type: ignore[attr-defined,unused-ignore]
 class _Locator(_Pickler):  # type: ignore[misc,unused-ignore]
     """Writes nothing, and knows where it is."""
 
+    #: Without what dill adds to it when it is imported: that would take what pickle refuses.
+    dispatch: Final = {
+        kind: save for kind, save in _Pickler.dispatch.items() if save.__module__ == "pickle"
+    }
+
     def __init__(self, table: Mapping[type, Any]) -> None:
         super().__init__(_Nothing(), 5, buffer_callback=lambda _: False)
         self.dispatch_table = table

@@ -116,3 +116,12 @@ def test_an_error_that_takes_no_notes_is_raised_as_it_is():
         pickle.dumps([FailsFrozen()])
     with pytest.raises(plain.type, match="no"):
         serialize([FailsFrozen()], 0, by_value=True)
+
+
+def test_the_place_is_found_though_dill_has_been_imported():
+    pytest.importorskip("dill")
+    obj = [1, {"a": pickle}]
+    with pytest.raises(TypeError, match="module") as caught:
+        serialize(obj, 0)
+
+    assert caught.value.__notes__ == ["oobpickle: pickling a builtins.module at $[1]['a']"]
