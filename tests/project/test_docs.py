@@ -21,7 +21,7 @@ FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
 MARKER = "<!-- output -->"
 END = "\x01end of block\x01"
 #: Languages that are shown and not run; anything else that looks like a block is an error.
-SHOWN_ONLY = {"text", "console", "sh", "toml", "ini", "json", "c", "python no-run"}
+SHOWN_ONLY = {"text", "console", "sh", "toml", "ini", "json", "c", "python no-run", "{toctree}"}
 PRELUDE = "import multiprocessing as _m; __name__ == '__main__' and _m.set_start_method({method!r})"
 
 

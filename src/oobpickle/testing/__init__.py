@@ -85,7 +85,7 @@ def check_roundtrip(obj: object, *, start_method: str | None = None) -> None:
     -----
     What is compared with is ``pickle.loads(pickle.dumps(obj, protocol=5))``. Memory order, byte
     order and writability of an array may be those of `obj` where pickle loses them. With
-    `enabled` or `install` in force, the process gets the message by that arena.
+    `oobpickle.enabled` or `oobpickle.install` in force, the process gets the message by that arena.
 
     Examples
     --------
