@@ -3,7 +3,8 @@
 A machine without a C compiler gets one that is a wheel, ``ziglang``. Where nothing can be compiled
 the package is built without the module: it imports, and works with everything in-band; its wheel is
 tagged as one for any Python. ``OOBPICKLE_BUILD`` says otherwise: with ``require`` the build fails
-instead, with ``none`` nothing is compiled.
+instead, with ``none`` nothing is compiled. ``OOBPICKLE_TARGET`` names a machine and the oldest glibc
+that the module is to run with, as ``aarch64-linux-gnu.2.28``: ``ziglang`` compiles it for that one.
 """
 
 import os
@@ -17,10 +18,14 @@ from setuptools.command.build_ext import build_ext
 
 WANTED = os.environ.get("OOBPICKLE_BUILD", "")
 FOLDER = "src/oobpickle/_core"
-ZIG = f"{sys.executable} -m ziglang cc"
+TARGET = os.environ.get("OOBPICKLE_TARGET", "")
+MACHINE, _, GLIBC = TARGET.partition("-linux-gnu.")
+ZIG = f"{sys.executable} -m ziglang cc" + (f" -target {TARGET}" if TARGET else "")
 
 if WANTED not in ("", "none", "require"):
     sys.exit(f"OOBPICKLE_BUILD is {WANTED!r}, expected none, require, or nothing")
+if TARGET and not (MACHINE and GLIBC):
+    sys.exit(f"OOBPICKLE_TARGET is {TARGET!r}, expected one such as x86_64-linux-gnu.2.28")
 if sysconfig.get_config_var("Py_GIL_DISABLED"):
     sys.exit(
         "oobpickle: this is a free-threaded Python, and the extension module is not safe without "
@@ -29,6 +34,8 @@ if sysconfig.get_config_var("Py_GIL_DISABLED"):
 
 
 def has_compiler():
+    if TARGET:
+        return False  # that of this machine is for this machine
     names = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[:1]
     return any(map(shutil.which, [*names, "cc", "gcc", "clang"]))
 
@@ -77,9 +84,12 @@ core = Extension(
     py_limited_api=True,
 )
 is_for_any = WANTED == "none" or sys.platform != "linux"
+wheel_options = {"py_limited_api": "cp311"}
+if TARGET:
+    wheel_options["plat_name"] = f"manylinux_{GLIBC.replace('.', '_')}_{MACHINE}"
 setup(
     ext_modules=[] if is_for_any else [core],
     cmdclass={"build_ext": BuildCore, "bdist_wheel": TaggedWheel},
-    options={} if is_for_any else {"bdist_wheel": {"py_limited_api": "cp311"}},
+    options={} if is_for_any else {"bdist_wheel": wheel_options},
     setup_requires=[] if is_for_any or has_compiler() else ["ziglang"],
 )
