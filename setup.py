@@ -3,8 +3,8 @@
 A machine without a C compiler gets one that is a wheel, ``ziglang``. Where nothing can be compiled
 the package is built without the module: it imports, and works with everything in-band; its wheel is
 tagged as one for any Python. ``OOBPICKLE_BUILD`` says otherwise: with ``require`` the build fails
-instead, with ``none`` nothing is compiled. ``OOBPICKLE_TARGET`` names a machine and the oldest glibc
-that the module is to run with, as ``aarch64-linux-gnu.2.28``: ``ziglang`` compiles it for that one.
+instead, with ``none`` nothing is compiled. ``OOBPICKLE_TARGET`` names a machine and the oldest
+glibc that the module is to run with, as ``aarch64-linux-gnu.2.28``: ``ziglang`` compiles it so.
 """
 
 import os

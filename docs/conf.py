@@ -52,7 +52,9 @@ html_css_files = ["site.css"]
 html_extra_path = ["_extra"]
 html_show_sourcelink = False
 html_copy_source = False
+html_context = {"default_mode": "auto"}
 html_theme_options = {
+    "show_toc_level": 2,
     "navbar_align": "left",
     "header_links_before_dropdown": 6,
     "show_prev_next": False,
