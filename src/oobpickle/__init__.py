@@ -12,6 +12,12 @@ usable alone: `dumps` and `loads` (a pickle serializer with out-of-band buffers)
 nothing.
 """
 
+import sys as _sys
+import typing as _typing
+
+if getattr(_sys, "argv", [])[1:2] == ["doctor"] and _sys.argv[0].endswith(("-m", "oobpickle")):
+    from oobpickle._cli import rescue as _rescue  # noqa: F401  it has to work if the rest does not
+
 from oobpickle._api import enabled, install, statistics, uninstall
 from oobpickle._arena import Arena
 from oobpickle._broadcast import broadcast
@@ -40,6 +46,7 @@ __all__ = [
     "ArenaFullError",
     "Broadcast",
     "EnvelopeError",
+    "Explanation",
     "Fallback",
     "FallbackWarning",
     "NotServedWarning",
@@ -53,6 +60,7 @@ __all__ = [
     "broadcast",
     "dumps",
     "enabled",
+    "explain",
     "install",
     "loads",
     "register",
@@ -62,3 +70,23 @@ __all__ = [
 ]
 
 __version__ = "0.1.0"
+
+
+if _typing.TYPE_CHECKING:
+    from oobpickle._explain.explaining import explain
+    from oobpickle._explain.explanation import Explanation
+
+
+def __getattr__(name: str) -> object:
+    """Import what most programs do not need, so that it costs them no time."""
+    if name == "testing":
+        import oobpickle.testing as testing  # `from` would ask here again
+
+        return testing
+    if name in ("explain", "Explanation"):
+        from oobpickle._explain.explaining import explain
+        from oobpickle._explain.explanation import Explanation
+
+        globals().update(explain=explain, Explanation=Explanation)
+        return globals()[name]
+    raise AttributeError(f"module 'oobpickle' has no attribute {name!r}")

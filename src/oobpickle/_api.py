@@ -24,6 +24,7 @@ import multiprocessing.spawn as mp_spawn
 import multiprocessing.util as mp_util
 import os
 import subprocess
+import sys
 import warnings
 from collections import deque
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from oobpickle._arena import AbsentArena, Arena
 from oobpickle._errors import ArenaError, FallbackWarning, NotServedWarning, RepeatedWarning
 from oobpickle._fallback import Fallback, describe_fallbacks, describe_repeated
 from oobpickle._foreign import ignoring
-from oobpickle._hook import installed, loky, multiprocess, not_served
+from oobpickle._hook import after, installed, loky, multiprocess, not_served
 from oobpickle._hook.channels import Channels
 from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._hook.fileno import hooked_fileno
@@ -59,9 +60,11 @@ from oobpickle._hook.programs import (
 )
 from oobpickle._memory import arena as inner
 from oobpickle._memory.options import Options
+from oobpickle._nbytes import nbytes_of
 from oobpickle._statistics import Statistics
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+Nbytes = int | float | str | None
 
 _declined: deque[bytes] = deque(maxlen=64)  # identities of arenas that were offered
 _absences: set[object] = set()  # of the blocks, and of an install(), that have to do without
@@ -162,10 +165,17 @@ def _start(options: Options, block: Block | None = None) -> Hook | None:
     return hook
 
 
+def _options(
+    capacity: Nbytes, threshold: Nbytes, wait_timeout: float | None, copies: bool | None
+) -> Options:
+    sizes = nbytes_of("capacity", capacity), nbytes_of("threshold", threshold)
+    return Options(*sizes, wait_timeout, copies)
+
+
 def install(
     *,
-    capacity: int | None = None,
-    threshold: int | None = None,
+    capacity: Nbytes = None,
+    threshold: Nbytes = None,
     wait_timeout: float | None = None,
     copy_on_receive: bool | None = None,
 ) -> Arena:
@@ -194,7 +204,7 @@ def install(
     --------
     uninstall : the undo.
     """
-    options = Options(capacity, threshold, wait_timeout, copy_on_receive)
+    options = _options(capacity, threshold, wait_timeout, copy_on_receive)
     with installed.guard:
         hook = _start(options)
         if hook is None:
@@ -217,13 +227,15 @@ def uninstall() -> None:
             hook.installed = False
             if not hook.blocks:
                 installed.stop(hook)
+                if hook.is_owner:
+                    after.watch(hook.made, hook.threshold, after.place_of(sys._getframe(1)))
 
 
 class _CallMe(type):
     """Says what is wrong with ``with oobpickle.enabled:``."""
 
     def __enter__(cls) -> NoReturn:
-        raise TypeError("enabled has to be called: write `with oobpickle.enabled():`")
+        raise TypeError("enabled is a class; call it: with oobpickle.enabled():")
 
     def __exit__(cls, *_: object) -> None:
         """Never reached: there is no block."""
@@ -234,11 +246,11 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
 
     Parameters
     ----------
-    capacity : int, optional
-        The most bytes that the arena may occupy. Default: half of the machine's memory, or of the
-        memory cgroup's limit. What is available is looked at again whenever fresh memory is
-        taken.
-    threshold : int, optional
+    capacity : int, float or str, optional
+        The most bytes that the arena may occupy: ``4 << 30``, ``4e9``, ``"4GB"`` or ``"4GiB"``.
+        Default: half of the machine's memory, or of the memory cgroup's limit. What is available
+        is looked at again whenever fresh memory is taken.
+    threshold : int, float or str, optional
         Messages of fewer bytes in all travel as they always did. Default: 128 KiB, the
         measured crossover.
     wait_timeout : float, optional
@@ -264,6 +276,7 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
     -----
     FallbackWarning
         Once, when the block is left, if messages travelled in-band although they were large enough.
+        Once again if a large one goes through a pool, queue or pipe of the block after its end.
     NotServedWarning
         The same if nothing went out of band, and a library was used that is not served.
     RepeatedWarning
@@ -285,12 +298,12 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
     def __init__(
         self,
         *,
-        capacity: int | None = None,
-        threshold: int | None = None,
+        capacity: Nbytes = None,
+        threshold: Nbytes = None,
         wait_timeout: float | None = None,
         copy_on_receive: bool | None = None,
     ) -> None:
-        self._options = Options(capacity, threshold, wait_timeout, copy_on_receive)
+        self._options = _options(capacity, threshold, wait_timeout, copy_on_receive)
         self._blocks: list[Block] = []  # several if it is entered again, as by a decorated function
         self._is_used = False
 
@@ -310,7 +323,9 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
             raise
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        fallbacks, libraries, repeated = installed.uninterrupted(_leave, self._blocks[-1])
+        place = after.place_of(sys._getframe(1))
+        left = installed.uninterrupted(_leave, self._blocks[-1], place)
+        fallbacks, libraries, repeated = left
         self._blocks.pop()
         # Where warnings are errors, one must not take the place of an error of the program's.
         with contextlib.suppress(FallbackWarning) if error else contextlib.nullcontext():
@@ -324,7 +339,8 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
     def __del__(self) -> None:
         for block in getattr(self, "_blocks", ()):  # a Ctrl-C came before the first line inside
             installed.uninterrupted(_leave, block)
-        if not getattr(self, "_is_used", True):  # not where the options were refused
+        # Not where the options were refused, nor of what the interpreter drops when it ends.
+        if not getattr(self, "_is_used", True) and not sys.is_finalizing():
             warnings.warn(
                 "oobpickle.enabled() was called and not entered, so nothing is enabled: write "
                 "`with oobpickle.enabled():`, or call oobpickle.install()",
@@ -351,7 +367,9 @@ def _enter(options: Options, block: Block) -> Arena:
         return AbsentArena(options)
 
 
-def _leave(block: Block) -> tuple[dict[str, Fallback], list[str], str]:
+def _leave(
+    block: Block, place: tuple[str, int] | None = None
+) -> tuple[dict[str, Fallback], list[str], str]:
     """Leave one block; return what to warn of, if it was the last one of the owner.
 
     That is the fallbacks, or the libraries that were used and not served, if nothing else was; and
@@ -370,6 +388,8 @@ def _leave(block: Block) -> tuple[dict[str, Fallback], list[str], str]:
         installed.stop(hook)
         if not is_owner:
             return {}, [], ""
+        if place is not None:
+            after.watch(hook.made, hook.threshold, place)
         done = hook.arena.statistics()
         libraries = [] if done.n_messages_out_of_band else libraries
         return dict(done.fallbacks), libraries, describe_repeated(repeated, done.nbytes_out_of_band)

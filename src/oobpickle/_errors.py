@@ -72,3 +72,12 @@ def format_nbytes(nbytes: int) -> str:
             break
         value /= 1024
     return f"{value:.0f} {unit}" if value >= 10 or unit == "bytes" else f"{value:.1f} {unit}"
+
+
+def format_seconds(seconds: float) -> str:
+    """Return a time in the unit that suits it."""
+    for factor, unit in ((1, "s"), (1e3, "ms")):
+        value = seconds * factor
+        if value >= 1:
+            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+    return f"{seconds * 1e6:.0f} us"

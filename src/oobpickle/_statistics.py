@@ -17,7 +17,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from oobpickle._fallback import COUNTERS_END, Fallback, fallbacks_of
+from oobpickle._errors import format_nbytes, format_seconds
+from oobpickle._fallback import COUNTERS_END, REASONS, Fallback, fallbacks_of
 
 (
     N_MESSAGES,
@@ -30,7 +31,12 @@ from oobpickle._fallback import COUNTERS_END, Fallback, fallbacks_of
     NBYTES_COPIED_AT_FORK,
     N_RECLAIMED,
     N_SHARED_AFTER_FORK,
-) = range(10)
+    NBYTES_STREAM,
+    NS_PICKLING,
+    NS_WAITING,
+    NS_LOADING,
+) = range(14)
+_MOSTLY: Final = 0.5
 
 #: Of blocks, in the order in which the core counts them.
 STATES: Final = ("free", "leased", "in_flight", "held")
@@ -40,10 +46,14 @@ STATES: Final = ("free", "leased", "in_flight", "held")
 class Statistics:
     """The sums over all participants of an arena, living and dead.
 
+    ``str()`` is a short report, without what is zero; ``repr()`` has every field.
+
     Attributes
     ----------
     n_messages_out_of_band, n_buffers_out_of_band, nbytes_out_of_band : int
         Messages sent through the arena, their buffers (a large stream counts as one), their bytes.
+    nbytes_stream : int
+        Of these bytes, those of pickle streams: what is not in a buffer.
     n_messages_loaded : int
         Messages received through the arena.
     n_copied_on_receive, nbytes_copied_on_receive : int
@@ -58,6 +68,14 @@ class Statistics:
     n_quarantined : int
         Blocks whose entry in the table is damaged, and which are not used any more. Anything but
         0 says that some process writes where it should not.
+    seconds_pickling : float
+        Taking large messages apart, and copying each buffer as it is handed out, seconds; the sum
+        over all processes, as the next two.
+    seconds_waiting : float
+        From there until the message was ready to be written: for a receiver that is behind, for
+        room, and the moving of what had found none at first.
+    seconds_loading : float
+        Loading messages that came through the arena.
     n_participants : int
         Processes that have joined; a dead one counts until somebody has needed what it left.
     fallbacks : mapping of str to Fallback
@@ -82,6 +100,7 @@ class Statistics:
     n_messages_out_of_band: int
     n_buffers_out_of_band: int
     nbytes_out_of_band: int
+    nbytes_stream: int
     n_messages_loaded: int
     n_copied_on_receive: int
     nbytes_copied_on_receive: int
@@ -89,6 +108,9 @@ class Statistics:
     nbytes_copied_at_fork: int
     n_reclaimed: int
     n_shared_after_fork: int
+    seconds_pickling: float
+    seconds_waiting: float
+    seconds_loading: float
     n_quarantined: int
     n_participants: int
     fallbacks: Mapping[str, Fallback]
@@ -111,6 +133,75 @@ class Statistics:
         """Their total size, bytes."""
         return sum(fallback.nbytes for fallback in self.fallbacks.values())
 
+    @property
+    def nbytes_buffers(self) -> int:
+        """Of the bytes out of band, those of buffers."""
+        return self.nbytes_out_of_band - self.nbytes_stream
+
+    def __str__(self) -> str:
+        return "\n".join([self._verdict(), *self._lines()])
+
+    def _verdict(self) -> str:
+        out, fallen = self.n_messages_out_of_band, self.n_fallbacks
+        if out + fallen == 0:
+            return "no message was large enough to go out of band, or none was seen"
+        if fallen == 0:
+            return f"all {out:,} large messages out of band" if out > 1 else "1 message out of band"
+        share = _percent(out, out + fallen)
+        return f"{out:,} of {out + fallen:,} large messages out of band ({share})"
+
+    def _lines(self) -> list[str]:
+        lines = []
+        if self.n_messages_out_of_band:
+            lines.append(
+                f"  sent     {format_nbytes(self.nbytes_out_of_band)}: "
+                f"{format_nbytes(self.nbytes_buffers)} in {self.n_buffers_out_of_band:,} buffers, "
+                f"{format_nbytes(self.nbytes_stream)} of pickle stream"
+            )
+        if self.nbytes_stream > _MOSTLY * self.nbytes_out_of_band:
+            share = _percent(self.nbytes_stream, self.nbytes_out_of_band)
+            lines.append(f"           {share} is stream: see oobpickle.explain(obj)")
+        if self.n_messages_loaded:
+            lines.append(f"  loaded   {self.n_messages_loaded:,} messages")
+        lines += [
+            f"  in-band  {one.n_messages:,} ({format_nbytes(one.nbytes)}): {REASONS[reason]}"
+            for reason, one in self.fallbacks.items()
+        ]
+        spent = {
+            "pickling and copying": self.seconds_pickling,
+            "waiting": self.seconds_waiting,
+            "loading": self.seconds_loading,
+        }
+        shown = [f"{format_seconds(seconds)} {what}" for what, seconds in spent.items() if seconds]
+        lines += [f"  spent    {', '.join(shown)}"] if shown else []
+        return lines + self._lines_of_memory()
+
+    def _lines_of_memory(self) -> list[str]:
+        states = [
+            f"{format_nbytes(self.nbytes[state])} {state.replace('_', ' ')}"
+            for state in self.nbytes
+            if self.nbytes[state]
+        ]
+        lines = [f"  memory   {', '.join(states)}"] if states else []
+        if self.nbytes_resident:
+            lines.append(
+                f"           {format_nbytes(self.nbytes_resident)} with pages, of at most "
+                f"{format_nbytes(self.capacity)}"
+            )
+        counted = {
+            "copied by receivers": self.n_copied_on_receive,
+            "copied at forks": self.n_copied_at_fork,
+            "taken back unread": self.n_reclaimed,
+            "shared after a fork: see vm.max_map_count": self.n_shared_after_fork,
+            "damaged: see docs/explanation/trust.md": self.n_quarantined,
+        }
+        blocks = [f"{n:,} {what}" for what, n in counted.items() if n]
+        return [*lines, f"  blocks   {', '.join(blocks)}"] if blocks else lines
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part // whole} %"
+
 
 def summed(
     counters: Sequence[int],
@@ -131,6 +222,7 @@ def summed(
         n_messages_out_of_band=counters[N_MESSAGES],
         n_buffers_out_of_band=counters[N_BUFFERS],
         nbytes_out_of_band=counters[NBYTES],
+        nbytes_stream=counters[NBYTES_STREAM],
         n_messages_loaded=counters[N_LOADED],
         n_copied_on_receive=counters[N_COPIED_ON_RECEIVE],
         nbytes_copied_on_receive=counters[NBYTES_COPIED_ON_RECEIVE],
@@ -138,6 +230,9 @@ def summed(
         nbytes_copied_at_fork=counters[NBYTES_COPIED_AT_FORK],
         n_reclaimed=counters[N_RECLAIMED],
         n_shared_after_fork=counters[N_SHARED_AFTER_FORK],
+        seconds_pickling=counters[NS_PICKLING] / 1e9,
+        seconds_waiting=counters[NS_WAITING] / 1e9,
+        seconds_loading=counters[NS_LOADING] / 1e9,
         n_quarantined=n_quarantined,
         n_participants=n_participants,
         fallbacks=fallbacks_of(counters),

@@ -13,7 +13,13 @@ import pytest
 import oobpickle
 
 SOURCE = Path(oobpickle.__file__).parent
-PRIVATE_PACKAGES = ("_pickling", "_memory", "_hook")  # each says what it is in a line
+PRIVATE_PACKAGES = (
+    "_pickling",
+    "_memory",
+    "_hook",
+    "_explain",
+    "_cli",
+)  # each says what it is in a line
 PATHS = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts): path
     for path in sorted(SOURCE.rglob("*.py"))

@@ -69,13 +69,42 @@ def test_a_block_that_is_never_entered_is_a_mistake():
 
 
 def test_a_block_without_parentheses_is_a_mistake():
-    with pytest.raises(TypeError, match=r"write `with oobpickle.enabled\(\):`"), oobpickle.enabled:
+    with pytest.raises(TypeError, match=r"call it: with oobpickle.enabled\(\):"), oobpickle.enabled:
         pass
 
 
 def test_a_block_whose_options_are_refused_says_nothing_more():
-    with pytest.raises(TypeError, match="4 GiB is 4 << 30"):
-        oobpickle.enabled(capacity="4GB")
+    with pytest.raises(ValueError, match="capacity is no number of bytes: 'much'"):
+        oobpickle.enabled(capacity="much")
+    with pytest.raises(TypeError, match="threshold must be a number of bytes"):
+        oobpickle.enabled(threshold=[1])
+
+
+def test_bytes_are_said_as_people_write_them():
+    with oobpickle.enabled(capacity="64MiB", threshold=2e5) as arena:
+        assert (arena.options.capacity, arena.options.threshold) == (64 * MIB, 200_000)
+    arena = oobpickle.install(capacity=64 * MIB, threshold="1kB")
+    assert arena.options.threshold == 1000
+
+
+def run(program):
+    return subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=False
+    )
+
+
+def test_a_block_that_is_kept_until_the_interpreter_ends_is_none():
+    child = run("import oobpickle; kept = oobpickle.enabled(); late = [oobpickle.enabled()]")
+
+    assert (child.returncode, child.stderr) == (0, "")
+
+
+def test_a_block_that_is_kept_and_entered_later_is_none():
+    kept = oobpickle.enabled()
+    with kept:
+        pass
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(oobpickle.enabled())
 
 
 def test_a_function_can_be_decorated():

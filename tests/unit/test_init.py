@@ -1,5 +1,7 @@
 """The package: its names are the whole of the public API."""
 
+import subprocess
+import sys
 import types
 
 import numpy as np
@@ -34,3 +36,15 @@ def test_the_parts_work_together():
 
     assert arrived["name"] == "a"
     assert np.array_equal(arrived["weights"], obj["weights"])
+
+
+def test_testing_is_reached_without_an_import_and_costs_none():
+    program = (
+        "import sys, oobpickle; a = 'oobpickle.testing' in sys.modules; "
+        "oobpickle.testing.check_roundtrip; print(a, hasattr(oobpickle, 'nothing'))"
+    )
+    child = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+
+    assert (child.stdout, child.stderr) == ("False False\n", "")

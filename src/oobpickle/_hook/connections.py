@@ -33,6 +33,7 @@ import multiprocessing.reduction as mp_reduction
 import pickle
 import sys
 from collections.abc import Callable
+from time import perf_counter_ns
 from types import CodeType, FrameType
 from typing import Any, Final
 
@@ -53,6 +54,7 @@ _LENGTH_NBYTES: Final = 4  # what Connection reads first of each message
 _N_ASKING: Final = 64  # small messages that may invite, after a large one from an older process
 _PROTO: Final = pickle.PROTO[0]
 _NONE: Final = object()
+_BYTES: Final = (bytes, memoryview)
 _codes: Final[set[CodeType]] = set()  # of the `dumps` that take messages apart here
 #: After the end of an in-band message whose sender has counted it, or could not join to count it.
 _COUNTED: Final = b"\0oobpickle: counted"
@@ -87,16 +89,22 @@ def hooked_pickler(original: Any) -> Any:
             is_lost = False
             if hook.spawned:
                 is_lost = hook.channels.is_spawned(descriptor_in(sys._getframe(1)))
+            start_ns = perf_counter_ns()
             message = core.Message(hook.destination, hook.threshold, tables, blocks)
             take_apart(obj, message, by_value=True, is_main_lost=is_lost, undo=undo)
             small = message.small()
             if small is None:
-                return _send(hook, message, sys._getframe(1))
+                return _send(hook, message, sys._getframe(1), start_ns)
             return _asking(hook, small, sys._getframe(1)) if hook.n_asking else small
 
         @staticmethod
         def loads(data: Any, /, **options: Any) -> Any:
             try:
+                if type(data) in _BYTES and len(data) % MODULUS == MARK and not options:
+                    start_ns = perf_counter_ns()
+                    obj = original.loads(data)
+                    _count_loading(start_ns, data)
+                    return obj
                 return original.loads(data, **options) if options else original.loads(data)
             except Exception as error:
                 # The error refers to this frame: it may not refer to the error or the message.
@@ -131,20 +139,39 @@ def is_standard(function: Any) -> bool:
     return getattr(function, "__globals__", None) is vars(mp_reduction)
 
 
-def to_send(hook: Hook, message: core.Message, frame: FrameType) -> Envelope | memoryview | bytes:
+def to_send(
+    hook: Hook, message: core.Message, frame: FrameType, start_ns: int
+) -> Envelope | memoryview | bytes:
     """Return the bytes to write for a message that was taken apart.
 
-    `frame` is that of whoever gives them to a connection.
+    `frame` is that of whoever gives them to a connection; at `start_ns` it was begun.
     """
     small = message.small()
     if small is None:
-        return _send(hook, message, frame)
+        return _send(hook, message, frame, start_ns)
     return _asking(hook, small, frame) if hook.n_asking else small
 
 
-def _send(hook: Hook, message: core.Message, frame: FrameType) -> Envelope | memoryview | bytes:
+def _send(
+    hook: Hook, message: core.Message, frame: FrameType, start_ns: int
+) -> Envelope | memoryview | bytes:
     """Return the bytes to write for a message at or above the threshold."""
-    return _send_through(hook, message, frame) if running() is hook else _in_band(message)
+    if running() is not hook:
+        return _in_band(message)
+    pickled_ns = perf_counter_ns()
+    result = _send_through(hook, message, frame)
+    hook.arena.count(
+        *(_statistics.NS_PICKLING, pickled_ns - start_ns),
+        *(_statistics.NS_WAITING, perf_counter_ns() - pickled_ns),
+    )
+    return result
+
+
+def _count_loading(start_ns: int, data: Any) -> None:
+    """Count how long it took to load a message, if it is an envelope."""
+    hook = installed.current
+    if hook is not None and bytes(data[:PREFIX_NBYTES]) == PREFIX:
+        hook.arena.count(_statistics.NS_LOADING, perf_counter_ns() - start_ns)
 
 
 def _send_through(
@@ -215,6 +242,7 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
         *(_statistics.N_MESSAGES, 1),
         *(_statistics.N_BUFFERS, n_buffers),
         *(_statistics.NBYTES, message.nbytes),
+        *(_statistics.NBYTES_STREAM, message.stream_nbytes),
     )
     return envelope
 

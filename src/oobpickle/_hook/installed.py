@@ -84,6 +84,8 @@ class Hook:
         self.n_asking = 0  # how many small messages to come may ask an older process to join
         # The enabled() blocks that are open; one that an interrupt kept from being left is dropped.
         self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()
+        # Connections that were made meanwhile: see `after`.
+        self.made: weakref.WeakSet[Any] = weakref.WeakSet()
         self.not_served: set[str] = set()  # libraries through which large messages went
         self.installed = False  # install() was called
         self.leaving = False

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 import sys
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Final
 
 LOKY: Final = ("loky", "joblib.externals.loky")
@@ -52,6 +52,15 @@ def serves(name: str) -> bool:
             queues = sys.modules.get(f"{package}.backend.queues")
             return _is_ours(getattr(queues, "dumps", None))
     return False
+
+
+def calls(frame: FrameType | None) -> bool:
+    """Tell whether a frame, or the one that has called it, is of joblib or loky.
+
+    They keep their workers for calls to come, whatever block is open then.
+    """
+    names = [str(one.f_globals.get("__name__")) for one in (frame, frame and frame.f_back) if one]
+    return any(name.partition(".")[0] in ("joblib", "loky") for name in names)
 
 
 def _is_ours(function: object) -> bool:

@@ -93,8 +93,9 @@ def hooked_dumps(original: Any) -> Any:
         if hook is None or protocol is not None or hook.arena.blocks.closed or not _is_known(kind):
             running()
             return original(obj, reducers=reducers, protocol=protocol)
+        start_ns = time.perf_counter_ns()
         message = _taken_apart(hook, obj, kind, namespace.get("_dispatch_table", {}), reducers)
-        return to_send(hook, message, sys._getframe(1))
+        return to_send(hook, message, sys._getframe(1), start_ns)
 
     return dumps
 
@@ -209,11 +210,14 @@ def hooked_buffer(original: Any) -> Any:
     class Buffer(original):  # type: ignore[misc]
         """What joblib's queue pickles into, and then sends the value of."""
 
-        taken: tuple[Hook, core.Message] | None = None
+        taken: tuple[Hook, core.Message, int] | None = None
 
         def getvalue(self) -> Any:
             taken, self.taken = self.taken, None
-            return to_send(*taken, sys._getframe(1)) if taken else super().getvalue()
+            if taken is None:
+                return super().getvalue()
+            hook, message, start_ns = taken
+            return to_send(hook, message, sys._getframe(1), start_ns)
 
     return Buffer
 
@@ -237,7 +241,8 @@ class _Dumper:
 
     def dump(self, obj: object) -> None:
         hook, buffer, kind, reducers = self._given
-        buffer.taken = hook, _taken_apart(hook, obj, kind, {}, reducers)
+        start_ns = time.perf_counter_ns()
+        buffer.taken = hook, _taken_apart(hook, obj, kind, {}, reducers), start_ns
 
 
 # --- workers

@@ -41,6 +41,7 @@ from collections.abc import Iterator, Sequence
 from typing import IO, Any, Final
 
 from oobpickle._envelope import Envelope, tables
+from oobpickle._hook import libraries
 from oobpickle._hook.connections import is_standard, pack, undo_list_of_message
 from oobpickle._hook.installed import Hook, running
 from oobpickle._hook.main_module import is_lost
@@ -78,6 +79,8 @@ def hooked_pipe(original: Any) -> Any:
         if hook is not None:
             hook.look_for_libraries()
             hook.channels.note(ends[0].fileno(), ends[1].fileno())
+            if not libraries.calls(sys._getframe(1)):
+                hook.made.update(ends)
         return ends
 
     return Pipe

@@ -523,7 +523,8 @@ def everything_is_restored_here_and_in_workers(method):
     for left in answers.values():
         # A worker sees it when it takes or returns its first task after the block.
         assert not any(left[1:]), answers
-    # And the pool goes on as a plain one.
+    # And the pool goes on as a plain one, which is said once.
+    warnings.simplefilter("ignore", oobpickle.FallbackWarning)
     for seed, model in enumerate(pool.map(_echo, [Model(n) for n in range(4)], chunksize=1)):
         assert model.check().seed == seed
     pool.close()
@@ -549,6 +550,7 @@ def pool_before_inside_and_after_a_block(method):
             assert pool.apply(_echo, (Model(7),)).check().seed == 7
             assert arena.statistics().n_messages_out_of_band == 9
     assert _n_fallback_warnings(caught) == 1
+    warnings.simplefilter("ignore", oobpickle.FallbackWarning)  # of what `pool` sends from now on
     for seed in range(4):
         assert older.apply(_echo, (Model(seed),)).check().seed == seed
         assert pool.apply(_echo, (Model(seed),)).check().seed == seed

@@ -28,3 +28,11 @@ def test_it_is_served_if_its_pickler_is_replaced(package, monkeypatch):
     queues.dumps = hooked_dumps(dumps)
     assert libraries.serves(f"{package}.process_executor")
     assert not libraries.serves("other.loky.process_executor")
+
+
+@pytest.mark.parametrize(("name", "expected"), [("joblib.pool", True), ("program", False)])
+def test_who_calls_is_seen(name, expected):
+    names = {"__name__": name, "calls": libraries.calls, "sys": sys}
+    exec("def inner(): return calls(sys._getframe())\ndef call(): return inner()", names)
+
+    assert names["call"]() is expected

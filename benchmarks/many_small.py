@@ -1,0 +1,179 @@
+"""Many small objects: what it saves to send them as a few large ones.
+
+What
+    The cases of docs/how-to/many-small-objects.md, before and after, plain and with oobpickle: the
+    time from sender to receiver, until the object is rebuilt.
+
+How it works
+    The four take turns, in one run; the shortest time of each is what counts. The first message is
+    not counted. Columns are made by the sender and unmade by the receiver within that time where a
+    reducer does it, and before it where the object is kept as columns.
+
+Lifetime
+    Workers end with the program.
+
+When it cannot
+    Seconds of a busy machine are worth little; the ratios are worth more.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gc
+import multiprocessing
+import multiprocessing.reduction
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+
+import oobpickle
+
+
+class Ragged:
+    """A million small arrays."""
+
+    def __init__(self, arrays: list[Any]) -> None:
+        self.arrays = arrays
+
+
+class Columns:
+    """The same as one array, and where each begins."""
+
+    def __init__(self, arrays: list[Any]) -> None:
+        self.values = np.concatenate(arrays)
+        self.starts = np.cumsum([0, *map(len, arrays)])
+
+
+class Counted(collections.Counter[str]):
+    """A counter that is sent as columns."""
+
+
+def rebuild_counter(kind: Any, text: Any, counts: Any) -> Any:
+    """Make a counter of columns."""
+    keys = bytes(text).decode().split("\0") if len(counts) else []
+    made = kind()
+    dict.update(made, zip(keys, counts.tolist(), strict=True))
+    return made
+
+
+def reduce_counter(counter: Any) -> Any:
+    """Take a counter apart into columns, if its keys are strings and its values small integers."""
+    text = "\0".join(counter) if all(type(key) is str for key in counter) else "\0"
+    if text.count("\0") != max(0, len(counter) - 1):
+        return counter.__reduce__()
+    counts = np.fromiter(counter.values(), np.int64, len(counter))
+    return rebuild_counter, (type(counter), np.frombuffer(text.encode(), np.uint8), counts)
+
+
+oobpickle.register(Counted, reduce_counter)
+
+
+def frames() -> tuple[Any, Any]:
+    import pandas as pd  # type: ignore[import-untyped]
+
+    n = 500_000
+    names = pd.Series([f"name {i}" for i in range(n)], dtype=object)
+    frame = pd.DataFrame({"x": np.arange(n) * 1.0, "name": names})
+    return frame, frame.astype({"name": "str"})
+
+
+def forests() -> tuple[Any, Any]:
+    from sklearn.ensemble import RandomForestClassifier  # type: ignore[import-untyped]
+
+    random = np.random.default_rng(0)
+    x, y = random.random((20_000, 10)), random.integers(0, 2, 20_000)
+    forest = RandomForestClassifier(50, random_state=0).fit(x, y)
+    return forest, forest
+
+
+def arrays() -> tuple[Any, Any]:
+    made = [np.arange(5.0) + i for i in range(1_000_000)]
+    return Ragged(made), Columns(made)
+
+
+def counters() -> tuple[Any, Any]:
+    words = {f"word {i}": i for i in range(500_000)}
+    return collections.Counter(words), Counted(words)
+
+
+CASES: tuple[Callable[[], tuple[Any, Any]], ...] = (frames, forests, arrays, counters)
+
+
+def serve(connection: Connection) -> None:
+    """Load messages until there are none."""
+    while True:
+        try:
+            message = connection.recv()
+        except EOFError:
+            return
+        connection.send(None)
+        del message
+
+
+def worker() -> tuple[Connection, Any]:
+    """Start a process that loads; return the connection to it, and the process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=serve, args=(theirs,))
+    process.start()
+    theirs.close()
+    return ours, process
+
+
+def timed(connection: Connection, obj: Any, *, is_plain: bool) -> float:
+    """Return the seconds until the other side has rebuilt the object."""
+    start_s = time.perf_counter()
+    if is_plain:  # without the hook
+        connection.send_bytes(multiprocessing.reduction.ForkingPickler.dumps(obj))
+    else:
+        connection.send(obj)
+    connection.recv()
+    return time.perf_counter() - start_s
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description="many small objects, before and after")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--cases", nargs="*", default=[case.__name__ for case in CASES])
+    options = parser.parse_args()
+    plain, one = worker()
+    print("| case | plain, ms | before, ms | after, ms | before / after | plain / after |")
+    print("|---|---:|---:|---:|---:|---:|")
+    with oobpickle.enabled():
+        served, two = worker()
+        for case in CASES:
+            if case.__name__ in options.cases:
+                row(case.__name__, *case(), plain, served, options.rounds)
+        for connection, process in ((plain, one), (served, two)):
+            connection.close()
+            process.join()
+
+
+def row(
+    name: str, before: Any, after: Any, plain: Connection, served: Connection, n_rounds: int
+) -> None:
+    """Print one row."""
+    gc.collect()
+    gc.freeze()  # the objects of the benchmark itself are not looked at again and again
+    times = [
+        (
+            timed(plain, before, is_plain=True),
+            timed(served, before, is_plain=False),
+            timed(served, after, is_plain=False),
+        )
+        for _ in range(n_rounds + 1)
+    ][1:]
+    a, b, c = (min(column) for column in zip(*times, strict=True))
+    print(
+        f"| {name} | {a * 1e3:.0f} | {b * 1e3:.0f} | {c * 1e3:.0f} | {b / c:.1f} | {a / c:.1f} |",
+        flush=True,
+    )
+
+
+if __name__ == "__main__":
+    main()
