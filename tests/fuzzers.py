@@ -10,7 +10,9 @@ import io
 import os
 import pickle
 import struct
+import tempfile
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -18,7 +20,14 @@ import numpy as np
 import oobpickle
 from messages import envelope_of
 from oobpickle import _envelope
-from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, PayloadError
+from oobpickle._errors import (
+    ArenaError,
+    ArenaFullError,
+    EnvelopeError,
+    FileFormatError,
+    PayloadError,
+)
+from oobpickle._files import layout as layout_module
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._native import core
@@ -97,6 +106,89 @@ class PayloadFuzzer:
 
         assert sizes == payload.sizes
         assert payload.nbytes <= len(data)
+
+
+MODES = (None, "r", "c", "r+")
+
+
+class FileFuzzer:
+    """Files of `oobpickle.dump`, for `load` in each mode and for `verify`.
+
+    The stream is the user's: only one that is whole is loaded.
+    """
+
+    def __init__(self):
+        objects = [
+            *(5, b"x" * 100, np.arange(10), [np.arange(i) for i in range(5)]),
+            [np.ones(0), np.arange(3000, dtype="u1"), {"a": np.arange(64.0)[::2]}],
+        ]
+        self._corpus = []
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "file")
+            for n, obj in enumerate(objects):
+                oobpickle.dump(obj, path, checksum=n % 2 == 1)
+                self._corpus.append(path.read_bytes())
+        self._fd = os.memfd_create("fuzzed")
+        self._path = f"/proc/self/fd/{self._fd}"
+        self.n_accepted = 0
+
+    def close(self):
+        os.close(self._fd)
+
+    def one(self, rng):
+        original = rng.choice(self._corpus)
+        data = mutate(rng, original)
+        if rng.random() < 0.8 and len(data) >= 64:
+            data = self._mended(data)
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, data, 0)
+        try:
+            layout, stream = layout_module.read(self._fd, self._path)
+        except FileFormatError:
+            self._refused(rng)
+            return
+        self.n_accepted += 1
+        self._look(layout, data)
+        if bytes(stream) == original[-len(stream) :]:
+            # The table may be that of another object, and the data be altered.
+            with contextlib.suppress(FileFormatError, *OF_PICKLE):
+                oobpickle.load(self._path, rng.choice(MODES))
+        with contextlib.suppress(FileFormatError):
+            oobpickle.verify(self._path)
+
+    def _refused(self, rng):
+        for call in (oobpickle.verify, lambda path: oobpickle.load(path, rng.choice(MODES))):
+            try:
+                call(self._path)
+            except FileFormatError:
+                continue
+            raise AssertionError("it is refused, and then it is not")
+
+    @staticmethod
+    def _look(layout, data):
+        ends = [at + n for at, n in zip(layout.offsets, layout.sizes, strict=True)]
+
+        assert layout.nbytes == len(data)
+        assert all(at % 64 == 0 for at in layout.offsets)
+        assert sorted([64, *layout.offsets, *ends]) == [
+            64,
+            *(end for pair in zip(layout.offsets, ends, strict=True) for end in pair),
+        ]
+        assert max(ends, default=64) <= len(data) - layout.stream_nbytes
+
+    @staticmethod
+    def _mended(data):
+        """Return it with checksums that are right, of whatever the header says."""
+        data = bytearray(data)
+        n_buffers, stream_at, stream_nbytes = struct.unpack_from("<QQQ", data, 32)
+        table_at = stream_at - 24 * n_buffers
+        if 64 <= table_at <= stream_at <= len(data):
+            table = data[table_at:stream_at]
+            struct.pack_into("<I", data, 60, zlib.crc32(table))
+            struct.pack_into("<I", data, 56, zlib.crc32(data[stream_at:][:stream_nbytes]))
+        struct.pack_into("<I", data, 12, 0)
+        struct.pack_into("<I", data, 12, zlib.crc32(data[:64]))
+        return bytes(data)
 
 
 class _Known(pickle.Unpickler):

@@ -1,8 +1,9 @@
 """Sends the big buffers of multiprocessing objects through shared memory, by value.
 
 **What.** ``with oobpickle.enabled():`` around working ``multiprocessing`` code. The parts are
-usable alone: `dumps` and `loads` (a pickle serializer with out-of-band buffers), `register`
-(reducers for your own classes), `install` and `uninstall` (the hook without a block), `statistics`.
+usable alone: `dumps` and `loads` (a pickle serializer with out-of-band buffers), `dump`, `load` and
+`verify` (an object in a file), `register` (reducers for your own classes), `install` and
+`uninstall` (the hook without a block), `statistics`.
 
 **How it works.** This module is the public API and nothing else; each name's own module says how.
 
@@ -26,6 +27,7 @@ from oobpickle._errors import (
     ArenaFullError,
     EnvelopeError,
     FallbackWarning,
+    FileFormatError,
     NotServedWarning,
     OobPickleError,
     PayloadError,
@@ -34,6 +36,8 @@ from oobpickle._errors import (
     StructureError,
 )
 from oobpickle._fallback import Fallback
+from oobpickle._files.layout import FileLayout
+from oobpickle._files.storing import dump, load, verify
 from oobpickle._pickling.payload import Payload
 from oobpickle._pickling.reducers import register, unregister
 from oobpickle._pickling.serializer import dumps, loads
@@ -49,6 +53,8 @@ __all__ = [
     "Explanation",
     "Fallback",
     "FallbackWarning",
+    "FileFormatError",
+    "FileLayout",
     "NotServedWarning",
     "OobPickleError",
     "Payload",
@@ -58,15 +64,18 @@ __all__ = [
     "Statistics",
     "StructureError",
     "broadcast",
+    "dump",
     "dumps",
     "enabled",
     "explain",
     "install",
+    "load",
     "loads",
     "register",
     "statistics",
     "uninstall",
     "unregister",
+    "verify",
 ]
 
 __version__ = "0.1.0"

@@ -37,6 +37,10 @@ class StructureError(OobPickleError, ValueError):
     """``loads(payload, into=obj)``: `obj` has not the structure of the payload."""
 
 
+class FileFormatError(OobPickleError, ValueError):
+    """A file is not what `dump` writes, truncated, altered, or of a newer version."""
+
+
 class ArenaError(OobPickleError, OSError):
     """The arena cannot be created, attached or used on this system."""
 

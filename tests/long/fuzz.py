@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import fuzzers
 
-SHARES = {"payload": 0.4, "envelope": 0.25, "table": 0.1, "call": 0.25}
+SHARES = {"payload": 0.3, "envelope": 0.2, "table": 0.1, "call": 0.2, "file": 0.2}
 _SLACK_NBYTES = 3 << 30
 _HANG_S = 60
 

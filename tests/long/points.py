@@ -32,7 +32,19 @@ OF_OLDER = {"arena.mapped", "participant.held", "participant.joined"}
 
 
 def of_library():
-    """Return the arguments of all calls of ``_faults.reach``, and of ``FAULT`` in C."""
+    """Return the arguments of all calls of ``_faults.reach``, and of ``FAULT`` in C.
+
+    But those of files, where nothing is shared: ``tests/process/programs/files.py`` comes there.
+    """
+    return [name for name in _named() if not name.startswith("files.")]
+
+
+def of_files():
+    """Return the points in the writing of a file."""
+    return [name for name in _named() if name.startswith("files.")]
+
+
+def _named():
     called = re.compile(r'\b(?:_faults\.reach|FAULT)\("([^"]+)"\)')
     files = [*SOURCE.rglob("*.py"), *SOURCE.rglob("*.c")]
     names = {name for path in files for name in called.findall(path.read_text())}

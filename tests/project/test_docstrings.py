@@ -19,6 +19,7 @@ PRIVATE_PACKAGES = (
     "_hook",
     "_explain",
     "_cli",
+    "_files",
 )  # each says what it is in a line
 PATHS = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts): path

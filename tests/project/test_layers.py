@@ -19,7 +19,7 @@ LAYERS = (
     ("_foreign", "_fallback", "_faults", "_nbytes", "_system"),
     ("_statistics", "_copying"),
     ("_pickling", "_memory"),
-    ("_envelope", "_arena"),
+    ("_envelope", "_arena", "_files"),
     ("_published",),
     ("_hook",),
     ("_api", "_broadcast", "_explain"),

@@ -1,12 +1,14 @@
 """Objects of the libraries that people send, as their own pickling delivers them, out of band."""
 
+import re
 import warnings
+from functools import partial
 
 import numpy as np
 import pytest
 
 import oobpickle
-from oobpickle.testing import check_roundtrip
+from oobpickle.testing import Way, check_roundtrip, differences
 
 pd = pytest.importorskip("pandas")
 pa = pytest.importorskip("pyarrow")
@@ -108,6 +110,29 @@ def test_it_arrives_as_its_own_pickling_delivers_it(name):
 
     assert name in IN_STREAM or payload.stream_nbytes < payload.nbytes / 5 + 3000
     check_roundtrip(obj)
+
+
+MODES = (None, "r", "c", "r+")
+WRITABLE = re.compile(r"writeable|writable|read-only")
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_it_comes_out_of_a_file_as_its_own_pickling_delivers_it(name, tmp_path):
+    found = []
+    for mode in MODES:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that a format is inefficient
+            obj = MAKERS[name]()
+        oobpickle.dumps(obj)  # the first time that of xarray changes what it pickles
+        way = Way(partial(_dumped, tmp_path / "file"), partial(oobpickle.load, mmap_mode=mode))
+        found += differences(obj, {str(mode): way})
+
+    assert [text for text in found if not WRITABLE.search(text)] == []
+
+
+def _dumped(path, obj):
+    oobpickle.dump(obj, path)
+    return path
 
 
 def test_rows_of_a_frame_carry_only_themselves():

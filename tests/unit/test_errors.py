@@ -15,6 +15,7 @@ STANDARD = {
     "EnvelopeError": pickle.UnpicklingError,
     "StaleEnvelopeError": pickle.UnpicklingError,
     "StructureError": ValueError,
+    "FileFormatError": ValueError,
     "ArenaError": OSError,
     "ArenaFullError": MemoryError,
 }

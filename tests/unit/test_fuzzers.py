@@ -9,7 +9,7 @@ from oobpickle import _envelope
 
 
 @pytest.mark.parametrize(
-    ("kind", "n_inputs"), [("Payload", 4000), ("Table", 500), ("Call", 20_000)]
+    ("kind", "n_inputs"), [("Payload", 4000), ("Table", 500), ("Call", 20_000), ("File", 4000)]
 )
 def test_only_our_own_errors_come_out(kind, n_inputs):
     fuzzer, rng = getattr(fuzzers, f"{kind}Fuzzer")(), random.Random(5)

@@ -51,13 +51,14 @@ def _is_finalized_by_numpy(kind: type) -> bool:
     return owner.__module__.partition(".")[0] == "numpy"
 
 
-def _plain(array: Any) -> Array | None:
+def _plain(taker: Taker, array: Any) -> Array | None:
     """Return the array as an exact one, if all of it can be sent as NumPy would."""
     import numpy as np
 
     plain = np.ndarray.view(array, np.ndarray)
     dtype, flags = plain.dtype, plain.flags
-    if plain.nbytes < LEAST_NBYTES or dtype.hasobject or not dtype.isnative or dtype.kind == "T":
+    least_nbytes = getattr(taker, "least_nbytes_of_subclass", LEAST_NBYTES)
+    if plain.nbytes < least_nbytes or dtype.hasobject or not dtype.isnative or dtype.kind == "T":
         return None
     # Of these two orders NumPy's way makes C's; ours would keep the second.
     is_usual = flags.c_contiguous or flags.f_contiguous or not _is_permuted(plain)
@@ -80,7 +81,7 @@ def _rebuild_of(taker: Taker, array: Array) -> Any:
 def _reduce_directly(taker: Taker, array: Any) -> Any:
     import numpy as np
 
-    plain = _plain(array)
+    plain = _plain(taker, array)
     # A record array of plain records becomes one of numpy.record where it is made.
     is_odd = plain is not None and plain.dtype.names and not issubclass(plain.dtype.type, np.record)
     if plain is None or is_odd or taker.stays(plain.nbytes):
@@ -92,7 +93,7 @@ def _reduce_directly(taker: Taker, array: Any) -> Any:
 def _reduce_by_state(taker: Taker, array: Any) -> Any:
     import numpy as np
 
-    plain = _plain(array)
+    plain = _plain(taker, array)
     if plain is None or taker.stays(plain.nbytes):
         return array.__reduce_ex__(5)
     tiny: Any = np.empty(0, plain.dtype)
@@ -102,10 +103,10 @@ def _reduce_by_state(taker: Taker, array: Any) -> Any:
     return rebuild, (type(array), *empty), (state[0], *described, as_bytes(stand_in))
 
 
-def _data_and_mask(array: Any) -> tuple[Array, Array] | None:
+def _data_and_mask(taker: Taker, array: Any) -> tuple[Array, Array] | None:
     import numpy as np
 
-    data = _plain(array)
+    data = _plain(taker, array)
     if data is None:
         return None
     order = np.asfortranarray if data.flags.fnc else _in_c_order
@@ -121,7 +122,7 @@ def _in_c_order(array: Array) -> Array:
 def _reduce_masked_directly(taker: Taker, array: Any) -> Any:
     import numpy as np
 
-    both = _data_and_mask(array)
+    both = _data_and_mask(taker, array)
     if both is None or taker.stays(both[0].nbytes + both[1].nbytes):
         return array.__reduce_ex__(5)
     is_plain = array._baseclass is np.ndarray and both[0].dtype.names is None and array.ndim > 0
@@ -140,7 +141,7 @@ def _reduce_masked_directly(taker: Taker, array: Any) -> Any:
 
 
 def _reduce_masked_by_state(taker: Taker, array: Any) -> Any:
-    both = _data_and_mask(array)
+    both = _data_and_mask(taker, array)
     if both is None or taker.stays(both[0].nbytes + both[1].nbytes):
         return array.__reduce_ex__(5)
     return _masked_state(taker, array, *both)

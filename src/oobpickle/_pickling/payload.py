@@ -41,7 +41,9 @@ if TYPE_CHECKING:
 
     from oobpickle._pickling.reducers import Source
 
-_MAGIC: Final = b"OOBPAYLD"
+MAGIC: Final = b"OOBPAYLD"
+#: How a file of `oobpickle.dump` begins, which is another format.
+FILE_MAGIC: Final = b"\x89OOB\r\n\x1a\n"
 _VERSION: Final = 1
 _HEADER: Final = struct.Struct("<8sIIIIQ")
 _CRC_AT: Final = 16
@@ -90,7 +92,7 @@ class Payload:
 
         A ``PickleBuffer`` over contiguous memory, or the array itself if it is strided.
         """
-        return [_exposed(source) for source in self._sources]
+        return [exposed(source) for source in self._sources]
 
     def __repr__(self) -> str:
         return (
@@ -127,19 +129,19 @@ class Payload:
         views = [_writable(destination) for destination in destinations]
         check_sizes("destinations", [view.nbytes for view in views], self.sizes)
         for view, source in zip(views, self._sources, strict=True):
-            _copy(view, source)
+            copy_source(view, source)
 
     def to_bytes(self) -> bytes:
         """Return everything as one string of bytes, with a checksum; see `from_bytes`."""
         sizes = struct.pack(f"<{len(self.sizes)}Q", *self.sizes)
-        head = _HEADER.pack(_MAGIC, _VERSION, len(self.sizes), 0, 0, self.stream_nbytes) + sizes
+        head = _HEADER.pack(MAGIC, _VERSION, len(self.sizes), 0, 0, self.stream_nbytes) + sizes
         offsets, total = _offsets(len(head) + self.stream_nbytes, self.sizes)
         whole = bytearray(total)
         view = memoryview(whole)
         view[: len(head)] = head
         view[len(head) : len(head) + self.stream_nbytes] = self.stream
         for at, nbytes, source in zip(offsets, self.sizes, self._sources, strict=True):
-            _copy(view[at : at + nbytes], source)
+            copy_source(view[at : at + nbytes], source)
         struct.pack_into("<I", whole, _CRC_AT, zlib.crc32(whole))
         view.release()
         return bytes(whole)
@@ -154,14 +156,19 @@ class Payload:
             If `data` is no payload, truncated or altered.
         """
         view = memoryview(data).cast("B")
+        if bytes(view[: len(FILE_MAGIC)]) == FILE_MAGIC:
+            raise PayloadError(
+                f"not a payload: {view.nbytes} bytes of a file that oobpickle.dump() wrote. Use "
+                "oobpickle.load(path) on the file itself."
+            )
         if view.nbytes < _HEADER.size:
             raise PayloadError(
                 f"payload truncated: {view.nbytes} bytes, need {_HEADER.size} or more"
             )
         magic, version, n_buffers, crc, zero, n_stream = _HEADER.unpack_from(view)
-        if magic != _MAGIC or version != _VERSION or zero != 0:
+        if magic != MAGIC or version != _VERSION or zero != 0:
             raise PayloadError(
-                f"not a payload: magic {magic!r}, version {version}, expected {_MAGIC!r} and "
+                f"not a payload: magic {magic!r}, version {version}, expected {MAGIC!r} and "
                 f"{_VERSION}. "
                 "Pass the bytes that Payload.to_bytes() returned."
             )
@@ -204,7 +211,7 @@ class Payload:
         for header, source, nbytes in zip(headers, self._sources, self.sizes, strict=True):
             whole[at : at + len(header)] = header
             at += len(header)
-            _copy(whole[at : at + nbytes], source)
+            copy_source(whole[at : at + nbytes], source)
             at += nbytes
         whole[at:] = end
         return whole
@@ -285,7 +292,8 @@ def _raw(source: PickleBuffer | memoryview) -> memoryview:
     return source.cast("B") if isinstance(source, memoryview) else source.raw()
 
 
-def _exposed(source: Any) -> Any:
+def exposed(source: Any) -> Any:
+    """Return a ``PickleBuffer`` over the memory of a source; the source itself if it is strided."""
     if isinstance(source, _FLAT):
         return source if isinstance(source, PickleBuffer) else PickleBuffer(_raw(source))
     flat = in_memory_order(source)
@@ -304,7 +312,8 @@ def _writable(destination: Buffer) -> memoryview:
         raise PayloadError(f"a destination is no contiguous writable buffer: {error}") from error
 
 
-def _copy(view: memoryview, source: Any) -> None:
+def copy_source(view: memoryview, source: Any) -> None:
+    """Copy a source once, strided or not, into memory of its size."""
     if isinstance(source, _FLAT):
         copy_bytes(view, _raw(source))
         return

@@ -31,7 +31,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from operator import attrgetter, methodcaller
 from pickle import PickleBuffer
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from oobpickle._pickling import arrow_types, byte_types, numpy_subclasses
 from oobpickle._pickling.rebuild import Rebuild
@@ -214,6 +214,10 @@ class Sink:
         Their nbytes.
     """
 
+    #: The least memory of an array that is a buffer; of an array of a subclass.
+    least_nbytes: ClassVar[int] = MIN_BUFFER_NBYTES
+    least_nbytes_of_subclass: ClassVar[int] = byte_types.LEAST_NBYTES
+
     __slots__ = (
         *("_dtype", "_in_band_nbytes", "_sent", "_special", "_stand_ins"),
         *("pieces", "sizes", "sources", "threshold"),
@@ -311,7 +315,7 @@ class Sink:
         kind = self._sent_as(dtype)
         strides = kept_strides(array)
         order = () if strides is None else (0, strides)
-        if nbytes >= MIN_BUFFER_NBYTES and not self.stays(nbytes):
+        if nbytes >= self.least_nbytes and not self.stays(nbytes):
             return type(array), (array.shape, kind, self.stand_in(array), *order)
         if nbytes <= _MOST_OWNED_NBYTES:
             if dtype.names is not None and (strides is None or array.flags.f_contiguous):
