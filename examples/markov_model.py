@@ -13,9 +13,14 @@ instead of a pipe::
 
     python markov_model.py                          # Python's own standard library
     python markov_model.py ~/notes --glob "*.txt" --order 2
+    python markov_model.py --merge                  # where the models are added up
+
+With ``--merge`` both runs use oobpickle: in one the parent adds up all models, in the other
+``oobpickle.merge`` has the workers add up theirs, and only their sums are sent.
 
 The parts to copy are `MarkovModel`, which knows nothing of oobpickle, `merge_pieces`, which
-doesn't either, and `run`, which turns oobpickle on. The rest measures, checks and prints.
+doesn't either, `merge_at_workers`, which is the same in one call, and `run`, which turns
+oobpickle on. The rest measures, checks and prints.
 """
 
 from __future__ import annotations
@@ -24,10 +29,12 @@ import argparse
 import collections
 import contextlib
 import dataclasses
+import functools
 import heapq
 import importlib.util
 import math
 import multiprocessing
+import operator
 import os
 import shlex
 import signal
@@ -204,16 +211,17 @@ class Merged:
     total : MarkovModel
         The sum.
     transfers : list of float
-        For each piece, the seconds from "the worker has the model" to "the parent has it".
-    nbytes : int
-        The size of the models that were sent, together.
+        For each piece, the seconds from "the worker has the model" to "the parent has it"; none
+        where the workers have added them up.
+    nbytes : int or None
+        The size of the models that were sent, together, if the parent has seen each.
     finished : float
         When it was complete, by ``time.monotonic()``.
     """
 
     total: MarkovModel
     transfers: list[float]
-    nbytes: int
+    nbytes: int | None
     finished: float
 
 
@@ -337,6 +345,32 @@ def merge_pieces(job: Job, label: str, memory: PeakMemory) -> Merged:
         return Merged(total, transfers, nbytes, finished=time.monotonic())
 
 
+def merge_at_workers(job: Job, label: str, memory: PeakMemory) -> Merged:
+    """Count the pieces of a text in a pool, whose workers add up the models.
+
+    Parameters
+    ----------
+    job, label, memory
+        As for `merge_pieces`.
+
+    Returns
+    -------
+    Merged
+        The sum. How often a model was sent is not seen here.
+    """
+    import oobpickle  # only here, so that the plain run does without
+
+    with open_pool(job) as pool, memory:
+        total = oobpickle.merge(
+            pool,
+            functools.partial(count_files, job.order),
+            job.pieces,
+            op=operator.iadd,
+            progress=lambda n_done, n_all: show_progress(label, n_done, n_all or len(job.pieces)),
+        )
+        return Merged(total, [], None, finished=time.monotonic())
+
+
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     """What one run has cost, and the checksum of what came out.
@@ -347,7 +381,7 @@ class Measurement:
         Seconds from before the pool is made until the table is complete.
     transfers : list of float
         As in `Merged`.
-    nbytes : int
+    nbytes : int or None
         As in `Merged`.
     nbytes_out_of_band, n_fallbacks : int or None
         From oobpickle's statistics, if it was in use.
@@ -361,7 +395,7 @@ class Measurement:
 
     wall: float
     transfers: list[float]
-    nbytes: int
+    nbytes: int | None
     nbytes_out_of_band: int | None
     n_fallbacks: int | None
     peak_memory: int | None
@@ -374,8 +408,8 @@ def run(mode: str, job: Job, reference: Reference) -> Measurement:
 
     Parameters
     ----------
-    mode : {"plain", "oobpickle"}
-        Whether to use oobpickle.
+    mode : {"plain", "oobpickle", "merge"}
+        Whether to use oobpickle, and who adds up the models.
     job : Job
         What to count.
     reference : Reference
@@ -394,9 +428,10 @@ def run(mode: str, job: Job, reference: Reference) -> Measurement:
     else:
         import oobpickle  # only here, so that the plain run does without
 
+        add_up = merge_at_workers if mode == "merge" else merge_pieces
         start = time.monotonic()
         with oobpickle.enabled() as arena:
-            merged = merge_pieces(job, mode, memory)
+            merged = add_up(job, mode, memory)
             if arena is not None:  # None: this system has no shared memory
                 arena_statistics = arena.statistics()
                 nbytes_out_of_band = arena_statistics.nbytes_out_of_band
@@ -782,8 +817,13 @@ class Row:
 
 ROWS = (
     Row("wall time", lambda m: m.wall, format_seconds, has_ratio=True),
-    Row("transfer of a model, median", lambda m: median(m.transfers), format_seconds, True),
-    Row("transfer of a model, sum", lambda m: sum(m.transfers), format_seconds, True),
+    Row(
+        "transfer of a model, median",
+        lambda m: median(m.transfers) if m.transfers else None,
+        format_seconds,
+        True,
+    ),
+    Row("transfer of a model, sum", lambda m: sum(m.transfers) or None, format_seconds, True),
     Row("bytes moved", lambda m: m.nbytes, format_bytes),
     Row("bytes moved out of band", lambda m: m.nbytes_out_of_band, format_bytes),
     Row("fallbacks", lambda m: m.n_fallbacks, "{:,}".format),
@@ -853,11 +893,13 @@ def parse_arguments() -> argparse.Namespace:
     add("--workers", type=positive_int, default=os.cpu_count() or 1, help="(%(default)s)")
     add("--pieces", type=positive_int, default=8, help="(%(default)s)")
     add("--start-method", choices=methods, help="of the workers (Python's default)")
-    add("--only", choices=["plain", "oobpickle"], help="one of the two runs (both)")
+    add("--merge", action="store_true", help="compare who adds up the models, with oobpickle")
+    add("--only", choices=["plain", "oobpickle", "merge"], help="one of the runs (two)")
     options = parser.parse_args()
-    options.modes = [options.only] if options.only else ["plain", "oobpickle"]
+    both = ["oobpickle", "merge"] if options.merge else ["plain", "oobpickle"]
+    options.modes = [options.only] if options.only else both
     options.start_method = options.start_method or multiprocessing.get_context().get_start_method()
-    if "oobpickle" in options.modes and not importlib.util.find_spec("oobpickle"):
+    if options.modes != ["plain"] and not importlib.util.find_spec("oobpickle"):
         parser.error("oobpickle is not installed; with --only plain, this does without")
     options.paths = find_texts(options.text, options.glob)
     if not options.paths:

@@ -38,6 +38,8 @@ from oobpickle._errors import (
 from oobpickle._fallback import Fallback
 from oobpickle._files.layout import FileLayout
 from oobpickle._files.storing import dump, load, verify
+from oobpickle._merge.merging import merge
+from oobpickle._merge.writing import writable
 from oobpickle._pickling.payload import Payload
 from oobpickle._pickling.reducers import register, unregister
 from oobpickle._pickling.serializer import dumps, loads
@@ -71,11 +73,13 @@ __all__ = [
     "install",
     "load",
     "loads",
+    "merge",
     "register",
     "statistics",
     "uninstall",
     "unregister",
     "verify",
+    "writable",
 ]
 
 __version__ = "0.1.0"

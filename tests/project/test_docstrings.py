@@ -20,6 +20,7 @@ PRIVATE_PACKAGES = (
     "_explain",
     "_cli",
     "_files",
+    "_merge",
 )  # each says what it is in a line
 PATHS = {
     ".".join(path.relative_to(SOURCE).with_suffix("").parts): path

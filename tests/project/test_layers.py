@@ -21,7 +21,7 @@ LAYERS = (
     ("_pickling", "_memory"),
     ("_envelope", "_arena", "_files"),
     ("_published",),
-    ("_hook",),
+    ("_hook", "_merge"),
     ("_api", "_broadcast", "_explain"),
     ("testing", "_cli"),
     ("__init__",),

@@ -320,6 +320,32 @@ def test_program_counts_right(text: Path, only: str | None, start_method: str) -
         assert table["fallbacks"][-1] == "0"
 
 
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("start_method", multiprocessing.get_all_start_methods())
+def test_program_merges_at_the_workers(text: Path, start_method: str, order: int) -> None:
+    if order == 3 and start_method != "fork":
+        pytest.skip("the same with more bytes")
+    output = run_example(
+        text,
+        f"--order={order}",
+        "--pieces=5",
+        "--workers=2",
+        "--merge",
+        "--start-method",
+        start_method,
+    )
+    assert any(line.split() == ["oobpickle", "merge", "ratio"] for line in output.splitlines())
+    table = table_of(output)
+    crc32 = f"{zlib.crc32(count_slowly(order)):08x}"
+    assert table["crc32 of the table"] == [crc32, crc32]
+    assert table["fallbacks"] == ["0", "0"]
+    assert table["transfer of a model, sum"][1] == table["bytes moved"][1] == "n/a"
+    # Five models are sent by one, and the sums of three chunks by the other.
+    nbytes = 4 * 64 ** (order + 1) / 1e6
+    assert table["bytes moved out of band"] == [f"{n * nbytes:.1f} MB" for n in (5, 3)]
+    assert output.endswith(f"The table is right: crc32 {crc32} by a serial count.\n")
+
+
 def test_program_counts_right_in_one_piece(text: Path) -> None:
     output = run_example(text, "--order=1", "--pieces=1", "--workers=4", "--only=plain")
     assert table_of(output)["crc32 of the table"] == [f"{zlib.crc32(count_slowly(1)):08x}"]

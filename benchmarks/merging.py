@@ -1,0 +1,132 @@
+"""Merging results where they are made, against ``functools.reduce``: ratios of times, by turns.
+
+What
+    ``python benchmarks/merging.py [--passes 7] [--quick] [--check]`` prints the time of
+    ``reduce(operator.iadd, pool.imap_unordered(...))``, with oobpickle and plainly, over that of
+    ``oobpickle.merge(pool, ..., op=operator.iadd)``: for 16 models of 64 MB, and for 16
+    ``collections.Counter`` of a million keys, with two workers.
+
+How it works
+    By turns, each time in processes of their own: once, as a program does it that does it once, and
+    again with the memory that is there by then. Medians with quartiles.
+
+Lifetime
+    Each process ends when it has printed its times.
+
+When it cannot
+    ``--check`` ends with 1 if a row is below what it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import functools
+import multiprocessing
+import operator
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+import oobpickle
+
+_N_MODELS = 16
+_N_WORKERS = 2
+_N_FLOATS = 8_000_000
+_N_KEYS = 1_000_000
+_N_KEYS_QUICK = 100_000
+_SIDES = ("merge", "reduce", "reduce-plain")
+#: What each row should reach, as the time of the others over ours.
+_WANTED = {
+    ("models-16x64M", "once", "reduce"): 2.0,
+    ("models-16x64M", "once", "reduce-plain"): 8.0,
+    ("models-16x64M", "again", "reduce"): 1.0,
+    ("models-16x64M", "again", "reduce-plain"): 8.0,
+    ("counters-16x1M", "once", "reduce"): 1.0,
+    ("counters-16x1M", "once", "reduce-plain"): 1.0,
+}
+
+
+def _fit(seed: int) -> Any:
+    return np.full(_N_FLOATS, float(seed))
+
+
+def _count(n_keys: int, seed: int) -> collections.Counter[int]:
+    return collections.Counter(range(seed * n_keys // 10, seed * n_keys // 10 + n_keys))
+
+
+def _run(side: str, row: str, n_keys: int) -> None:
+    count = functools.partial(_count, n_keys)
+    make: Callable[[int], Any] = _fit if row.startswith("models") else count
+    block = contextlib.nullcontext() if side == "reduce-plain" else oobpickle.enabled()
+    with block, multiprocessing.Pool(_N_WORKERS) as pool:
+        pool.map(abs, range(2 * _N_WORKERS))
+        for _ in ("once", "again"):
+            start = time.perf_counter()
+            if side == "merge":
+                total = oobpickle.merge(pool, make, range(_N_MODELS), op=operator.iadd)
+            else:
+                results = pool.imap_unordered(make, range(_N_MODELS))
+                total = functools.reduce(operator.iadd, results)
+            print(time.perf_counter() - start, flush=True)
+            assert float(total[0]) == (1 if isinstance(total, dict) else sum(range(_N_MODELS)))
+            del total
+
+
+def _times_s(side: str, row: str, n_keys: int) -> dict[str, float]:
+    command = [sys.executable, __file__, "--run", side, row, str(n_keys)]
+    once, again = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    return {"once": float(once), "again": float(again)}
+
+
+def _measure(row: str, n_passes: int, n_keys: int) -> dict[str, list[dict[str, float]]]:
+    taken: dict[str, list[dict[str, float]]] = {side: [] for side in _SIDES}
+    for n in range(n_passes):
+        for side in _SIDES if n % 2 else _SIDES[::-1]:
+            taken[side].append(_times_s(side, row, n_keys))
+    return taken
+
+
+def _print(row: str, when: str, other: str, taken: dict[str, list[dict[str, float]]]) -> float:
+    pairs = zip(taken[other], taken["merge"], strict=True)
+    ratios = [theirs[when] / ours[when] for theirs, ours in pairs]
+    ratio = statistics.median(ratios)
+    first, _, third = statistics.quantiles(ratios, n=4)
+    ours_s = statistics.median(one[when] for one in taken["merge"])
+    print(
+        f"{row:15} {when:5}  over {other:12} {ratio:6.2f}  ({first:.2f} to {third:.2f}, "
+        f"{_WANTED[row, when, other]} wanted)  merge {ours_s * 1e3:.0f} ms",
+        flush=True,
+    )
+    return ratio
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--passes", type=int, default=7)
+    parser.add_argument("--quick", action="store_true", help="counters of a tenth of the keys")
+    parser.add_argument("--check", action="store_true")
+    parser.add_argument("--run", nargs=3, metavar=("SIDE", "ROW", "KEYS"), help="one process")
+    options = parser.parse_args()
+    if options.run:
+        side, row, n_keys = options.run
+        _run(side, row, int(n_keys))
+        return 0
+    is_short = False
+    for row in dict.fromkeys(row for row, _, _ in _WANTED):
+        n_keys = _N_KEYS_QUICK if options.quick else _N_KEYS
+        taken = _measure(row, max(options.passes, 2), n_keys)
+        for (of, when, other), wanted in _WANTED.items():
+            if of == row:
+                is_short |= _print(row, when, other, taken) < wanted
+    return int(options.check and is_short)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Map and reduce on the workers of somebody else's engine."""

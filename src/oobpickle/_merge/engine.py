@@ -1,0 +1,136 @@
+"""An engine: what runs the calls of a merge, behind one interface.
+
+**What.** `Engine` is the interface; `Queued` is for those whose calls report by themselves.
+
+**How it works.** An engine is given calls with the span of their result, and gives back who is
+ready. It says whether its workers should join two partial results that are here.
+
+**Lifetime.** From ``with`` to the end of the block; what the user gave goes on living.
+
+**When it cannot.** A call that cannot be started raises what the user's object raises.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from types import TracebackType
+from typing import Any, NamedTuple, NoReturn
+
+from oobpickle._merge.stopping import Stop
+from oobpickle._merge.work import OWNING, Span, fold
+
+
+class Ready(NamedTuple):
+    """A call that has ended: the span of its result, and a function that returns it or raises.
+
+    The function is called once. It refers to nothing afterwards, since an error's frames keep it.
+    """
+
+    span: Span | None
+    result: Callable[[], Any]
+
+
+class Engine:
+    """What runs calls.
+
+    Attributes
+    ----------
+    n_workers : int
+        How many calls run at once.
+    owning : str
+        What a worker has to do before it may change an object that was delivered to it.
+    owning_here : str
+        The same for this process, and what is delivered here.
+    is_sending : bool
+        Whether arguments arrive as copies.
+    is_remote : bool
+        Whether partial results stay where they are made.
+    stop : Stop
+        Tells calls that are under way that nobody wants their results.
+    """
+
+    owning = ""
+    owning_here = ""
+    is_sending = True
+    is_remote = False
+
+    def __init__(self, n_workers: int) -> None:
+        self.n_workers = max(n_workers, 1)
+        self.stop: Stop | None = Stop()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Call off what is under way, if anything is."""
+        if self.stop is not None:
+            self.stop.set()
+
+    def submit_fold(self, span: Span, job: Any, pieces: Any, initial: tuple[Any, ...]) -> None:
+        """Start to fold a chunk."""
+        self.submit(span, fold, job, span.start, pieces, initial)
+
+    def submit(self, span: Span, function: Callable[..., Any], *arguments: Any) -> None:
+        """Start a call whose result is that of the span."""
+        raise NotImplementedError
+
+    def take(self, *, wait: bool) -> Ready | None:
+        """Return a call that has ended; ``None`` if there is none and it is not to wait."""
+        raise NotImplementedError
+
+    def wants(self, n_waiting: int, n_calls: int) -> bool:
+        """Tell whether a worker should join two partial results.
+
+        Parameters
+        ----------
+        n_waiting : int
+            How many are here.
+        n_calls : int
+            How many calls are under way.
+        """
+        return n_calls < self.n_workers
+
+    def fetch(self, value: Any) -> Any:
+        """Return what the user gets in the end."""
+        return OWNING[self.owning_here](value)
+
+
+class Queued(Engine):
+    """An engine whose calls report to a queue when they end."""
+
+    def __init__(self, n_workers: int) -> None:
+        super().__init__(n_workers)
+        self.ready: SimpleQueue[Ready] = SimpleQueue()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, traceback)
+        self.ready = SimpleQueue()  # an error that is kept keeps no results
+
+    def take(self, *, wait: bool) -> Ready | None:
+        try:
+            return self.ready.get(block=wait)
+        except Empty:
+            return None
+
+
+def raise_from(box: list[BaseException]) -> NoReturn:
+    """Raise the error in the box, which refers to it no longer."""
+    raise box.pop()
+
+
+def is_of(engine: object, module: str, *classes: str) -> bool:
+    """Tell whether it is an instance of a class of a module, if that is imported."""
+    found = [getattr(sys.modules.get(module), name, None) for name in classes]
+    return isinstance(engine, tuple(one for one in found if isinstance(one, type)))
