@@ -167,6 +167,7 @@ def test_no_module_is_imported_by_its_name_in_a_string():
 
     assert calls.pop("_native") == {"importlib.import_module"}  # the extension module
     # What the user has named, and all modules, to see whether they can be imported.
+    assert calls.pop("_hook.multiprocess") == {"importlib.import_module"}  # of that library
     assert calls.pop("_cli.explaining") == {"import_module"}
     assert calls.pop("_cli.run") == {"importlib.util.find_spec"}
     assert calls.pop("_cli.doctor") == {"importlib.import_module"}
