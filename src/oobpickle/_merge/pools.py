@@ -115,6 +115,7 @@ def _death_of(pid: int | None, code: int) -> str:
     )
 
 
+_TERMINATED: Final = "the pool was terminated while results were waited for."
 _NO_READER: Final = (
     "the thread of the pool that takes its results has ended: a result could not be loaded in this "
     "process (its traceback is on stderr). Terminate the pool and make another."
@@ -136,7 +137,7 @@ class _Watch(threading.Thread):
             known.update((id(process), process) for process in list(self._pool._pool))
             found = self._death_among(known)
             if found is None and not self._pool._result_handler.is_alive():
-                found = _NO_READER
+                found = _NO_READER if self._pool._state == "RUN" else _TERMINATED
             if found is not None:
                 self._tell(found)
                 return
