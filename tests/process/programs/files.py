@@ -174,6 +174,8 @@ def a_fork_in_the_middle_of_a_dump(named):
     class Forking:
         def __reduce__(self):
             pids.append(os.fork())
+            if pids[-1]:
+                reap(pids[-1], 3)
             return int, ()
 
     with _folder() as folder:
@@ -188,7 +190,6 @@ def a_fork_in_the_middle_of_a_dump(named):
             os._exit(1)
         if os.getpid() != parent:
             os._exit(2)
-        reap(pids[0], 3)
         first, _, second = oobpickle.load(path)
         assert (first == data).all()
         assert (second == data + 1).all()

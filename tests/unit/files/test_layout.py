@@ -87,6 +87,18 @@ def test_large_buffers_begin_at_a_page_and_small_ones_at_64(path):
     assert layout.checksums is None
 
 
+def test_what_is_between_the_parts_is_zeros(path):
+    """And not what was there when the memory was used before."""
+    oobpickle.dump([np.full(n % 3000 + 1, 255, "u1") for n in range(0, 90_000, 7)], path)
+    layout, data = oobpickle.verify(path), path.read_bytes()
+    ends = [at + n for at, n in zip(layout.offsets, layout.sizes, strict=True)]
+    table_at = len(data) - layout.stream_nbytes - 24 * len(ends)
+    between = zip([64, *ends], [*layout.offsets, table_at], strict=True)
+
+    assert len(data) > 3 << 20
+    assert b"".join(data[end:start] for end, start in between).strip(b"\0") == b""
+
+
 def test_an_object_without_buffers_has_a_header_and_a_stream(path):
     oobpickle.dump({"a": 1}, path)
 
