@@ -22,7 +22,7 @@ from typing import Any, Final
 from oobpickle._errors import format_nbytes
 from oobpickle._explain import amounts as of
 from oobpickle._explain.naming import is_array
-from oobpickle._explain.walking import Part
+from oobpickle._explain.parts import Part
 from oobpickle._pickling.reducers import MIN_BUFFER_NBYTES
 
 _WORTH_NBYTES: Final = 64 << 10

@@ -19,12 +19,13 @@ from operator import itemgetter
 from typing import Any, Final
 
 from oobpickle._explain import amounts as of
-from oobpickle._explain import walking
+from oobpickle._explain import parts
 from oobpickle._explain.advice import advice_for, copies_of, placement_of, reason_for
 from oobpickle._explain.measuring import Costs, Seconds, predict
 from oobpickle._explain.naming import is_array, is_wrapper, label_of, type_of, type_within
+from oobpickle._explain.parts import Part
 from oobpickle._explain.text import as_text, cut
-from oobpickle._explain.walking import Part, Walk
+from oobpickle._explain.walking import Walk
 from oobpickle._pickling.reducers import byte_bounds
 
 _MOST_DUPLICATES: Final = 20
@@ -224,7 +225,7 @@ def _unwrapped(part: Part) -> Part:
     inner = part
     while inner.kept:
         *_, largest = max(inner.kept, key=itemgetter(0, 1))
-        is_inside = inner is not part and largest.style == walking.INDEX and not _is_shown(inner)
+        is_inside = inner is not part and largest.style == parts.INDEX and not _is_shown(inner)
         if not (is_wrapper(largest) or is_inside) or largest.refusal:
             break
         if largest.nbytes < _WRAPPED_SHARE * part.nbytes:
@@ -246,7 +247,7 @@ def _told(part: Part, inner: Part) -> Part:
 
 def _is_shown(part: Part) -> bool:
     """Tell whether a tuple or list is more than the wrapper of one thing."""
-    return part.style == walking.INDEX and len(part.kept) > 1
+    return part.style == parts.INDEX and len(part.kept) > 1
 
 
 def explanation_of(walk: Walk, name: str, threshold: int, known: Costs) -> Explanation:

@@ -19,8 +19,8 @@ from itertools import islice
 from typing import Any, Final
 
 from oobpickle._explain import amounts as of
-from oobpickle._explain import walking
-from oobpickle._explain.walking import Part
+from oobpickle._explain import parts
+from oobpickle._explain.parts import Part
 
 _MOST_REPR: Final = 40
 _MOST_LOOKED_AT: Final = 100_000
@@ -50,23 +50,23 @@ def label_of(part: Part) -> str:
     style, label, above = part.style, part.label, part.parent
     if _is(part, "BlockManager"):
         return ""
-    if above is not None and _is(above, "BlockManager") and style == walking.ARGUMENT:
+    if above is not None and _is(above, "BlockManager") and style == parts.ARGUMENT:
         return ""
     if _is(part, "Block") and above is not None and above.parent is not None:
         columns = _columns_of(part.obj, above.parent.obj)
         if columns:
             return columns
-    if style == walking.INDEX:
+    if style == parts.INDEX:
         return f"[{label}]"
-    if style == walking.ENTRY:
+    if style == parts.ENTRY:
         return f"[{short(label)}]"
-    if style == walking.KEY:
+    if style == parts.KEY:
         return f"<key {short(label)}>"
-    if style == walking.ATTRIBUTE:
+    if style == parts.ATTRIBUTE:
         return f".{label}" if type(label) is str else f"<attribute {short(label)}>"
-    if style == walking.ARGUMENT:
+    if style == parts.ARGUMENT:
         return _attribute_that_is(part) or f"<argument {label}>"
-    return f"<{label}>" if style == walking.STATE else ""
+    return f"<{label}>" if style == parts.STATE else ""
 
 
 def _attribute_that_is(part: Part) -> str:
@@ -87,7 +87,7 @@ def _is(part: Part, ending: str) -> bool:
 
 def is_wrapper(part: Part) -> bool:
     """Tell whether a part has no name of its own: an argument, a state, the blocks of a frame."""
-    return part.style in (walking.ARGUMENT, walking.STATE) or _is(part, "BlockManager")
+    return part.style in (parts.ARGUMENT, parts.STATE) or _is(part, "BlockManager")
 
 
 def _columns_of(block: Any, manager: Any) -> str:

@@ -26,7 +26,19 @@ from time import perf_counter_ns
 from typing import Any, Final
 
 from oobpickle._explain import amounts as of
-from oobpickle._explain.amounts import GET_NBYTES, MEMO_NBYTES, NUMBERS, PLAIN, STRING_TYPES
+from oobpickle._explain.amounts import MEMO_NBYTES, NUMBERS, PLAIN, STRING_TYPES
+from oobpickle._explain.memo import Memo
+from oobpickle._explain.parts import (
+    ARGUMENT,
+    ATTRIBUTE,
+    ENTRY,
+    INDEX,
+    KEY,
+    ROOT,
+    STATE,
+    Item,
+    Part,
+)
 from oobpickle._explain.reducing import Reducer
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._pickling.reducers import MIN_BUFFER_NBYTES
@@ -38,57 +50,9 @@ _DEEPEST_KEPT: Final = 60
 _DEEPEST: Final = 20_000
 _LEAST_SHARED_NBYTES: Final = 4096
 _FEW: Final = 16
-_N_EARLY: Final = 256
 _MOST_BUFFERS: Final = 100_000
 _ARRAY_NBYTES: Final = 16  # around the bytes of one: shape, dtype, the call
 _FRAMED_NBYTES: Final = 64 << 10
-
-#: How a label is to be shown: see `naming`.
-ROOT, INDEX, ENTRY, KEY, ATTRIBUTE, ARGUMENT, STATE, WHOLE = range(8)
-Item = tuple[int, Any, Any]  # one of these, a label, an object
-
-
-class Part:
-    """What one object takes, with all that is in it.
-
-    Attributes
-    ----------
-    obj : object
-        The object.
-    style, label
-        Where it is in its `parent`.
-    amounts : list of int
-        See `amounts`.
-    kept : list of (int, int, Part)
-        A heap of the largest parts: nbytes, a serial number, the part.
-    refusal : str
-        Why it cannot be pickled; empty if it can.
-    is_own : bool
-        Whether code of its class took it apart.
-    """
-
-    __slots__ = (
-        *("amounts", "depth", "is_own", "items", "kept", "label", "obj", "parent", "refusal"),
-        "style",
-    )
-
-    def __init__(self, obj: Any, parent: Part | None, style: int, label: Any) -> None:
-        self.obj = obj
-        self.parent = parent
-        self.style = style
-        self.label = label
-        self.amounts = of.none()
-        self.amounts[of.PARTS] = 1
-        self.items: Iterator[Item] | None = None
-        self.kept: list[tuple[int, int, Part]] = []
-        self.refusal = ""
-        self.is_own = False
-        self.depth: int = 0 if parent is None else parent.depth + 1
-
-    @property
-    def nbytes(self) -> int:
-        """In the stream and beside it, bytes."""
-        return self.amounts[of.STREAM] + self.amounts[of.OUT]
 
 
 class Walk:
@@ -109,8 +73,7 @@ class Walk:
     def __init__(self, obj: object, threshold: int) -> None:
         self._reducer = Reducer(threshold)
         self._sink = self._reducer.sink
-        self._memo: dict[int, Any] = {}
-        self._early: frozenset[int] = frozenset()  # what the pickler refers to by two bytes
+        self._memo = Memo()
         self._serial = itertools.count()
         self._ndarray = getattr(sys.modules.get("numpy"), "ndarray", None)
         levels = self._sink.table.levels
@@ -146,7 +109,7 @@ class Walk:
     def _of_number(self, obj: object) -> Part:
         part = Part(obj, None, ROOT, "")
         part.amounts[of.PARTS] = 0
-        self._add_plain(part.amounts, obj)
+        self._memo.add(part.amounts, obj)
         return part
 
     def _next(self, part: Part) -> Part | None:
@@ -156,7 +119,7 @@ class Walk:
             for style, label, obj in part.items or ():
                 kind = type(obj)
                 if kind in NUMBERS or id(obj) in memo:
-                    self._add_plain(total, obj)
+                    self._memo.add(total, obj)
                     continue
                 if len(part.kept) >= _ALWAYS_KEPT and self._is_few(total, obj, kind):
                     continue
@@ -207,29 +170,7 @@ class Walk:
         """Say that the object cannot be pickled as a whole."""
         self._refuse(self.root, error)
 
-    # --- what has no parts
-
-    def _add_plain(self, total: list[int], obj: Any) -> None:
-        """Add a number, a string, or what is in the stream already."""
-        total[of.PARTS] += 1
-        kind = type(obj)
-        if kind in NUMBERS:
-            total[of.ATOMS] += 1
-            total[of.STREAM] += of.nbytes_of_number(obj)
-        elif id(obj) in self._memo:
-            total[of.AGAIN] += 1
-            total[of.STREAM] += self._nbytes_again(id(obj))
-        else:
-            self._memo[id(obj)] = obj
-            total[of.STRINGS] += 1
-            total[of.STREAM] += of.nbytes_of_string(obj)
-
-    def _nbytes_again(self, key: int) -> int:
-        if not self._early:
-            if len(self._memo) < _N_EARLY:
-                return 2
-            self._early = frozenset(itertools.islice(self._memo, _N_EARLY))
-        return 2 if key in self._early else GET_NBYTES
+    # --- a few numbers and strings
 
     def _is_few(self, total: list[int], obj: Any, kind: type) -> bool:
         """Add what has a few numbers and strings in it, and no others; the same as `_enter` does.
@@ -246,7 +187,7 @@ class Walk:
         elif kind is tuple or kind is list:
             is_few = len(obj) <= _FEW and PLAIN.issuperset(map(type, obj))
             if is_few:
-                self._add_few(total, obj)
+                self._memo.add_few(total, obj)
                 total[_COUNTED_AS[kind]] += 1
                 total[of.STREAM] += _nbytes_around(kind, len(obj))
         else:
@@ -269,56 +210,20 @@ class Walk:
         values = state.values()
         if not (PLAIN.issuperset(map(type, values)) and PLAIN.issuperset(map(type, state))):
             return False
-        self._add_few(total, state)
-        self._add_few(total, values)
+        self._memo.add_few(total, state)
+        self._memo.add_few(total, values)
         total[of.PARTS] -= 1
         total[of.INSTANCES] += 1
-        nbytes = 6 + of.nbytes_of_batches(len(state)) + self._nbytes_again(id(kind))
+        nbytes = 6 + of.nbytes_of_batches(len(state)) + self._memo.nbytes_again(id(kind))
         total[of.STREAM] += nbytes
         memo[id(obj)] = obj
         memo[id(state)] = state
         return True
 
-    def _add_few(self, total: list[int], values: Iterable[Any]) -> None:
-        memo = self._memo
-        n = n_strings = n_again = stream = 0
-        for value in values:
-            n += 1
-            kind = type(value)
-            if kind in NUMBERS:
-                stream += 9 if kind is float else of.nbytes_of_number(value)
-            elif id(value) in memo:
-                n_again += 1
-                stream += self._nbytes_again(id(value))
-            else:
-                n_strings += 1
-                memo[id(value)] = value
-                stream += of.nbytes_of_string(value)
-        total[of.PARTS] += n + 1
-        total[of.STREAM] += stream
-        total[of.ATOMS] += n - n_strings - n_again
-        total[of.STRINGS] += n_strings
-        total[of.AGAIN] += n_again
-
-    def _add_all_plain(self, total: list[int], values: Any) -> None:
-        """Add numbers and strings, many at a time."""
-        strings = [value for value in values if type(value) in STRING_TYPES]
-        memo, ids = self._memo, set(map(id, strings))
-        if len(ids) < len(strings) or not memo.keys().isdisjoint(ids):
-            for value in values:
-                self._add_plain(total, value)
-            return
-        memo.update(zip(map(id, strings), strings, strict=True))
-        numbers = [v for v in values if type(v) in NUMBERS] if strings else values
-        total[of.PARTS] += len(values)
-        total[of.ATOMS] += len(numbers)
-        total[of.STRINGS] += len(strings)
-        total[of.STREAM] += of.nbytes_of_numbers(numbers) + of.nbytes_of_strings(strings)
-
     def _enter(self, above: Part, style: int, label: Any, obj: Any, kind: type) -> Part | None:
         """Return a part for an object; ``None`` if it is small and was added to `above`."""
         if kind in STRING_TYPES and len(obj) < _LEAST_KEPT_NBYTES and style != ROOT:
-            self._add_plain(above.amounts, obj)
+            self._memo.add(above.amounts, obj)
             return None
         part = Part(obj, above, style, label)
         if part.depth > _DEEPEST:
@@ -326,7 +231,7 @@ class Walk:
             return part
         if kind in STRING_TYPES:
             part.amounts[of.PARTS] = 0
-            self._add_plain(part.amounts, obj)
+            self._memo.add(part.amounts, obj)
             return part
         self._memo[id(obj)] = obj
         opener = _CONTAINERS.get(kind)
@@ -386,7 +291,7 @@ class Walk:
         total[_COUNTED_AS[kind]] = 1
         total[of.STREAM] = _nbytes_around(kind, n)
         if set(map(type, obj)) <= PLAIN:
-            self._add_all_plain(total, obj)
+            self._memo.add_all(total, obj)
         else:
             part.items = ((INDEX, i, one) for i, one in enumerate(obj))
 
@@ -401,11 +306,11 @@ class Walk:
         values = list(obj.values())
         is_plain = set(map(type, values)) <= PLAIN
         if set(map(type, obj)) <= PLAIN:
-            self._add_all_plain(part.amounts, list(obj))
+            self._memo.add_all(part.amounts, list(obj))
         else:
             yield from ((KEY, key, key) for key in list(obj))
         if is_plain:
-            self._add_all_plain(part.amounts, values)
+            self._memo.add_all(part.amounts, values)
         else:
             yield from ((style, key, value) for key, value in zip(list(obj), values, strict=True))
 
