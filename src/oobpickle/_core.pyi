@@ -75,7 +75,7 @@ class Message:
         blocks: Blocks | Literal[False] | None,
         threshold: int,
         tables: tuple[Mapping[type, Any], Mapping[type, Any], Mapping[type, Any], Any],
-        published: Blocks | None = None,
+        published: Blocks | Literal[False] | None = None,
         /,
     ) -> None: ...
     @property

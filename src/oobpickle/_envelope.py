@@ -308,7 +308,8 @@ def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memor
         raise EnvelopeError(f"{len(indices)} blocks for buffers that need {len(needs)}")
     if len(set(indices)) != len(indices):
         raise EnvelopeError("an envelope names a block twice")
-    return core.spread(claim(pairs, needs), sizes, True), stream
+    parts = core.spread(claim(pairs, needs), sizes, True)
+    return arena.receiving.within_limit(parts), stream
 
 
 def introduce(arena: SharedArena) -> None:

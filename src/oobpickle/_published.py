@@ -141,12 +141,16 @@ class Broadcast(_Refuses, Generic[T]):
             If the handle was closed.
         """
         if self._value is _NOTHING:
-            parts = self._open()
-            own = [part if self.readonly else _again(part) for part in parts]
-            loaded = _load(self._index, self._n_sizes, own)
+            loaded = self._fresh()
             if self._value is _NOTHING:  # another thread may have been faster
                 self._value = loaded
         return self._value  # type: ignore[no-any-return]
+
+    def _fresh(self) -> Any:
+        """Load the object, whatever was done to `value` here."""
+        parts = self._open()
+        own = [part if self.readonly else _again(part) for part in parts]
+        return _load(self._index, self._n_sizes, own)
 
     def close(self) -> None:
         """Give up this process's references now, rather than when the handle is dropped.
@@ -228,10 +232,11 @@ def _load(index: Any, n_sizes: int, parts: list[Any]) -> Any:
 
 
 def _block_of(part: Any) -> core.Block | None:
+    """Return the reference of which `part` is all: of a handle within another object it is not."""
     block = getattr(part, "obj", None)
-    if core is None or not isinstance(block, core.Block):
+    if core is None or not isinstance(block, core.Block) or not block.is_reference:
         return None
-    return block if block.is_reference else None
+    return block if memoryview(block).nbytes == memoryview(part).nbytes else None
 
 
 def _frozen(part: Any) -> memoryview:
@@ -245,7 +250,14 @@ def _writable(part: Any) -> Any:
     block = _block_of(part)
     if block is not None:
         return memoryview(block)  # all of it: the pickler has said that it was read-only
+    if _is_frozen(part):  # within an object that nobody is to write to
+        return part
     return bytearray(part) if memoryview(part).readonly else part
+
+
+def _is_frozen(part: Any) -> bool:
+    block = getattr(part, "obj", None)
+    return core is not None and isinstance(block, core.Block) and memoryview(block).readonly
 
 
 def _again(part: Any) -> Any:
@@ -274,7 +286,8 @@ def store(obj: Any, arena: SharedArena | None, *, readonly: bool) -> Broadcast[A
     kind = type(obj).__name__
     if arena is None:
         return _in_memory(obj, kind, readonly=readonly)
-    message = core.Message(arena.blocks, 0, tables({}), None)  # what is in it is copied
+    # What lies in other published memory is copied: references are to blocks, not to references.
+    message = core.Message(arena.blocks, 0, tables({}), False)
     message.is_coarse = True
     take_apart(obj, message, by_value=True)
     if message.nbytes < _LEAST_PUBLISHED_NBYTES:

@@ -18,3 +18,8 @@ def test_broadcast_with(case, start_method):
 @pytest.mark.parametrize("case", [case for case in CASES if case not in WITH_METHOD])
 def test_broadcast(case):
     run_program("broadcast", case)
+
+
+@pytest.mark.parametrize("case", cases_of("early_hooks"))
+def test_broadcast_where_others_have_hooks(case):
+    run_program("early_hooks", case, fresh=True)

@@ -4,6 +4,7 @@ import contextlib
 import copy
 import gc
 import pickle
+import struct
 import weakref
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 import oobpickle
 from oobpickle import _published
+from oobpickle._native import core
 from oobpickle._published import Broadcast, living
 
 
@@ -225,3 +227,36 @@ def test_full_memory_is_counted():
         one = oobpickle.broadcast(np.ones(1 << 20))
         assert (one.value == 1).all()
         assert arena.statistics().fallbacks["full"].n_messages == 1
+
+
+@pytest.mark.parametrize("readonly", [False, True])
+@pytest.mark.parametrize("nbytes", [200_000, 10_000_000])
+def test_a_handle_within_another_object_is_stored_with_it(readonly, nbytes):
+    with oobpickle.enabled():
+        frozen = oobpickle.broadcast(np.full(nbytes // 8, 1.0), readonly=True)
+        free = oobpickle.broadcast(np.full(nbytes // 8, 2.0))
+        part = frozen.value[1000:]
+        outer = oobpickle.broadcast(
+            {"frozen": frozen, "free": free, "part": part, "own": np.full(nbytes // 8, 3.0)},
+            readonly=readonly,
+        )
+        frozen.close()
+        free.close()
+        del part
+        found = outer.value
+        sums = {name: array.sum() for name, array in found.items()}
+        n = nbytes // 8
+        assert sums == {"frozen": n, "free": 2 * n, "part": n - 1000, "own": 3 * n}
+        assert not found["frozen"].flags.writeable
+        for name in ("free", "part", "own"):
+            assert found[name].flags.writeable is not readonly
+            if not readonly:
+                found[name][:] = 0
+        assert found["frozen"].sum() == n
+        outer.close()
+
+
+def test_a_size_that_says_reference_without_an_offset_is_refused():
+    marked = struct.pack("<2Q", 8, 1 << 63 | 8)
+    with pytest.raises(ValueError, match="without its offset"):
+        core.spread([memoryview(bytearray(8))], marked, False)

@@ -58,20 +58,39 @@ static bool prepare(struct blocks *blocks)
     return true;
 }
 
+/* A child that is being forked, if there is one, inherits views. Whoever forks may not have the GIL, so
+   a view may be added between `before` and the fork: its adder calls this, too. */
+void birth_has_views(struct blocks *blocks)
+{
+    struct table *shared = blocks->table.shared;
+    atomic_thread_fence(memory_order_seq_cst);
+    u32 preparing = get_half(&blocks->own.birth.preparing);
+    if (preparing == UNKNOWN_CHILD)
+        put(&shared->header.unborn, 1);
+    else if (preparing)
+        put(&shared->participants[preparing - 1].inherits, 1);
+}
+
 static void before(void)
 {
     birth_pause();
-    for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena)
-        if (!prepare(blocks) && blocks->first_view)
-            put(&blocks->table.shared->header.unborn, 1);
+    for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
+        struct birth *birth = &blocks->own.birth;
+        put_half(&birth->preparing, prepare(blocks) ? birth->slot + 1 : UNKNOWN_CHILD);
+        atomic_thread_fence(memory_order_seq_cst);
+        if (blocks->first_view)
+            birth_has_views(blocks);
+    }
 }
 
 static void in_parent(void)
 {
     FAULT("birth.in_parent");
-    for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena)
+    for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
+        put_half(&blocks->own.birth.preparing, 0);
         if (!blocks->own.birth.epoch) /* else it is our own, and we have not joined yet */
             life_close(&blocks->own.birth.life);
+    }
     birth_go_on();
 }
 
@@ -89,6 +108,7 @@ static void in_child(void)
     FAULT("birth.in_child");
     for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
         struct birth *birth = &blocks->own.birth;
+        put_half(&birth->preparing, 0);
         blocks->own.life.page = NULL; /* MADV_DONTFORK: not mapped here */
         life_close(&blocks->own.life);
         if (birth->epoch) { /* that of our parent, which had not joined yet */

@@ -82,7 +82,8 @@ int step_begin(struct blocks *blocks)
     if (taken == TAKEN_DIRTY)
         table_rebuild(&blocks->table, NULL, NULL);
     table_drain(&blocks->table);
-    if (blocks->has_inherited)
+    /* The row also says so in the child of a fork that ran no hook. */
+    if (blocks->has_inherited || get(&blocks->table.shared->participants[blocks->lock.slot].inherits))
         views_take(blocks);
     return ROOM;
 }
@@ -427,7 +428,8 @@ static bool claim_one(struct block *block)
         return true;
     }
     u64 seen = atomic_load_explicit(&row->commit, memory_order_acquire);
-    if (state_of(seen) != IN_FLIGHT ||
+    /* Of this very lease: another reader may have claimed it a moment ago, and it was sent again. */
+    if (seen != commit_word(block->index, low_of(IN_FLIGHT, owner_of(seen)), block->generation) ||
         !row_change(row, block->index, seen, low_of(HELD, blocks->lock.slot)))
         return false;
     FAULT("claim.committed");

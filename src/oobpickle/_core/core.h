@@ -186,7 +186,10 @@ struct birth { /* of a child; in the child, until it joins */
     u64 epoch; /* of the child; 0: it is not forked yet */
     u64 incarnation;
     u32 slot;
+    half preparing; /* while it is forked: its slot + 1, or UNKNOWN_CHILD; else 0 */
 };
+
+#define UNKNOWN_CHILD UINT32_MAX
 
 struct participation {
     struct file handle; /* of the locks file: inherited, never locked */
@@ -226,6 +229,7 @@ int birth_start(void);
 void birth_pause(void);
 void birth_go_on(void);
 bool birth_take(struct blocks *blocks);
+void birth_has_views(struct blocks *blocks);
 
 /* --- blocks.c: one arena, as this process has it */
 
@@ -277,6 +281,7 @@ struct blocks {
     u64 unused_nbytes;  /* ... and of those that nobody here has */
     u64 entered_limit;
     u64 hurried_until;
+    u64 drops_hurried_until; /* the same for dropped references, which wait for less than messages do */
     u64 n_copied, nbytes_copied, n_shared; /* at a fork, and not counted yet */
     u32 n_held, n_inside, n_forking, n_tails;
     struct repeat repeats[REPEATS];
@@ -304,6 +309,7 @@ bool is_blocks(PyObject *object);
 
 bool reference_look(struct block *block);
 int view_map(struct block *block);
+int reference_read(const struct block *block, u64 at, char *to, u64 nbytes);
 void view_forget(struct block *block);
 struct block *view_at(struct blocks *blocks, const void *address, u64 nbytes);
 PyObject *refer_now(struct blocks *blocks, const struct block *view);

@@ -817,12 +817,10 @@ static PyObject *leave(PyObject *self, PyObject *Py_UNUSED(none))
 static int copy_reference(const struct message *message, const struct buffer *buffer, char *to)
 {
     struct block *block = (struct block *)PyList_GetItem(message->references, (Py_ssize_t)buffer->block);
-    if (block->address == NULL && view_map(block) != 0) {
-        PyErr_SetFromErrno(PyExc_OSError);
-        return -1;
-    }
-    copy_now(to, block->address + buffer->at, buffer->nbytes);
-    return 0;
+    if (reference_read(block, buffer->at, to, buffer->nbytes) == 0)
+        return 0;
+    PyErr_SetFromErrno(PyExc_OSError);
+    return -1;
 }
 
 /* Put copies in the place of references; the others are in memory. */
@@ -957,7 +955,7 @@ static PyObject *clear(PyObject *self, PyObject *Py_UNUSED(none))
 
 /* Message(blocks, threshold, tables, published): `blocks` is None if the buffers are not to go into an
    arena, and False if they are only to be counted; `published` is the arena to whose published memory
-   references may be sent, if there is one */
+   references may be sent, if it is not the same: None or False if there is none */
 static PyObject *new_message(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(keywords))
 {
     PyObject *blocks, *number, *tables, *published = NULL;

@@ -171,6 +171,11 @@ PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
         } else {
             struct placed placed;
             bool is_reference = nbytes & REFERRED;
+            if (is_reference && i + 1 == n) {
+                PyErr_SetString(PyExc_ValueError, "a reference without its offset");
+                Py_CLEAR(list);
+                break;
+            }
             if (is_reference) {
                 placed = (struct placed){.block = (u32)next_reference++, .at = size_at(&view, ++i)};
                 nbytes &= ~REFERRED;

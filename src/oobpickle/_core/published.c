@@ -58,6 +58,7 @@ static void remember(struct block *block)
     if (blocks->first_view)
         blocks->first_view->view_before = block;
     blocks->first_view = block;
+    birth_has_views(blocks);
 }
 
 /* Give a reference an address. -1: it cannot be mapped. */
@@ -71,6 +72,12 @@ int view_map(struct block *block)
     block->mapped = nbytes;
     remember(block);
     return 0;
+}
+
+/* Copy what a reference names: also where nothing more can be mapped. */
+int reference_read(const struct block *block, u64 at, char *to, u64 nbytes)
+{
+    return mapping_read(&block->blocks->mapping, place_of(block)->offset + at, to, nbytes);
 }
 
 void view_forget(struct block *block)
@@ -185,14 +192,18 @@ PyObject *view_again(PyObject *self, PyObject *Py_UNUSED(none))
 void release_unheld(struct blocks *blocks, bool reap)
 {
     const bool was_deaf = blocks->lock.is_deaf, kept_gil = blocks->lock.keeps_gil;
+    const u64 hurried_until = blocks->hurried_until;
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
+    if (blocks->drops_hurried_until > hurried_until)
+        blocks->hurried_until = blocks->drops_hurried_until;
     int problem = step_begin(blocks);
+    blocks->hurried_until = hurried_until;
     if (problem == ROOM) {
         if (reap)
             participant_reap(blocks);
         step_end(blocks);
     } else if (problem == BUSY)
-        blocks->hurried_until = now_us() + HURRY_US; /* the next ones do not wait for it */
+        blocks->drops_hurried_until = now_us() + HURRY_US; /* the next ones do not wait for it */
     blocks->lock.keeps_gil = kept_gil;
     blocks->lock.is_deaf = was_deaf;
 }
@@ -223,8 +234,12 @@ void views_take(struct blocks *blocks)
 void views_inherit(struct blocks *blocks)
 {
     blocks->has_inherited = blocks->first_view != NULL;
-    if (!blocks->has_inherited || !has_joined(blocks))
+    if (!has_joined(blocks))
         return;
+    if (!blocks->has_inherited) { /* a hook that ran before ours may have dropped what there was */
+        participant_inherit(blocks, false);
+        return;
+    }
     blocks->lock.keeps_gil = true;
     if (step_begin(blocks) == ROOM)
         step_end(blocks);

@@ -313,9 +313,10 @@ static half *nearest(struct table_view *table, half *head, u64 nbytes, u32 slot)
 static half *find_free(struct table_view *table, u32 size_class, u64 nbytes, u32 slot)
 {
     struct header *header = &table->shared->header;
-    if (get_half(&header->warm[size_class]))
+    /* A reference takes no pages: nobody would know any more which of them were made. */
+    if (nbytes && get_half(&header->warm[size_class]))
         return nearest(table, &header->warm[size_class], nbytes, slot);
-    for (u32 up = size_class + 1; up <= size_class + CLASSES_UP && up < CLASSES; up++) {
+    for (u32 up = size_class + 1; nbytes && up <= size_class + CLASSES_UP && up < CLASSES; up++) {
         u32 index = get_half(&header->warm[up]) - 1;
         if (index < ROWS && row_resident(table_row(table, index), index) >= nbytes)
             return &header->warm[up];

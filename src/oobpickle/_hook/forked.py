@@ -4,9 +4,9 @@
 
 **How it works.** Under fork nothing is pickled: the child has the very arguments of its parent,
 and among them handles that `broadcast` made. They are looked for where a pickler would come to
-them, in target, arguments and keyword arguments: in lists, tuples, dictionaries, sets,
-``functools.partial``, closures, bound methods, and the attributes of objects. What can be changed
-is changed in place: all of it is the child's own memory.
+them, in target, arguments, keyword arguments and further attributes of the process: in lists,
+tuples, dictionaries, sets, deques, ``functools.partial``, closures, bound methods, and the
+attributes of objects. What can be changed is changed in place: all of it is the child's own memory.
 
 **Lifetime.** It asks at call time whether this process has any handle.
 
@@ -26,10 +26,11 @@ from typing import Any, Final
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._published import Broadcast, living
 
-_LEAVES: Final = frozenset(
-    (type(None), bool, int, float, complex, str, bytes, bytearray, type, types.ModuleType)
+_LEAVES: Final = (str, bytes, bytearray, int, float, complex, type, types.ModuleType)
+#: Attributes of a process object that are multiprocessing's own.
+_THEIRS: Final = frozenset(
+    ("_identity", "_config", "_parent_pid", "_parent_name", "_popen", "_closed", "_name")
 )
-_FIELDS: Final = ("_target", "_args", "_kwargs")
 
 
 def hooked_bootstrap(original: Any) -> Any:
@@ -42,11 +43,10 @@ def hooked_bootstrap(original: Any) -> Any:
 
 
 def _replace_in(process: Any) -> None:
-    values, fields = Values(), vars(process)
-    with contextlib.suppress(RecursionError):  # what is so deep stays what it is
-        for name, value in list(fields.items()):
-            if name in _FIELDS or not name.startswith("_"):
-                fields[name] = values.of(value)
+    values = Values()
+    for name, value in list(vars(process).items()):
+        if name not in _THEIRS:
+            setattr(process, name, values.of(value))
     if values.error is not None:
         process.run = functools.partial(_raise, values.error)
 
@@ -60,60 +60,66 @@ class Values:
 
     Attributes
     ----------
-    error : Exception or None
-        Why an object could not be loaded.
+    error : Exception, optional
+        Of an object that could not be loaded. Whatever else goes wrong on the way, in a strange
+        object or one that is nested too deep for a pickler, leaves that as it is.
     """
 
     def __init__(self) -> None:
+        self.error: Exception | None = None
         # By id: the object, which keeps that its own, and what stands in its place.
         self._done: dict[int, tuple[Any, Any]] = {}
-        self.error: Exception | None = None
 
     def of(self, obj: Any) -> Any:
         """Return what stands in the place of `obj`: itself, unless it is or has a handle."""
-        if type(obj) in _LEAVES:
+        if obj is None or issubclass(type(obj), _LEAVES):
             return obj
         if id(obj) not in self._done:
             self._done[id(obj)] = obj, obj  # for what refers to itself
-            self._done[id(obj)] = obj, self._look(obj)
+            try:
+                self._done[id(obj)] = obj, self._look(obj)
+            except Exception as error:
+                pass_on_foreign(error)
         return self._done[id(obj)][1]
 
     def _look(self, obj: Any) -> Any:
         kind = type(obj)
         if kind is Broadcast:
-            return self._value_of(obj)
-        look = next((_BY_TYPE[base] for base in kind.__mro__ if base in _BY_TYPE), None)
-        value = obj if look is None else look(self, obj)
-        if kind not in _BY_TYPE:
-            self._in_attributes(obj)
-        return value
+            return self._load(obj)
+        look = _BY_TYPE.get(kind)
+        if look is not None:
+            return look(self, obj)
+        base = next((base for base in kind.__mro__ if base in _CONTAINERS), None)
+        found = obj if base is None else _BY_TYPE[base](self, obj)
+        self._in_attributes(found)
+        return found
 
-    def _value_of(self, handle: Broadcast[Any]) -> Any:
+    def _load(self, handle: Broadcast[Any]) -> Any:
         try:
-            return handle.value
+            return handle._fresh()  # not what the parent has made of its own
         except Exception as error:
             pass_on_foreign(error)
             self.error = error
             return handle
 
     def _in_attributes(self, obj: Any) -> None:
-        with contextlib.suppress(Exception):  # of an object that answers for another one
+        """Not by ``getattr``: a proxy would answer for something else, or fail."""
+        with contextlib.suppress(AttributeError):
             attributes = object.__getattribute__(obj, "__dict__")
             if type(attributes) is dict:
                 self._in_dict(attributes)
-        for name in _slot_names(type(obj)):
-            with contextlib.suppress(Exception):  # it is not set, or cannot be
+        for name in copyreg._slotnames(type(obj)):  # type: ignore[attr-defined]
+            with contextlib.suppress(AttributeError):
                 item = object.__getattribute__(obj, name)
                 value = self.of(item)
                 if value is not item:
                     object.__setattr__(obj, name, value)
 
     def _in_list(self, items: Any) -> Any:
-        for i, item in enumerate(items):
-            if type(item) not in _LEAVES:
-                value = self.of(item)
-                if value is not item:
-                    items[i] = value
+        for i, item in enumerate(list(items)):
+            value = self.of(item)
+            if value is not item:
+                items[i] = value
         return items
 
     def _in_dict(self, items: dict[Any, Any]) -> dict[Any, Any]:
@@ -125,16 +131,19 @@ class Values:
 
     def _in_tuple(self, items: tuple[Any, ...]) -> tuple[Any, ...]:
         values = [self.of(item) for item in items]
-        if all(value is item for value, item in zip(values, items, strict=True)):
+        changed = any(value is not item for value, item in zip(values, items, strict=True))
+        if not changed:
             return items
-        make = getattr(type(items), "_make", None)  # of a named tuple
-        return make(values) if callable(make) else tuple(values)
+        made = tuple.__new__(type(items), values)  # also a named one
+        if hasattr(items, "__dict__"):
+            vars(made).update(vars(items))
+        return made
 
     def _in_set(self, items: set[Any]) -> set[Any]:
         found = [item for item in items if type(item) is Broadcast]
         for handle in found:
             items.remove(handle)
-            items.add(handle.value)
+            items.add(self.of(handle))
         return items
 
     def _in_partial(self, call: functools.partial[Any]) -> functools.partial[Any]:
@@ -158,7 +167,6 @@ class Values:
             function.__defaults__ = self.of(defaults)
         if function.__kwdefaults__:
             self._in_dict(function.__kwdefaults__)
-        self._in_attributes(function)
         return function
 
     def _in_method(self, method: types.MethodType) -> types.MethodType:
@@ -167,8 +175,8 @@ class Values:
         return method if owner is method.__self__ else types.MethodType(method.__func__, owner)
 
 
-def _slot_names(kind: type) -> list[str]:
-    return list(copyreg._slotnames(kind))  # type: ignore[attr-defined]
+def _same(_values: Values, obj: Any) -> Any:
+    return obj
 
 
 _BY_TYPE: Final[dict[type, Callable[[Values, Any], Any]]] = {
@@ -180,4 +188,6 @@ _BY_TYPE: Final[dict[type, Callable[[Values, Any], Any]]] = {
     functools.partial: Values._in_partial,
     types.FunctionType: Values._in_function,
     types.MethodType: Values._in_method,
+    types.BuiltinFunctionType: _same,
 }
+_CONTAINERS: Final = frozenset((list, dict, tuple, set, collections.deque))

@@ -99,6 +99,15 @@ class Receiving:
                 views.append(memoryview(block))
         return views
 
+    def within_limit(self, parts: list[Any]) -> list[Any]:
+        """Copy the parts of a message that references brought, if there are too many mappings.
+
+        Each reference has one of its own, and a process that has all that it may can do nothing.
+        """
+        if self._blocks.n_held <= self._most_held:
+            return parts
+        return [_copy_of(part, part.nbytes) if _is_view(part) else part for part in parts]
+
     def _copies_out(self, nbytes: int, n_blocks: int) -> bool:
         blocks = self._blocks
         if blocks.n_held + n_blocks > self._most_held:
@@ -198,6 +207,11 @@ class Receiving:
             f"block {index} is not in flight with generation {generation}: this message was loaded "
             "already, or its sender took it back. Load each message once; keep the object instead."
         )
+
+
+def _is_view(part: Any) -> bool:
+    block = getattr(part, "obj", None)
+    return isinstance(block, core.Block) and block.is_reference and not block.is_copy
 
 
 def _copy_of(block: Any, nbytes: int) -> memoryview:

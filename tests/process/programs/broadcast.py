@@ -13,9 +13,11 @@ import subprocess
 import sys
 import typing
 import warnings
+import weakref
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.connection import Client, Listener
 from multiprocessing.pool import ThreadPool
+from typing import NamedTuple
 
 import inside
 import numpy as np
@@ -609,6 +611,92 @@ def _verify_all(values, handles):
     for value, handle in zip(values, handles, strict=True):
         verify(value)
         verify(handle.value)
+
+
+# --- in a forked process
+
+
+class _Named(NamedTuple):
+    table: object
+    number: int
+
+
+class _Slotted:
+    __slots__ = ("table",)
+
+    def __init__(self, table):
+        self.table = table
+
+
+class _Runs:
+    def __init__(self, table, results):
+        super().__init__()
+        self._table, self._results = table, results
+
+    def run(self):
+        self._results.put(int(self._table[1].sum()))
+
+
+class _Forked(_Runs, multiprocessing.get_context("fork").Process):
+    pass
+
+
+class _Spawned(_Runs, multiprocessing.get_context("spawn").Process):
+    pass
+
+
+def _put_type(results, table):
+    results.put(type(getattr(table, "table", None) or table[0]).__name__)
+
+
+def whatever_it_is_in(method):
+    """Under fork, too, where nothing is pickled."""
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled():
+        table = oobpickle.broadcast(message(24))
+        results = context.SimpleQueue()
+        for found in (_Named(table, 1), _Slotted(table), collections.deque([table])):
+            process = context.Process(target=_put_type, args=(results, found))
+            process.start()
+            assert results.get() == "tuple"
+            process.join()
+        if method != "forkserver":
+            process = (_Forked if method == "fork" else _Spawned)(table, results)
+            process.start()
+            assert results.get() == int(content(24, 1_000_000).sum())
+            process.join()
+
+
+def what_was_stored_and_not_the_parents_own(method):
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled():
+        table = oobpickle.broadcast(message(1))
+        table.value[1][:] = 0
+        results = context.SimpleQueue()
+        process = context.Process(target=_put, args=(results, table))
+        process.start()
+        process.join()
+        assert results.get() == (int(content(1, 1_000_000).sum()), True)
+
+
+def what_is_too_deep_or_gone_stays_as_it_is():
+    """What a forked process may have in its arguments is more than what pickles."""
+    context = multiprocessing.get_context("fork")
+    gone = weakref.proxy(_Task(None))
+    deep = []
+    for _ in range(10_000):
+        deep = [deep]
+    with oobpickle.enabled():
+        table = oobpickle.broadcast(message(1))
+        results = context.SimpleQueue()
+        process = context.Process(target=_put_after, args=(results, deep, gone, table))
+        process.start()
+        assert results.get() == int(content(1, 1_000_000).sum())
+        process.join()
+
+
+def _put_after(results, _deep, _gone, table):
+    results.put(_sum(table, 1))
 
 
 # --- without
