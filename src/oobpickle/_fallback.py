@@ -81,7 +81,7 @@ def describe_fallbacks(fallbacks: Mapping[str, Fallback]) -> str:
     return f"{n_messages} {plural} travelled in-band, none was lost: {'; '.join(parts)}"
 
 
-_LEAST_REPEATED_NBYTES: Final = 8 << 20
+_LEAST_REPEATED_NBYTES: Final = 32 << 20
 
 
 def describe_repeated(repeated: tuple[int, int] | None, nbytes: int) -> str:

@@ -36,7 +36,7 @@ from oobpickle._envelope import tables
 from oobpickle._errors import ArenaFullError
 from oobpickle._native import core
 from oobpickle._pickling import in_band
-from oobpickle._pickling.reducers import register
+from oobpickle._pickling.reducers import register_own
 from oobpickle._pickling.serializer import serialize, take_apart
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def _reduce(handle: Broadcast[Any]) -> Any:
     return arrive, (handle.readonly, handle._n_sizes, index, *map(PickleBuffer, parts))
 
 
-register(Broadcast, _reduce)
+register_own(Broadcast, _reduce)
 
 
 def arrive(readonly: bool, n_sizes: int, index: Any, *parts: Any) -> Any:

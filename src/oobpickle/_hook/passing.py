@@ -38,7 +38,10 @@ _PIDS: Final = (1 << 32) - 1
 
 _ROW_NBYTES: Final = 1024
 _KEPT: Final = struct.Struct("64Q")
-_AT: Final = core.LAYOUT["table.participants"] + core.LAYOUT["participant.kept"]
+#: Of the list in the first row of the table; without the core nobody has a table.
+_AT: Final = (
+    core.LAYOUT["table.participants"] + core.LAYOUT["participant.kept"] if core is not None else 0
+)
 _serials: Final = itertools.count()
 
 

@@ -60,6 +60,7 @@ EXPORTED_CHARS: Final = frozenset("?bBhHiIlLqQefdFDS")
 _MOST_OWNED_NBYTES: Final = 1000
 
 _registered: dict[type, Reducer] = {}
+_own: set[type] = set()  # classes of oobpickle among them
 
 
 def register(type: type, reducer: Reducer) -> None:
@@ -178,9 +179,15 @@ _AS_PICKLE: Final[Reducer] = methodcaller("__reduce_ex__", 5)
 _REDUCED: Final[Reducer] = attrgetter("reduced")
 
 
+def register_own(kind: type, reducer: Reducer) -> None:
+    """Use `reducer` for a class of oobpickle."""
+    _own.add(kind)
+    _registered[kind] = reducer
+
+
 def registered() -> dict[type, Reducer]:
-    """Return the reducers that `register` was given, by class."""
-    return dict(_registered)
+    """Return the reducers that users have given to `register`, by class."""
+    return {kind: reducer for kind, reducer in _registered.items() if kind not in _own}
 
 
 def levels(special: Mapping[type, Reducer]) -> tuple[Mapping[type, Reducer], ...]:

@@ -88,7 +88,7 @@ def test_it_is_said_once_at_the_end_of_the_block():
     array = np.ones(MIB)
     read, write = multiprocessing.Pipe(duplex=False)
     with pytest.warns(oobpickle.RepeatedWarning, match="broadcast") as said, oobpickle.enabled():
-        for _ in range(12):
+        for _ in range(40):
             write.send(array)
             read.recv()
     assert len(said) == 1
