@@ -28,10 +28,12 @@ from oobpickle._errors import (
     EnvelopeError,
     FallbackWarning,
     FileFormatError,
+    LockOwnerDiedWarning,
     NotServedWarning,
     OobPickleError,
     PayloadError,
     RepeatedWarning,
+    SharedStructureError,
     StaleEnvelopeError,
     StructureError,
 )
@@ -44,6 +46,8 @@ from oobpickle._pickling.payload import Payload
 from oobpickle._pickling.reducers import register, unregister
 from oobpickle._pickling.serializer import dumps, loads
 from oobpickle._published import Broadcast
+from oobpickle._share import share
+from oobpickle._shared import Shared
 from oobpickle._statistics import Statistics
 
 __all__ = [
@@ -57,11 +61,14 @@ __all__ = [
     "FallbackWarning",
     "FileFormatError",
     "FileLayout",
+    "LockOwnerDiedWarning",
     "NotServedWarning",
     "OobPickleError",
     "Payload",
     "PayloadError",
     "RepeatedWarning",
+    "Shared",
+    "SharedStructureError",
     "StaleEnvelopeError",
     "Statistics",
     "StructureError",
@@ -75,6 +82,7 @@ __all__ = [
     "loads",
     "merge",
     "register",
+    "share",
     "statistics",
     "uninstall",
     "unregister",

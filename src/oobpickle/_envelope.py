@@ -35,6 +35,7 @@ import pickle
 import struct
 import zlib
 from collections import deque
+from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
 from oobpickle import _faults
@@ -164,7 +165,7 @@ def needs_of(obj: object, threshold: int) -> list[int]:
     return needs
 
 
-def tables(special: dict[type, Any]) -> tuple[Any, ...]:
+def tables(special: Mapping[type, Any]) -> tuple[Any, ...]:
     """Return where a `Message` looks for reducers; `special` are those of its pickler."""
     return *levels(special), special_reducer
 

@@ -41,6 +41,10 @@ class FileFormatError(OobPickleError, ValueError):
     """A file is not what `dump` writes, truncated, altered, or of a newer version."""
 
 
+class SharedStructureError(OobPickleError, ValueError):
+    """Something was changed within `Shared.writing` that is not the memory of an array."""
+
+
 class ArenaError(OobPickleError, OSError):
     """The arena cannot be created, attached or used on this system."""
 
@@ -66,6 +70,10 @@ class RepeatedWarning(FallbackWarning):
 
 class NotServedWarning(FallbackWarning):
     """Nothing went out of band: a library was used that pickles by itself and is not served."""
+
+
+class LockOwnerDiedWarning(RuntimeWarning):
+    """A process died while it was writing to a shared object, which may be half changed."""
 
 
 def format_nbytes(nbytes: int) -> str:

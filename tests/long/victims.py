@@ -10,8 +10,8 @@ a life that fails, or does not come to its point, ends with another exit code th
 
 **Lifetime.** Until the kill. What it has sent stays with its receiver.
 
-**When it cannot.** A point that a forked child dies at (`fork.after_in_child`) takes its parent
-along, so that who watches the parent sees it.
+**When it cannot.** A point that a forked child dies at (`fork.after_in_child`, `views.referred`)
+takes its parent along, so that who watches the parent sees it.
 """
 
 import contextlib
@@ -26,10 +26,12 @@ import signal
 import sys
 import termios
 import threading
+import warnings
 from array import array
 from multiprocessing import util
 
 import inside
+import numpy as np
 from inside import content, message, verify
 
 import oobpickle
@@ -126,6 +128,15 @@ REACHED_BY = {
         "reference.unnamed",
         "views.referred",
     },
+    "share": {
+        "shared_lock.counted",
+        "shared_lock.ended",
+        "shared_lock.entered",
+        "shared_lock.given",
+        "shared_lock.inherited",
+        "shared_lock.taken",
+        "view.shared",
+    },
     "bury_a_child": {
         "participant.recovered",
         "participant.absorbed",
@@ -162,6 +173,7 @@ class Victim:
             self.drop,
             self.lease_new_rows,
             self.bury_a_child,
+            self.share,
             self.trim,
         ]
 
@@ -264,6 +276,26 @@ class Victim:
         self.held.append(verify(self.own_read.recv()))
         inner(self.arena).acquire([100_000, 2_000_000])
         os.kill(os.getpid(), signal.SIGKILL)
+
+    def share(self):
+        """Take the lock from a child that dies in the middle of a change."""
+        with warnings.catch_warnings(), oobpickle.share(np.zeros(10)) as shared:
+            warnings.simplefilter("ignore", oobpickle.LockOwnerDiedWarning)
+            self.own_write.send(shared)
+            arrived = self.own_read.recv()
+            with inside.faulty_children(self._of_children):
+                pid = os.fork()
+            self._follow(pid or os._exit(0))  # it takes references of its own
+            pid = os.fork()
+            if pid == 0:
+                turn = shared.writing()
+                turn.__enter__()
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._follow(pid, signal.SIGKILL)
+            with arrived.writing() as array:
+                array += 1
+            with shared.reading() as array:
+                assert (array == 1).all()
 
     def _follow(self, pid, expected=0):
         """Wait for a child; if it died of the armed signal, die of the same."""

@@ -319,7 +319,7 @@ void block_release(struct block *block)
     table_push(&blocks->table, block->index);
     FAULT("release.pushed");
     if (is_reference)
-        release_unheld(blocks, block->is_frozen); /* a handle: seldom, and perhaps the last of all */
+        release_unheld(blocks, block->is_frozen || block->is_shared); /* a handle: seldom, and perhaps the last of all */
 }
 
 static void leave_window(struct block *block)
@@ -519,11 +519,24 @@ static PyObject *empty(PyObject *self, PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
+/* __reduce__(): only a message knows what to do with a reference, and has a reducer of its own */
+static PyObject *refuse(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(none))
+{
+    PyErr_SetString(PyExc_TypeError,
+                    "what share() returned is shared memory, and no value: it can be sent through "
+                    "multiprocessing inside oobpickle.enabled() only, not by another pickler. Send a "
+                    "copy of an array in it instead");
+    return NULL;
+}
+
 static PyMethodDef methods[] = {
     {"reserve", reserve, METH_O, NULL},
     {"empty", empty, METH_NOARGS, NULL},
     {"freeze", view_freeze, METH_NOARGS, NULL},
     {"again", view_again, METH_NOARGS, NULL},
+    {"share", view_share, METH_NOARGS, NULL},
+    {"refer", refer, METH_O, NULL},
+    {"__reduce__", refuse, METH_NOARGS, NULL},
     {0},
 };
 

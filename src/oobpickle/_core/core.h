@@ -254,6 +254,7 @@ struct block {
     bool has_tail;    /* see `tails` */
     bool is_reference; /* without memory of its own: it names a published block */
     bool is_frozen;   /* nobody here can write to its view */
+    bool is_shared;   /* what is written to its view, all see; or a reference that will be such a view */
     u32 named;        /* that block */
     struct block *view_before, *view_after; /* of a reference with an address */
 };
@@ -319,6 +320,8 @@ void release_unheld(struct blocks *blocks, bool reap);
 PyObject *publish(PyObject *self, PyObject *list);
 PyObject *view_freeze(PyObject *self, PyObject *none);
 PyObject *view_again(PyObject *self, PyObject *none);
+PyObject *view_share(PyObject *self, PyObject *none);
+PyObject *refer(PyObject *self, PyObject *list);
 struct block *block_at(PyObject *list, Py_ssize_t i);
 PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes);
 bool block_reserve_now(PyObject *block, u64 total);
@@ -331,6 +334,10 @@ void block_punch_range(struct block *block, u64 at, u64 nbytes);
 
 void repeats_note(struct blocks *blocks, const Py_buffer *view);
 PyObject *repeated(PyObject *self, PyObject *none);
+
+/* --- shared_lock.c: one at a time writes to what is shared */
+
+int shared_lock_type_make(PyObject *module);
 
 /* --- fork.c: what this process has becomes its own */
 

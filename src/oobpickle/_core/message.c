@@ -15,7 +15,9 @@ stream once the sum of all so far reaches the threshold; what is in the stream b
     NOWHERE     they are counted only
 
 What lies in published memory and cannot be written (published.c) is not copied: a reference to it is
-sent, wherever the others are; in a pickle that everybody can load it is a copy, too.
+sent, wherever the others are; in a pickle that everybody can load it is a copy, too. A reference to what
+is shared (`refer`) is handed out by its owner; it cannot become a copy, so such a message is refused
+where it would have to travel in-band.
 
 A message goes from IN_BLOCKS to IN_MEMORY as a whole when there is no room for its next buffer, and
 back as a whole when room was waited for.
@@ -448,6 +450,37 @@ static int view_of(struct message *message, PyObject *source, Py_buffer *view)
     return PyObject_GetBuffer(source, view, PyBUF_STRIDED_RO);
 }
 
+static int refuse_shared(void)
+{
+    PyErr_SetString(PyExc_TypeError,
+                    "what share() returned cannot be sent in this message: its receiver has not joined "
+                    "the arena that it lies in, or there was no room there for the rest of the message. "
+                    "Start the receiver inside the same oobpickle.enabled(), and send large arrays in a "
+                    "message of their own");
+    return -1;
+}
+
+/* A reference that its owner has made for this message. */
+static int take_shared(struct message *message, struct block *reference)
+{
+    if (message->where != NOWHERE && (reference->blocks != message->published ||
+                                      reference->state != LEASED || reference->epoch != epoch()))
+        return refuse_shared();
+    struct buffer *buffer = new_buffer(message, 0);
+    if (buffer == NULL)
+        return -1;
+    if (message->where != NOWHERE) {
+        if (message->references == NULL && (message->references = PyList_New(0)) == NULL)
+            return -1;
+        *buffer = (struct buffer){.nbytes = reference->nbytes, .is_reference = true,
+                                  .block = (u32)PyList_Size(message->references)};
+        if (PyList_Append(message->references, (PyObject *)reference) != 0)
+            return -1;
+    }
+    message->n_buffers++;
+    return 0;
+}
+
 /* take(buffer): what the pickler asks about each PickleBuffer: True leaves it in the stream */
 static PyObject *take(PyObject *self, PyObject *buffer)
 {
@@ -457,6 +490,13 @@ static PyObject *take(PyObject *self, PyObject *buffer)
     while (i > 0 && message->pending[i - 1].stand_in != buffer)
         i--;
     struct pending *pending = i > 0 ? &message->pending[i - 1] : NULL;
+    if (pending && pending->source && Py_TYPE(pending->source) == block_type) {
+        PyObject *reference = Py_NewRef(pending->source);
+        drop_pending(message, i - 1);
+        int result = take_shared(message, (struct block *)reference);
+        Py_DECREF(reference);
+        return result == 0 ? Py_NewRef(Py_False) : NULL;
+    }
     if (pending && pending->view.obj) {
         view = pending->view;
         pending->view.obj = NULL; /* ours now */
@@ -646,9 +686,26 @@ static PyObject *reduce_exact_array(PyObject *self, PyObject *array)
     return NULL;
 }
 
+/* memoryview(memory): a reference that its owner hands out arrives as the block that it names */
+static PyObject *reduce_reference(PyObject *self, PyObject *object)
+{
+    struct block *reference = (struct block *)object;
+    if (Py_TYPE(object) != block_type || !reference->is_shared || reference->state != LEASED) {
+        PyErr_SetString(PyExc_TypeError, "not a reference to what is shared");
+        return NULL;
+    }
+    PyObject *made = stand_in(self, object);
+    PyObject *arguments = made ? PyTuple_Pack(1, made) : NULL;
+    Py_XDECREF(made);
+    PyObject *call = arguments ? PyTuple_Pack(2, (PyObject *)&PyMemoryView_Type, arguments) : NULL;
+    Py_XDECREF(arguments);
+    return call;
+}
+
 static PyMethodDef reducers[] = {
     {"reduce_as_pickle", reduce_as_pickle, METH_O, NULL},
     {"reduce_array", reduce_array, METH_O, NULL},
+    {"reduce_reference", reduce_reference, METH_O, NULL},
 };
 
 static bool is_a(PyTypeObject *kind, PyTypeObject **known, const char *module, const char *name)
@@ -705,6 +762,8 @@ static PyObject *subscript(PyObject *self, PyObject *kind)
         return PyCFunction_NewEx(&reducers[1], self, NULL);
     if (type == rebuild_type)
         return Py_NewRef(as_rebuild);
+    if (type == block_type)
+        return PyCFunction_NewEx(&reducers[2], self, NULL);
     if (!PyType_Check(kind) || PyType_IsSubtype(type, &PyType_Type)) {
         PyErr_SetObject(PyExc_KeyError, kind); /* its instances are classes, pickled by their names */
         return NULL;
@@ -817,6 +876,8 @@ static PyObject *leave(PyObject *self, PyObject *Py_UNUSED(none))
 static int copy_reference(const struct message *message, const struct buffer *buffer, char *to)
 {
     struct block *block = (struct block *)PyList_GetItem(message->references, (Py_ssize_t)buffer->block);
+    if (block->is_shared)
+        return refuse_shared();
     if (reference_read(block, buffer->at, to, buffer->nbytes) == 0)
         return 0;
     PyErr_SetFromErrno(PyExc_OSError);

@@ -1,6 +1,6 @@
 /* The extension module oobpickle._core.
 
-What. `Blocks`, `Block` and `Message`; `plan` and `spread`; `header` and `constants`, the words of a table file that never change;
+What. `Blocks`, `Block`, `Message` and `SharedLock`; `plan` and `spread`; `header` and `constants`, the words of a table file that never change;
 `copy`; the fork hooks; `arm` for tests.
 
 How it works. One initialisation in a process: sub-interpreters with a lock of their own cannot
@@ -172,7 +172,7 @@ PyMODINIT_FUNC PyInit__core(void)
     PyObject *module = PyModule_Create(&definition);
     PyObject *reasons = shortages(), *words = layout();
     if (module == NULL || reasons == NULL || words == NULL || blocks_type_make(module) != 0 ||
-        message_type_make(module) != 0 ||
+        message_type_make(module) != 0 || shared_lock_type_make(module) != 0 ||
         PyModule_AddObjectRef(module, "SHORTAGES", reasons) != 0 ||
         PyModule_AddObjectRef(module, "LAYOUT", words) != 0 ||
         PyModule_AddIntConstant(module, "TABLE_NBYTES", (long)TABLE_NBYTES) != 0 ||

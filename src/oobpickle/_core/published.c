@@ -7,7 +7,9 @@ How it works. A view is a mapping of its own (MAP_PRIVATE): pages that were not 
 block, which nobody writes while a reference names it, and a write makes the page this process's own.
 So what arrives is writable and independent, and costs page tables. A view that is frozen cannot be
 written, neither by NumPy nor by anybody else; memory that lies in one can be sent on as a reference
-(`refer_now`), since it is what was published.
+(`refer_now`), since it is what was published. A view that is shared (`share`) is the block itself, for
+everybody to write to: it is never frozen, so memory in it is copied when it is sent, and nothing but
+`refer` makes a reference to it.
 
 Lifetime. A view is a `Block`; its deallocation unmaps it and releases the reference. Who releases the
 last one frees the published block, if the lock can be had at once; else the next step of any process
@@ -115,7 +117,8 @@ struct block *view_at(struct blocks *blocks, const void *address, u64 nbytes)
 PyObject *view_freeze(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct block *block = (struct block *)self;
-    if (block->is_reference && !block->is_copy && block->address && !block->is_frozen)
+    if (block->is_reference && !block->is_copy && block->address && !block->is_frozen &&
+        !block->is_shared)
         block->is_frozen = mprotect(block->address, block->mapped, PROT_READ) == 0;
     return PyBool_FromLong(block->is_frozen);
 }
@@ -174,7 +177,8 @@ PyObject *view_again(PyObject *self, PyObject *Py_UNUSED(none))
 {
     const struct block *view = (const struct block *)self;
     struct blocks *blocks = view->blocks;
-    if (!view->is_reference || view->state != HELD || view->epoch != epoch() || !blocks->table.shared)
+    if (!view->is_reference || view->state != HELD || view->epoch != epoch() || !blocks->table.shared ||
+        view->is_shared)
         Py_RETURN_NONE;
     struct block *again = (struct block *)refer_now(blocks, view);
     if (again == NULL)
@@ -185,6 +189,73 @@ PyObject *view_again(PyObject *self, PyObject *Py_UNUSED(none))
         return (PyObject *)again;
     Py_DECREF((PyObject *)again);
     Py_RETURN_NONE;
+}
+
+/* share(): what is written to this view is written to the block, from now on; False if it cannot be */
+PyObject *view_share(PyObject *self, PyObject *Py_UNUSED(none))
+{
+    struct block *block = (struct block *)self;
+    struct mapping *mapping = &block->blocks->mapping;
+    if (block->is_shared && block->address)
+        Py_RETURN_TRUE;
+    if (!block->is_reference || block->is_copy || block->address == NULL || FAILS("view.share") ||
+        mapping_share(mapping, place_of(block)->offset, block->address, block->mapped) != 0)
+        Py_RETURN_FALSE;
+    FAULT("view.shared");
+    block->is_frozen = false;
+    block->is_shared = true;
+    Py_RETURN_TRUE;
+}
+
+static bool refer_all(struct blocks *blocks, PyObject *list, PyObject *references)
+{
+    for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
+        const struct block *view = block_at(list, i);
+        u32 index;
+        if (lease_reference(blocks, &index) != ROOM)
+            return false;
+        u64 generation = get(&table_row(&blocks->table, index)->generation);
+        struct block *block = block_new(blocks, index, generation, 0);
+        if (block == NULL)
+            return false;
+        block->state = LEASED;
+        PyList_SetItem(references, i, (PyObject *)block);
+        if (!table_name(&blocks->table, index, view->named) || !reference_look(block))
+            return false;
+        block->is_shared = true;
+    }
+    return true;
+}
+
+/* refer([Block]): [Block] references to these shared views of its arena, for one message, or (shortage, 0, 0) */
+PyObject *refer(PyObject *self, PyObject *list)
+{
+    struct blocks *blocks = ((struct block *)self)->blocks;
+    Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
+    bool are_shared = n >= 0;
+    for (Py_ssize_t i = 0; are_shared && i < n; i++) {
+        const struct block *view = block_at(list, i);
+        if (view == NULL)
+            return NULL;
+        are_shared = view->is_shared && view->state == HELD && view->blocks == blocks;
+    }
+    if (!are_shared) {
+        PyErr_SetString(PyExc_TypeError, "not a list of shared views of this arena");
+        return NULL;
+    }
+    PyObject *references = PyList_New(n);
+    int problem = references ? step_begin(blocks) : -1;
+    if (problem == ROOM) {
+        if (get(&blocks->table.shared->header.closed))
+            problem = DETACHED;
+        else if (!refer_all(blocks, list, references))
+            problem = TABLE;
+        step_end(blocks);
+    }
+    if (problem == ROOM)
+        return references;
+    Py_XDECREF(references);
+    return problem < 0 || PyErr_Occurred() ? NULL : Py_BuildValue("iKK", problem, 0ULL, 0ULL);
 }
 
 /* Free what nobody refers to any more, if the lock can be had; with `reap` also what was left by the

@@ -36,14 +36,19 @@ def reducer_of(kind: type) -> Reduce | None:
     if ndarray is None or not issubclass(kind, ndarray):
         return None
     if inherits(kind, ndarray, _REDUCERS):
-        is_ours = inherits(kind, ndarray, ["__setstate__"]) and _is_finalized_by_numpy(kind)
-        return _reduce_directly if is_ours else _reduce_by_state
+        return _reduce_directly if is_made_by_new(kind) else _reduce_by_state
     masked = getattr(sys.modules.get("numpy.ma"), "MaskedArray", None)
     if masked is None or not issubclass(kind, masked):
         return None
     if not inherits(kind, masked, (*_REDUCERS, "__getstate__")):
         return None
     return _reduce_masked_directly if kind is masked else _reduce_masked_by_state
+
+
+def is_made_by_new(kind: type) -> bool:
+    """Tell whether ``ndarray.__new__`` alone may rebuild an array of the class."""
+    ndarray: Any = sys.modules["numpy"].ndarray
+    return inherits(kind, ndarray, [*_REDUCERS, "__setstate__"]) and _is_finalized_by_numpy(kind)
 
 
 def _is_finalized_by_numpy(kind: type) -> bool:

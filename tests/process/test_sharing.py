@@ -1,0 +1,23 @@
+"""One memory for all, in real processes: see ``programs/sharing.py``."""
+
+import pytest
+
+from conftest import START_METHODS
+from process.harness import PROGRAMS, cases_of, run_program
+
+CASES = cases_of("sharing")
+
+
+def _takes_a_start_method(case):
+    return f"def {case}(method)" in (PROGRAMS / "sharing.py").read_text()
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize("case", [case for case in CASES if _takes_a_start_method(case)])
+def test_sharing_with(case, start_method):
+    run_program("sharing", case, start_method, within_s=100)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not _takes_a_start_method(case)])
+def test_sharing(case):
+    run_program("sharing", case)
