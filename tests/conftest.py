@@ -20,7 +20,7 @@ START_METHODS = ("fork", "spawn", "forkserver")
 multiprocessing.set_forkserver_preload(["numpy"])  # else each child of it imports it
 #: What can be tested without the extension module, where nothing could be compiled; but for files
 #: that use an arena for what they show.
-WITHOUT_CORE = ("unit/pickling", "unit/test_delegate.py", "unit/test_errors.py")
+WITHOUT_CORE = ("unit/pickling", "unit/files", "unit/test_delegate.py", "unit/test_errors.py")
 NEED_CORE = ("test_byte_types.py", "test_numpy_subclasses.py")
 HERE = Path(__file__).parent
 

@@ -334,7 +334,8 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
             elif libraries:
                 warnings.warn(not_served.describe(libraries), NotServedWarning, stacklevel=2)
             if repeated:
-                warnings.warn(repeated, RepeatedWarning, stacklevel=2)
+                with contextlib.suppress(RepeatedWarning):  # advice, and never an error
+                    warnings.warn(repeated, RepeatedWarning, stacklevel=2)
 
     def __del__(self) -> None:
         for block in getattr(self, "_blocks", ()):  # a Ctrl-C came before the first line inside

@@ -18,7 +18,13 @@ from dataclasses import dataclass
 from typing import Final
 
 from oobpickle._errors import format_nbytes, format_seconds
-from oobpickle._fallback import COUNTERS_END, REASONS, Fallback, fallbacks_of
+from oobpickle._fallback import (
+    COUNTERS_END,
+    REASONS,
+    Fallback,
+    describe_repeated,
+    fallbacks_of,
+)
 
 (
     N_MESSAGES,
@@ -88,6 +94,9 @@ class Statistics:
     n_references : int
         What stands for one of those in a handle, on its way, or where it has arrived. Each is one
         of the blocks in `n_blocks`, without bytes of its own.
+    repeated : tuple of int, or None
+        How often the process that asks has sent the same array (or other buffer) unchanged, ten
+        times or more, and its bytes; the one that was most. `broadcast` stores it once.
     nbytes_resident : int
         Bytes of the arena that have pages now.
     nbytes_huge : int
@@ -119,6 +128,7 @@ class Statistics:
     n_published: int
     nbytes_published: int
     n_references: int
+    repeated: tuple[int, int] | None
     nbytes_resident: int
     nbytes_huge: int
     capacity: int
@@ -163,6 +173,13 @@ class Statistics:
             lines.append(f"           {share} is stream: see oobpickle.explain(obj)")
         if self.n_messages_loaded:
             lines.append(f"  loaded   {self.n_messages_loaded:,} messages")
+        if hint := describe_repeated(self.repeated, self.nbytes_out_of_band):
+            lines.append(f"  {hint}")
+        if self.n_published:
+            lines.append(
+                f"  stored   {format_nbytes(self.nbytes_published)} by broadcast or share, "
+                f"with {self.n_references:,} references"
+            )
         lines += [
             f"  in-band  {one.n_messages:,} ({format_nbytes(one.nbytes)}): {REASONS[reason]}"
             for reason, one in self.fallbacks.items()
@@ -213,6 +230,7 @@ def summed(
     n_published: int = 0,
     nbytes_published: int = 0,
     n_references: int = 0,
+    repeated: tuple[int, int] | None = None,
     nbytes_resident: int,
     nbytes_huge: int,
     capacity: int,
@@ -241,6 +259,7 @@ def summed(
         n_published=n_published,
         nbytes_published=nbytes_published,
         n_references=n_references,
+        repeated=repeated,
         nbytes_resident=nbytes_resident,
         nbytes_huge=nbytes_huge,
         capacity=capacity,

@@ -37,6 +37,10 @@ KNOWN = {
     "n_quarantined": 1,
     "n_blocks": {"free": 1, "leased": 2, "in_flight": 3, "held": 4},
     "nbytes": {"free": 10, "leased": 20, "in_flight": 30, "held": 40},
+    "n_published": 2,
+    "nbytes_published": 60,
+    "n_references": 5,
+    "repeated": (10, 300),
     "nbytes_resident": 100,
     "nbytes_huge": 50,
     "capacity": 1 << 20,
@@ -135,6 +139,7 @@ def test_the_report_has_units_and_no_zeros():
     assert report.splitlines()[1:4] == [
         "  sent     32 MiB: 32 MiB in 40 buffers, 4.0 KiB of pickle stream",
         "  loaded   40 messages",
+        "  stored   60 bytes by broadcast or share, with 5 references",
         "  spent    12 ms pickling and copying, 900 us loading",
     ]
     assert " 0 " not in report

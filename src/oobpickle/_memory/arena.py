@@ -214,6 +214,7 @@ class SharedArena:
             n_published=n_blocks[4],
             nbytes_published=nbytes[4],
             n_references=n_blocks[5],
+            repeated=blocks.repeated(),
             nbytes_resident=resident if in_file is None else in_file,
             nbytes_huge=self._files.huge_nbytes(),
             capacity=self.options.capacity or 0,

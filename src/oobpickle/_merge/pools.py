@@ -130,9 +130,11 @@ class _Watch(threading.Thread):
         self._pool = pool
         self._tell = tell
         self._is_over = threading.Event()
+        # From before the first call: one that dies soon is replaced, and no longer listed.
+        self._known = {id(process): process for process in list(pool._pool)}
 
     def run(self) -> None:
-        known: dict[int, Any] = {}
+        known = self._known
         while not self._is_over.wait(_INTERVAL_S):
             known.update((id(process), process) for process in list(self._pool._pool))
             found = self._death_among(known)

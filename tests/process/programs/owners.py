@@ -26,7 +26,7 @@ from oobpickle import _api
 from oobpickle._hook import connections
 
 N = 4
-SMALL_NBYTES, LARGE_NBYTES = 3_000, 400_000  # below and above the threshold
+SMALL_NBYTES, LARGE_NBYTES = 3_000, 600_000  # below and above the threshold
 
 
 def _models(first=0):
