@@ -61,6 +61,15 @@ def by_start_method(cases):
     return sorted(others + [(case, "fork") for case in by_turns(cases)])
 
 
+def by_turns_of_start_methods(cases):
+    """Return pairs of a case and a start method: each case with one, which changes with the version
+    of Python, so that three in a row do all of them. The long runs do so with each."""
+    if REPEATS > 1:
+        return [(case, method) for case in cases for method in START_METHODS]
+    turn = sys.version_info.minor
+    return [(case, START_METHODS[(n + turn) % 3]) for n, case in enumerate(cases)]
+
+
 def eventually(condition, *, within_s=20.0):
     """Poll until `condition()` is true; fail with its last value at the deadline."""
     deadline = time.monotonic() + within_s

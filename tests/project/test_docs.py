@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import oobpickle
-from conftest import by_start_method
+from conftest import by_turns_of_start_methods
 
 PROJECT = Path(__file__).parents[2]
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})(.*)$")
@@ -140,7 +140,7 @@ def run(tmp_path, blocks, method):
     return printed
 
 
-@pytest.mark.parametrize(("name", "method"), by_start_method(PROGRAMS))
+@pytest.mark.parametrize(("name", "method"), by_turns_of_start_methods(PROGRAMS))
 def test_every_block_runs_and_prints_what_the_document_says(tmp_path, name, method):
     blocks = RUN[name]
     printed = run(tmp_path, blocks, method)

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import START_METHODS
+from conftest import by_turns_of_start_methods
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PROGRAMS = {
@@ -40,8 +40,7 @@ def load(name):
     return module
 
 
-@pytest.mark.parametrize("start_method", START_METHODS)
-@pytest.mark.parametrize("name", PROGRAMS)
+@pytest.mark.parametrize(("name", "start_method"), by_turns_of_start_methods(PROGRAMS))
 def test_program_ends_well(name, start_method):
     arguments, expected = PROGRAMS[name]
     command = [sys.executable, "-W", "error", "-W", "ignore:This process:DeprecationWarning"]

@@ -136,7 +136,7 @@ def test_the_report_has_units_and_no_zeros():
         NS_LOADING=900_000,
     )
 
-    assert report.splitlines()[1:4] == [
+    assert report.splitlines()[1:5] == [
         "  sent     32 MiB: 32 MiB in 40 buffers, 4.0 KiB of pickle stream",
         "  loaded   40 messages",
         "  stored   60 bytes by broadcast or share, with 5 references",

@@ -134,7 +134,7 @@ class _Watch(threading.Thread):
         self._known = {id(process): process for process in list(pool._pool)}
 
     def run(self) -> None:
-        known = self._known
+        known, self._known = self._known, {}  # they have descriptors
         while not self._is_over.wait(_INTERVAL_S):
             known.update((id(process), process) for process in list(self._pool._pool))
             found = self._death_among(known)

@@ -38,7 +38,7 @@ class Stop:
         try:
             self._fd = os.memfd_create(f"oobpickle-merge-{secrets.token_hex(8)}")
             _open[self._fd] = id(self)
-            self._link = os.readlink(f"/proc/self/fd/{self._fd}")
+            self._link = _link_of(self._fd)
         except (OSError, AttributeError):  # seen by nobody, then
             self._link = ""
 
@@ -49,14 +49,27 @@ class Stop:
     def set(self) -> None:
         """Call the rest off. No error if it is called off already."""
         self._is_set = True
-        fd, self._fd = self._fd, None
-        if fd is not None and _open.pop(fd, None) == id(self):
-            os.close(fd)
+        fd = self._fd
+        if fd is None:
+            return
+        # An interrupt may come anywhere here, and then this is called again.
+        if _open.get(fd) == id(self):
+            if _link_of(fd) == self._link:
+                os.close(fd)
+            _open.pop(fd, None)
+        self._fd = None
 
     __del__ = set
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Watcher, (os.getpid(), self._fd, self._link)
+
+
+def _link_of(fd: int) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
 
 
 class Watcher:

@@ -16,6 +16,7 @@ import pytest
 
 import oobpickle
 import samples
+from conftest import by_turns
 from oobpickle import FileFormatError
 from oobpickle._files import writing
 from oobpickle._native import core
@@ -109,7 +110,7 @@ def test_one_array_in_two_places_stays_one(mode, path):
     assert len(oobpickle.verify(path).sizes) == 2
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", by_turns(MODES))
 def test_a_hundred_thousand_small_arrays(mode, path):
     obj = [np.full(3, n) for n in range(100_000)]
     oobpickle.dump(obj, path)
