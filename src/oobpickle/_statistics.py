@@ -93,7 +93,7 @@ class Statistics:
         Blocks in which `broadcast` has stored something, and the bytes in them.
     n_references : int
         What stands for one of those in a handle, on its way, or where it has arrived. Each is one
-        of the blocks in `n_blocks`, without bytes of its own.
+        of the blocks in ``n_blocks``, without bytes of its own.
     repeated : tuple of int, or None
         How often the process that asks has sent the same array (or other buffer) unchanged, ten
         times or more, and its bytes; the one that was most. `broadcast` stores it once.

@@ -16,6 +16,7 @@ so its workers stop working for nobody. A forked child closes its own descriptor
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import secrets
@@ -31,6 +32,7 @@ class Stop:
         self._is_set = False
         self._fd: int | None = None
         self._link = ""
+        self._inode = 0
 
     def show(self) -> None:
         """Let other processes see it."""
@@ -38,7 +40,8 @@ class Stop:
         try:
             self._fd = os.memfd_create(f"oobpickle-merge-{secrets.token_hex(8)}")
             _open[self._fd] = id(self)
-            self._link = _link_of(self._fd)
+            self._inode = os.fstat(self._fd).st_ino
+            self._link = os.readlink(f"/proc/self/fd/{self._fd}")
         except (OSError, AttributeError):  # seen by nobody, then
             self._link = ""
 
@@ -54,8 +57,9 @@ class Stop:
             return
         # An interrupt may come anywhere here, and then this is called again.
         if _open.get(fd) == id(self):
-            if _link_of(fd) == self._link:
-                os.close(fd)
+            with contextlib.suppress(OSError):  # closed the time before
+                if os.fstat(fd).st_ino == self._inode:
+                    os.close(fd)
             _open.pop(fd, None)
         self._fd = None
 
@@ -63,13 +67,6 @@ class Stop:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Watcher, (os.getpid(), self._fd, self._link)
-
-
-def _link_of(fd: int) -> str:
-    try:
-        return os.readlink(f"/proc/self/fd/{fd}")
-    except OSError:
-        return ""
 
 
 class Watcher:
