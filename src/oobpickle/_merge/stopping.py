@@ -20,9 +20,11 @@ import contextlib
 import functools
 import os
 import secrets
+import threading
 from typing import Any
 
 _open: dict[int, int] = {}  # whose it is, as a number: it keeps nothing
+_forking = threading.RLock()  # held while this process forks
 
 
 class Stop:
@@ -37,9 +39,11 @@ class Stop:
     def show(self) -> None:
         """Let other processes see it."""
         _close_in_children()
+        name = f"oobpickle-merge-{secrets.token_hex(8)}"
         try:
-            self._fd = os.memfd_create(f"oobpickle-merge-{secrets.token_hex(8)}")
-            _open[self._fd] = id(self)
+            with _forking:  # else a child of another thread would keep it
+                self._fd = os.memfd_create(name)
+                _open[self._fd] = id(self)
             self._inode = os.fstat(self._fd).st_ino
             self._link = os.readlink(f"/proc/self/fd/{self._fd}")
         except (OSError, AttributeError):  # seen by nobody, then
@@ -57,10 +61,11 @@ class Stop:
             return
         # An interrupt may come anywhere here, and then this is called again.
         if _open.get(fd) == id(self):
-            with contextlib.suppress(OSError):  # closed the time before
-                if os.fstat(fd).st_ino == self._inode:
-                    os.close(fd)
-            _open.pop(fd, None)
+            with _forking:
+                with contextlib.suppress(OSError):  # closed the time before
+                    if os.fstat(fd).st_ino == self._inode:
+                        os.close(fd)
+                _open.pop(fd, None)
         self._fd = None
 
     __del__ = set
@@ -104,8 +109,11 @@ class Watcher:
 @functools.cache
 def _close_in_children() -> None:
     def close() -> None:
+        _forking.release()
         for fd in list(_open):
             _open.pop(fd)
             os.close(fd)
 
-    os.register_at_fork(after_in_child=close)
+    os.register_at_fork(
+        before=_forking.acquire, after_in_parent=_forking.release, after_in_child=close
+    )
