@@ -43,6 +43,29 @@ def pytest_report_header(config):
 REPEATS = int(os.environ.get("OOBPICKLE_REPEATS", "1"))  # see `process.inside`
 
 
+#: What hardly turns on the version of Python, and takes long: each version runs a third of it, so that
+#: three in a row do all. `OOBPICKLE_ALL=1` runs all of it, and so do the long runs.
+BY_THIRDS = (
+    *("unit/merge", "unit/files", "unit/explain", "unit/cli", "unit/test_ecosystem.py"),
+    *("process/test_merging.py", "process/test_sharing.py", "process/test_files.py"),
+    *("process/test_other_programs.py", "process/test_multiprocess_library.py"),
+    *("project/test_docs.py", "project/test_markov_example.py", "project/test_sharing_examples.py"),
+)
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave two thirds of what is done by thirds to other versions; not of what was asked for."""
+    if REPEATS > 1 or os.environ.get("OOBPICKLE_ALL") or len(config.args) != 1:
+        return
+    if Path(config.args[0]).resolve() not in (HERE, HERE.parent):
+        return
+    folders = tuple(str(HERE / name) for name in BY_THIRDS)
+    by_thirds = [item for item in items if str(item.path).startswith(folders)]
+    left = set(by_thirds) - set(by_thirds[sys.version_info.minor % 3 :: 3])
+    config.hook.pytest_deselected(items=[item for item in items if item in left])
+    items[:] = [item for item in items if item not in left]
+
+
 def by_turns(cases):
     """Return every second case; two versions of Python in a row do all, and the long runs each."""
     return cases if REPEATS > 1 else cases[sys.version_info.minor % 2 :: 2]

@@ -236,7 +236,7 @@ def test_threads_of_one_process_exclude_each_other(one):
         nonlocal n
         for _ in range(300):
             with one.writing(timeout=20):
-                entered.append(threading.get_ident())
+                entered.append(threading.current_thread().name)
                 seen = n
                 os.sched_yield()
                 n = seen + 1
