@@ -43,8 +43,8 @@ def pytest_report_header(config):
 REPEATS = int(os.environ.get("OOBPICKLE_REPEATS", "1"))  # see `process.inside`
 
 
-#: What hardly turns on the version of Python, and takes long: each version runs a third of it, so that
-#: three in a row do all. `OOBPICKLE_ALL=1` runs all of it, and so do the long runs.
+#: What hardly turns on the version of Python, and takes long: each version runs a third of it, so
+#: that three in a row do all. `OOBPICKLE_ALL=1` runs all of it, and so do the long runs.
 BY_THIRDS = (
     *("unit/merge", "unit/files", "unit/explain", "unit/cli", "unit/test_ecosystem.py"),
     *("process/test_merging.py", "process/test_sharing.py", "process/test_files.py"),
