@@ -173,11 +173,14 @@ def test_what_is_too_deep_for_pickle_is_refused():
     obj = None
     for _ in range(12_000):
         obj = [obj]
-    with pytest.raises(RecursionError):
+    try:
         pickle.dumps(obj, 5)
+        is_refused = False  # 3.14 goes as deep as its stack
+    except RecursionError:
+        is_refused = True
     explanation = oobpickle.explain(obj)
 
-    assert "RecursionError" in explanation.reason
+    assert ("RecursionError" in explanation.reason) == is_refused
     assert len(str(explanation)) < 5000
 
 

@@ -369,7 +369,7 @@ def test_where_it_is_that_cannot_be_pickled_is_noted(path):
     with pytest.raises(TypeError) as caught:
         oobpickle.dump({"a": [threading.Lock()]}, path)
 
-    assert caught.value.__notes__ == ["oobpickle: pickling a _thread.lock at $['a'][0]"]
+    assert "oobpickle: pickling a _thread.lock at $['a'][0]" in caught.value.__notes__
 
 
 def test_a_foreign_error_of_a_reducer_keeps_its_own_path(path):
