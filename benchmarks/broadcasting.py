@@ -32,13 +32,12 @@ import importlib.util
 import multiprocessing
 import os
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from _sides import Side, answer
 
 import oobpickle
 
@@ -151,33 +150,8 @@ _SIDES = {"plain": _plain, "oobpickle": _ours, "ray": _ray}
 
 def _serve(name: str, nbytes: int) -> None:
     work = _SIDES[name](np.arange(nbytes // 8, dtype=np.float64))
-    for line in sys.stdin:
-        start = time.perf_counter()
-        work[line.strip()]()
-        print(f"took {time.perf_counter() - start}", flush=True)
+    answer(work)
     os._exit(0)  # the pool's workers end with it
-
-
-class _Side:
-    def __init__(self, name: str, nbytes: int) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", name, "--nbytes", str(nbytes)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def time_s(self, row: str) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{row}\n")
-        self._process.stdin.flush()
-        while not (line := self._process.stdout.readline()).startswith("took "):
-            assert line, "a side has ended"  # Ray prints
-        return float(line.split()[1])
-
-    def end(self) -> None:
-        self._process.communicate()
 
 
 def _ms(times_s: list[float]) -> str:
@@ -185,7 +159,7 @@ def _ms(times_s: list[float]) -> str:
     return f"{1e3 * middle:.2f} ms ({1e3 * first:.2f} to {1e3 * third:.2f})"
 
 
-def _compare(row: str, sides: dict[str, _Side], n_passes: int) -> bool:
+def _compare(row: str, sides: dict[str, Side], n_passes: int) -> bool:
     """Print a row; tell whether it is below what it should be."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for n in range(-1, n_passes):
@@ -219,7 +193,7 @@ def main() -> int:
         _serve(options.serve, nbytes)
         return 0
     names = [n for n in _SIDES if n != "ray" or importlib.util.find_spec("ray") is not None]
-    sides = {name: _Side(name, nbytes) for name in names}
+    sides = {name: Side(__file__, "--serve", name, "--nbytes", str(nbytes)) for name in names}
     rows = ("each-reads-all", "hundred-tasks", "slices")
     is_short = [_compare(row, sides, options.passes) for row in rows]
     alone: dict[str, list[float]] = {}

@@ -24,11 +24,11 @@ import json
 import multiprocessing
 import sys
 import time
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from _receiver import timed, worker
 
 import oobpickle
 
@@ -97,34 +97,6 @@ OBJECTS = (
 )
 
 
-def serve(connection: Connection) -> None:
-    """Load messages until there are none."""
-    while True:
-        try:
-            message = connection.recv()
-        except EOFError:
-            return
-        connection.send(None)
-        del message
-
-
-def timed(connection: Connection, obj: object) -> float:
-    """Return the seconds until the other side has rebuilt the object."""
-    start_s = time.perf_counter()
-    connection.send(obj)
-    connection.recv()
-    return time.perf_counter() - start_s
-
-
-def worker(context: Any) -> tuple[Connection, Any]:
-    """Start a process that loads; return the connection to it, and the process."""
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,))
-    process.start()
-    theirs.close()
-    return ours, process
-
-
 def measured(obj: object, n_rounds: int) -> tuple[float, float]:
     """Return the shortest times of both ways, seconds."""
     context = multiprocessing.get_context("spawn")
@@ -133,12 +105,8 @@ def measured(obj: object, n_rounds: int) -> tuple[float, float]:
         served, two = worker(context)
         times: list[tuple[float, float]] = []
         for _ in range(n_rounds + 1):
-            # `plain` is older than the block: its messages go in-band, but through the hook. So
-            # that they do not, they are pickled as without it.
-            start_s = time.perf_counter()
-            plain.send_bytes(multiprocessing.reduction.ForkingPickler.dumps(obj))
-            plain.recv()
-            times.append((time.perf_counter() - start_s, timed(served, obj)))
+            # `plain` is older than the block: its messages go in-band, but through the hook.
+            times.append((timed(plain, obj, is_plain=True), timed(served, obj)))
         assert arena.statistics().n_messages_out_of_band == n_rounds + 1
         for connection, process in ((plain, one), (served, two)):
             connection.close()

@@ -23,12 +23,12 @@ import collections
 import gc
 import multiprocessing
 import multiprocessing.reduction
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
+from _receiver import timed, worker
 
 import oobpickle
 
@@ -103,49 +103,18 @@ def counters() -> tuple[Any, Any]:
 CASES: tuple[Callable[[], tuple[Any, Any]], ...] = (frames, forests, arrays, counters)
 
 
-def serve(connection: Connection) -> None:
-    """Load messages until there are none."""
-    while True:
-        try:
-            message = connection.recv()
-        except EOFError:
-            return
-        connection.send(None)
-        del message
-
-
-def worker() -> tuple[Connection, Any]:
-    """Start a process that loads; return the connection to it, and the process."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=serve, args=(theirs,))
-    process.start()
-    theirs.close()
-    return ours, process
-
-
-def timed(connection: Connection, obj: Any, *, is_plain: bool) -> float:
-    """Return the seconds until the other side has rebuilt the object."""
-    start_s = time.perf_counter()
-    if is_plain:  # without the hook
-        connection.send_bytes(multiprocessing.reduction.ForkingPickler.dumps(obj))
-    else:
-        connection.send(obj)
-    connection.recv()
-    return time.perf_counter() - start_s
-
-
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description="many small objects, before and after")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=[case.__name__ for case in CASES])
     options = parser.parse_args()
-    plain, one = worker()
+    context = multiprocessing.get_context("spawn")
+    plain, one = worker(context)
     print("| case | plain, ms | before, ms | after, ms | before / after | plain / after |")
     print("|---|---:|---:|---:|---:|---:|")
     with oobpickle.enabled():
-        served, two = worker()
+        served, two = worker(context)
         for case in CASES:
             if case.__name__ in options.cases:
                 row(case.__name__, *case(), plain, served, options.rounds)

@@ -21,13 +21,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import statistics
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from _sides import Side, answer
 
 _NBYTES = 64_000_000
 _N_GENERATED = 60
@@ -67,31 +66,7 @@ def _serve(name: str) -> None:
         Parallel(2, max_nbytes=None) as parallel,
         Parallel(2, max_nbytes=None, return_as="generator") as generating,
     ):
-        work = _work(parallel, generating, delayed)
-        for line in sys.stdin:
-            start = time.perf_counter()
-            work[line.strip()]()
-            print(time.perf_counter() - start, flush=True)
-
-
-class _Side:
-    def __init__(self, name: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", name],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-
-    def time_s(self, row: str) -> float:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(f"{row}\n")
-        self._process.stdin.flush()
-        return float(self._process.stdout.readline())
-
-    def end(self) -> None:
-        self._process.communicate()
+        answer(_work(parallel, generating, delayed))
 
 
 def main() -> int:
@@ -103,7 +78,7 @@ def main() -> int:
     if options.serve:
         _serve(options.serve)
         return 0
-    sides = {name: _Side(name) for name in ("plain", "oobpickle")}
+    sides = {name: Side(__file__, "--serve", name) for name in ("plain", "oobpickle")}
     is_short = False
     for row, wanted in _WANTED.items():
         n_passes = max(3, options.passes // 3) if row.startswith("generator") else options.passes

@@ -1,9 +1,9 @@
 """Install and uninstall: how oobpickle gets into ``multiprocessing`` and out again.
 
-**What.** `install`, `uninstall`, `enabled` and `statistics`, and the table of what is replaced.
+**What.** `install`, `uninstall`, `enabled` and `statistics`.
 
-**How it works.** Twenty objects of the standard library are replaced, each by a function of its
-own that does what it replaced unless the hook is in: see `_replacements`.
+**How it works.** What is replaced is in `_hook.replacements`; each replacement does what it
+replaced unless the hook is in.
 
 **Lifetime.** From `install` to `uninstall`, or as long as one `enabled` block is open; in children
 until they see the arena closed.
@@ -16,14 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import multiprocessing.connection as mp_connection
 import multiprocessing.process as mp_process
-import multiprocessing.queues as mp_queues
-import multiprocessing.reduction as mp_reduction
-import multiprocessing.spawn as mp_spawn
 import multiprocessing.util as mp_util
 import os
-import subprocess
 import sys
 import warnings
 from collections import deque
@@ -35,29 +30,12 @@ from oobpickle._arena import AbsentArena, Arena
 from oobpickle._errors import ArenaError, FallbackWarning, NotServedWarning, RepeatedWarning
 from oobpickle._fallback import Fallback, describe_fallbacks, describe_repeated
 from oobpickle._foreign import ignoring
-from oobpickle._hook import after, installed, loky, multiprocess, not_served
+from oobpickle._hook import after, installed, not_served
 from oobpickle._hook.channels import Channels
-from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
-from oobpickle._hook.fileno import hooked_fileno
-from oobpickle._hook.forked import hooked_bootstrap
-from oobpickle._hook.installed import Block, Hook, Replacement, running
-from oobpickle._hook.main_module import hooked_preparation, is_absent
-from oobpickle._hook.processes import (
-    SPAWNING,
-    hooked_dump,
-    hooked_dup_fd,
-    hooked_launch,
-    hooked_pipe,
-    is_being_started,
-)
-from oobpickle._hook.programs import (
-    hooked_exec,
-    hooked_execute_child,
-    hooked_posix_spawn,
-    hooked_spawnv_passfds,
-    hooked_spawnvef,
-    hooked_system,
-)
+from oobpickle._hook.installed import Block, Hook, running
+from oobpickle._hook.main_module import is_absent
+from oobpickle._hook.processes import is_being_started
+from oobpickle._hook.replacements import of_libraries, of_standard_library
 from oobpickle._memory import arena as inner
 from oobpickle._memory.options import Options
 from oobpickle._nbytes import nbytes_of
@@ -70,31 +48,6 @@ _declined: deque[bytes] = deque(maxlen=64)  # identities of arenas that were off
 _absences: set[object] = set()  # of the blocks, and of an install(), that have to do without
 
 
-def _replacements() -> list[Replacement]:
-    connection: Any = mp_connection.Connection
-    return [
-        (mp_connection, "_ForkingPickler", hooked_pickler),
-        (mp_queues, "_ForkingPickler", hooked_pickler),
-        (connection, "_send_bytes", hooked_send_bytes),
-        (connection, "_recv", hooked_recv),
-        (mp_connection._ConnectionBase, "fileno", hooked_fileno),
-        (mp_connection, "Pipe", hooked_pipe),
-        (mp_reduction, "dump", hooked_dump),
-        (mp_reduction, "DupFd", hooked_dup_fd),
-        *((popen, "_launch", hooked_launch) for popen in SPAWNING),
-        (mp_spawn, "get_preparation_data", hooked_preparation),
-        (mp_process.BaseProcess, "_bootstrap", hooked_bootstrap),
-        (subprocess.Popen, "_execute_child", hooked_execute_child),
-        (os, "execv", hooked_exec),
-        (os, "execve", hooked_exec),
-        (os, "posix_spawn", hooked_posix_spawn),
-        (os, "posix_spawnp", hooked_posix_spawn),
-        (os, "_spawnvef", hooked_spawnvef),
-        (os, "system", hooked_system),
-        (mp_util, "spawnv_passfds", hooked_spawnv_passfds),
-    ]
-
-
 def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
     """In a child that is being started: join the parent's arena."""
     descriptors = [duplicate.detach() for duplicate in (data, table, locks)]
@@ -103,13 +56,9 @@ def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
         _join(inner.SharedArena.attach(*descriptors), channels, is_spawned=True)
 
 
-def _of_libraries() -> list[Replacement]:
-    return loky.replacements() + multiprocess.replacements() + not_served.replacements()
-
-
 def _hook(arena: inner.SharedArena, channels: Channels, said: Options, *, is_owner: bool) -> Hook:
     return Hook(
-        arena, channels, said, is_owner=is_owner, inherit=_inherit, of_libraries=_of_libraries
+        arena, channels, said, is_owner=is_owner, inherit=_inherit, of_libraries=of_libraries
     )
 
 
@@ -120,7 +69,7 @@ def _join(arena: inner.SharedArena, channels: bytes = b"", *, is_spawned: bool =
     hook = _hook(arena, known, arena.options, is_owner=False)
     hook.installed = True
     _reset_guard_in_children()
-    installed.start(hook, _replacements())
+    installed.start(hook, of_standard_library())
     if is_spawned:  # once its process object is loaded, and with it what that imports
         mp_util.register_after_fork(hook, Hook.look_for_libraries)
     _absences.discard(install)
@@ -161,7 +110,7 @@ def _start(options: Options, block: Block | None = None) -> Hook | None:
     hook = _hook(arena, Channels(arena), options.resolve(), is_owner=True)
     if block is not None:
         hook.blocks.add(block)
-    installed.start(hook, _replacements())
+    installed.start(hook, of_standard_library())
     return hook
 
 

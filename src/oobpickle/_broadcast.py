@@ -53,7 +53,8 @@ def broadcast(obj: T, *, readonly: bool = False) -> Broadcast[T]:
     Notes
     -----
     The memory is free when the last handle, message and array of it is gone, in any process,
-    however those processes end; `Broadcast.close` drops a handle's part at once. It counts
+    however those processes end; `Broadcast.close` drops a handle's part at once. What a killed
+    process had is found when the next handle is dropped, or when somebody needs room. It counts
     towards the arena's ``capacity``. A process that is forked while this one has the handle, or
     an array of it, may use what it inherits for as long as it likes, and no page is copied for
     that.

@@ -28,12 +28,12 @@ import pickle
 import struct
 from collections.abc import Iterator, Sequence
 from pickle import PickleBuffer
-from types import TracebackType
 from typing import TYPE_CHECKING, Any, Final, Generic, NoReturn, TypeVar
 from weakref import WeakSet
 
 from oobpickle._envelope import tables
 from oobpickle._errors import ArenaFullError
+from oobpickle._handle import Handle
 from oobpickle._native import core
 from oobpickle._pickling import in_band
 from oobpickle._pickling.reducers import register_own
@@ -84,7 +84,7 @@ class _Refuses:
     __array_ufunc__ = None
 
 
-class Broadcast(_Refuses, Generic[T]):
+class Broadcast(_Refuses, Handle, Generic[T]):
     """The handle of an object that was stored once for many readers; `broadcast` makes it.
 
     A message with the handle in it, at any depth, brings the object itself. Within this process
@@ -159,21 +159,6 @@ class Broadcast(_Refuses, Generic[T]):
         was taken out stays valid. The handle cannot be sent any more.
         """
         self._parts, self._index, self._value = None, b"", _NOTHING
-
-    def __enter__(self) -> Broadcast[T]:
-        self._open()
-        return self
-
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __copy__(self) -> Broadcast[T]:
-        return self
-
-    def __deepcopy__(self, _: object) -> Broadcast[T]:
-        return self
 
     def __repr__(self) -> str:
         state = "closed" if self._parts is None else f"{self.nbytes} bytes"
@@ -293,22 +278,23 @@ def store(obj: Any, arena: SharedArena | None, *, readonly: bool) -> Broadcast[A
     if message.nbytes < _LEAST_PUBLISHED_NBYTES:
         return _in_memory(obj, kind, readonly=readonly)
     sizes, n_stream = message.sizes, message.stream_nbytes
-    blocks = _blocks_of(message, arena)
+    blocks = blocks_of(message, arena)
     index_nbytes = len(sizes) + n_stream
     if index_nbytes < _LEAST_PUBLISHED_NBYTES:
         index: Any = sizes + message.stream
-        parts = _published(arena, blocks)
+        parts = _views(arena, blocks)
     else:
         memory = arena.acquire([index_nbytes])
         (destination,) = memory.destinations
         destination[: len(sizes)] = sizes
         message.write_stream_into(destination[len(sizes) : index_nbytes])
         del destination
-        *parts, index = _published(arena, blocks + memory.blocks)
+        *parts, index = _views(arena, blocks + memory.blocks)
     return Broadcast._made(kind, index, len(sizes) // 8, parts, readonly=readonly)
 
 
-def _blocks_of(message: core.Message, arena: SharedArena) -> list[core.Block]:
+def blocks_of(message: core.Message, arena: SharedArena) -> list[core.Block]:
+    """Return the blocks that a message was copied to; if there was no room for it, there is now."""
     blocks = message.blocks
     if blocks is not None:
         return blocks
@@ -318,12 +304,17 @@ def _blocks_of(message: core.Message, arena: SharedArena) -> list[core.Block]:
     return message.blocks or []
 
 
-def _published(arena: SharedArena, blocks: list[core.Block]) -> list[memoryview]:
+def publish(arena: SharedArena, blocks: list[core.Block]) -> list[core.Block]:
+    """Publish what was written to blocks; return views of it."""
     views = arena.blocks.publish(blocks)
     if isinstance(views, tuple):
         reason = core.SHORTAGES[views[0]]
-        raise ArenaFullError(f"the object cannot be published: {reason}", reason)
-    return [memoryview(view) for view in views]
+        raise ArenaFullError(f"the object cannot be stored: {reason}", reason)
+    return views
+
+
+def _views(arena: SharedArena, blocks: list[core.Block]) -> list[memoryview]:
+    return [memoryview(view) for view in publish(arena, blocks)]
 
 
 def _in_memory(obj: Any, kind: str, *, readonly: bool) -> Broadcast[Any]:

@@ -19,12 +19,13 @@ from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from oobpickle._envelope import tables
-from oobpickle._errors import ArenaError, ArenaFullError
+from oobpickle._errors import ArenaError
 from oobpickle._hook.installed import running
 from oobpickle._native import core
 from oobpickle._pickling.numpy_subclasses import is_made_by_new
 from oobpickle._pickling.reducers import in_memory_order, kept_strides
 from oobpickle._pickling.serializer import take_apart
+from oobpickle._published import blocks_of, publish
 from oobpickle._shared import CONTROL_NBYTES, Shared, as_shared
 
 if TYPE_CHECKING:
@@ -129,17 +130,14 @@ def _store(obj: Any, arena: SharedArena) -> Shared[Any]:
     if not message.n_buffers:
         raise _no_arrays(kind)
     sizes, n_stream = message.sizes, message.stream_nbytes
-    blocks = _blocks_of(message, arena)
+    blocks = blocks_of(message, arena)
     memory = arena.acquire([CONTROL_NBYTES + len(sizes) + n_stream])
     (index,) = memory.destinations
     index[:CONTROL_NBYTES] = bytes(CONTROL_NBYTES)  # the lock is free
     index[CONTROL_NBYTES:][: len(sizes)] = sizes
     message.write_stream_into(index[CONTROL_NBYTES + len(sizes) :][:n_stream])
     del index
-    views = arena.blocks.publish(memory.blocks + blocks)
-    if isinstance(views, tuple):
-        reason = core.SHORTAGES[views[0]]
-        raise ArenaFullError(f"the object cannot be shared: {reason}", reason)
+    views = publish(arena, memory.blocks + blocks)
     shared = Shared._made(kind, (len(sizes) // 8, n_stream), as_shared(views))
     if not shared._local().n_arrays:
         raise _no_arrays(kind)
@@ -151,15 +149,6 @@ def _no_arrays(kind: str) -> TypeError:
         f"share() takes an object with NumPy arrays in it, whose memory is shared; this {kind} has "
         "none. Keep numbers in an array; for a value that nobody writes to there is broadcast()"
     )
-
-
-def _blocks_of(message: core.Message, arena: SharedArena) -> list[core.Block]:
-    blocks = message.blocks
-    if blocks is None:  # there was no room at once
-        message.leave_blocks()
-        message.move_into(arena.acquire(core.plan(message.sizes, False, True)).blocks)
-        blocks = message.blocks or []
-    return blocks
 
 
 class _Reducers(Mapping[type, Callable[[Any], Any]]):

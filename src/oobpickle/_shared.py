@@ -24,7 +24,6 @@ import pickle
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Any, Final, Generic, TypeVar
 
 from oobpickle._errors import (
@@ -34,6 +33,7 @@ from oobpickle._errors import (
     SharedStructureError,
 )
 from oobpickle._foreign import annotate
+from oobpickle._handle import Handle
 from oobpickle._native import core
 from oobpickle._structure import Memory, Structure
 
@@ -99,7 +99,7 @@ def _tell(what: str, pid: int, timeout: float) -> None:
     )
 
 
-class Shared(Generic[T]):
+class Shared(Handle, Generic[T]):
     """The handle of an object whose arrays are one memory for all processes; `share` makes it.
 
     It arrives as a handle, too: what is written is seen by all, so each use says which kind it is.
@@ -280,21 +280,6 @@ class Shared(Generic[T]):
         The memory is free once every other process has dropped what it has of it.
         """
         self._own = self._read = self._views = self._lock = None
-
-    def __enter__(self) -> Shared[T]:
-        self._open()
-        return self
-
-    def __exit__(
-        self, _: type[BaseException] | None, __: BaseException | None, ___: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def __copy__(self) -> Shared[T]:
-        return self
-
-    def __deepcopy__(self, _: object) -> Shared[T]:
-        return self
 
     def __repr__(self) -> str:
         state = "closed" if self._views is None else f"{self.nbytes} bytes"

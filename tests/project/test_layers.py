@@ -17,7 +17,7 @@ DESIGN = Path(__file__).parents[2] / "docs" / "explanation" / "design.md"
 LAYERS = (
     ("_errors", "_native", "_delegate"),
     ("_foreign", "_fallback", "_faults", "_nbytes", "_system"),
-    ("_statistics", "_copying"),
+    ("_statistics", "_copying", "_handle"),
     ("_pickling", "_memory"),
     ("_envelope", "_arena", "_files", "_structure"),
     ("_published", "_shared"),

@@ -27,6 +27,7 @@ from internals import inner
 from oobpickle import ArenaError, Fallback, FallbackWarning, _api, _system
 from oobpickle._envelope import Envelope
 from oobpickle._hook import installed
+from oobpickle._hook.replacements import of_standard_library
 from oobpickle._memory.arena import SharedArena
 
 MIB = 1 << 20
@@ -130,7 +131,7 @@ def test_a_block_that_is_dropped_inside_is_left():
 def test_enabled_replaces_twenty_objects_and_restores_them():
     before = replaced_objects()
     with oobpickle.enabled():
-        assert len(_api._replacements()) == len(before) == 20
+        assert len(of_standard_library()) == len(before) == 20
         assert not set(map(id, before)) & set(map(id, replaced_objects()))
 
     assert before == replaced_objects()

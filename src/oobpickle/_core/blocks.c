@@ -82,8 +82,7 @@ int step_begin(struct blocks *blocks)
     if (taken == TAKEN_DIRTY)
         table_rebuild(&blocks->table, NULL, NULL);
     table_drain(&blocks->table);
-    /* The row also says so in the child of a fork that ran no hook. */
-    if (blocks->has_inherited || get(&blocks->table.shared->participants[blocks->lock.slot].inherits))
+    if (get(&blocks->table.shared->participants[blocks->lock.slot].inherits))
         views_take(blocks);
     return ROOM;
 }

@@ -286,7 +286,6 @@ struct blocks {
     u64 n_copied, nbytes_copied, n_shared; /* at a fork, and not counted yet */
     u32 n_held, n_inside, n_forking, n_tails;
     struct repeat repeats[REPEATS];
-    bool has_inherited; /* views whose references are its parent's */
     struct block *tails[TAILS]; /* held, with pages of a larger message behind what is in them */
 };
 

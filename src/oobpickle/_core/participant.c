@@ -286,7 +286,7 @@ u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespac
         put(&row->counters[k], 0);
     /* The parent may have read messages: the child has their bytes too. */
     tell(own, row, pid == 0 && own->n_adopted ? adopted_by(own->incarnation, 0) : 0);
-    put(&row->inherits, pid == 0 && blocks->first_view);
+    put(&row->inherits, blocks->first_view != NULL);
     raise_n_slots(header, slot + 1);
     atomic_store_explicit(&row->state, JOINED, memory_order_release);
     return incarnation;

@@ -299,15 +299,13 @@ void views_take(struct blocks *blocks)
         view->epoch = epoch();
     }
     participant_inherit(blocks, false);
-    blocks->has_inherited = false;
 }
 
 void views_inherit(struct blocks *blocks)
 {
-    blocks->has_inherited = blocks->first_view != NULL;
     if (!has_joined(blocks))
-        return;
-    if (!blocks->has_inherited) { /* a hook that ran before ours may have dropped what there was */
+        return; /* whoever joins later says so then */
+    if (blocks->first_view == NULL) { /* a hook that ran before ours may have dropped what there was */
         participant_inherit(blocks, false);
         return;
     }

@@ -17,11 +17,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 from oobpickle._merge.engine import Queued, Ready
-from oobpickle._merge.work import Span, fold_flat
+from oobpickle._merge.work import Span
 from oobpickle._merge.writing import writable
 
 
@@ -43,22 +42,12 @@ class Dask(Queued):
         self._client = client
         self._futures: dict[str, Any] = {}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def end(self) -> None:
+        super().end()
         futures = list(self._futures.values())
         self._futures.clear()
         if futures:
             self._client.cancel(futures)
-
-    def submit_fold(self, span: Span, job: Any, pieces: Any, initial: tuple[Any, ...]) -> None:
-        # Futures among the arguments are looked for on top only.
-        flat = [argument for arguments in pieces for argument in arguments]
-        self.submit(span, fold_flat, job, span.start, len(pieces[0]), initial, *flat)
 
     def submit(self, span: Span, function: Callable[..., Any], *arguments: Any) -> None:
         future = self._client.submit(function, *arguments, pure=False)

@@ -15,11 +15,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from types import TracebackType
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from oobpickle._merge.stopping import Stop
-from oobpickle._merge.work import OWNING, Span, fold
+from oobpickle._merge.work import OWNING, Span, fold, fold_flat
+
+_INTERVAL_S: Final = 0.25
 
 
 class Ready(NamedTuple):
@@ -61,21 +62,27 @@ class Engine:
         self.stop: Stop | None = Stop()
 
     def __enter__(self) -> Engine:
+        self.begin()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def begin(self) -> None:
+        """Prepare for the first call."""
+
+    def end(self) -> None:
         """Call off what is under way, if anything is."""
         if self.stop is not None:
             self.stop.set()
 
     def submit_fold(self, span: Span, job: Any, pieces: Any, initial: tuple[Any, ...]) -> None:
         """Start to fold a chunk."""
-        self.submit(span, fold, job, span.start, pieces, initial)
+        if self.is_remote:  # references among the arguments are looked for on top only
+            flat = [argument for arguments in pieces for argument in arguments]
+            self.submit(span, fold_flat, job, span.start, len(pieces[0]), initial, *flat)
+        else:
+            self.submit(span, fold, job, span.start, pieces, initial)
 
     def submit(self, span: Span, function: Callable[..., Any], *arguments: Any) -> None:
         """Start a call whose result is that of the span."""
@@ -109,20 +116,18 @@ class Queued(Engine):
         super().__init__(n_workers)
         self.ready: SimpleQueue[Ready] = SimpleQueue()
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def end(self) -> None:
+        super().end()
         self.ready = SimpleQueue()  # an error that is kept keeps no results
 
     def take(self, *, wait: bool) -> Ready | None:
-        try:
-            return self.ready.get(block=wait)
-        except Empty:
-            return None
+        # Not for ever: a Ctrl-C that comes right before the waiting is seen only when that ends.
+        while True:
+            try:
+                return self.ready.get(wait, _INTERVAL_S)
+            except Empty:
+                if not wait:
+                    return None
 
 
 def raise_from(box: list[BaseException]) -> NoReturn:

@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from oobpickle._merge.engine import Engine, Queued, Ready, is_of
@@ -64,18 +63,12 @@ class Executor(Queued):
             self.stop = None  # its workers may be anywhere
             self.owning_here = "writable"
 
-    def __enter__(self) -> Executor:
+    def begin(self) -> None:
         if self._is_near and self.stop is not None:
             self.stop.show()
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def end(self) -> None:
+        super().end()
         for future in list(self._futures):
             future.cancel()
 

@@ -22,7 +22,6 @@ import functools
 import signal
 import threading
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, Final, NoReturn
 
 from oobpickle._merge.engine import Engine, Queued, Ready, is_of, raise_from
@@ -60,7 +59,7 @@ class Processes(Threads):
 
     is_sending = True
 
-    def __enter__(self) -> Processes:
+    def begin(self) -> None:
         if self.stop is not None:
             self.stop.show()
         self._watch = _Watch(self._pool, self._bury)
@@ -69,15 +68,9 @@ class Processes(Threads):
         except BaseException:  # of a signal handler
             self._watch.end()
             raise
-        return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        super().__exit__(kind, error, traceback)
+    def end(self) -> None:
+        super().end()
         self._watch.end()
         if not self._pool._result_handler.is_alive():
             self._pool._cache.clear()  # nothing comes any more, and `terminate` asks that

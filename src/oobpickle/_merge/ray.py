@@ -19,11 +19,10 @@ from __future__ import annotations
 import contextlib
 import traceback
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
 from oobpickle._merge.engine import Engine, Ready
-from oobpickle._merge.work import Span, fold_flat
+from oobpickle._merge.work import Span
 from oobpickle._merge.writing import writable
 
 
@@ -42,22 +41,12 @@ class Ray(Engine):
         self._call = ray.remote(with_sign).options(num_returns=2)
         self._under_way: dict[Any, tuple[Span, Any]] = {}
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        where: TracebackType | None,
-    ) -> None:
+    def end(self) -> None:
         signs = list(self._under_way)
         self._under_way.clear()
         for sign in signs:
             with contextlib.suppress(Exception):  # it has ended, or the cluster has
                 self._ray.cancel(sign)
-
-    def submit_fold(self, span: Span, job: Any, pieces: Any, initial: tuple[Any, ...]) -> None:
-        # References among the arguments are looked for on top only.
-        flat = [argument for arguments in pieces for argument in arguments]
-        self.submit(span, fold_flat, job, span.start, len(pieces[0]), initial, *flat)
 
     def submit(self, span: Span, function: Callable[..., Any], *arguments: Any) -> None:
         sign, value = self._call.remote(function, *arguments)

@@ -22,8 +22,8 @@ import numpy as np
 from inside import Fitted, content, fork, reap
 
 import oobpickle
-from oobpickle import _api
 from oobpickle._hook import connections
+from oobpickle._hook.replacements import of_standard_library
 
 N = 4
 SMALL_NBYTES, LARGE_NBYTES = 3_000, 600_000  # below and above the threshold
@@ -55,7 +55,7 @@ def _check_next(found, first=0):
 
 def _there():
     """Return what is now in the places where oobpickle replaces something."""
-    return [getattr(owner, name) for owner, name, _ in _api._replacements()]
+    return [getattr(owner, name) for owner, name, _ in of_standard_library()]
 
 
 _originals = _there()

@@ -17,8 +17,9 @@ from inside import content, message, reap, verify
 
 import oobpickle
 from internals import inner
-from oobpickle import _api, _faults
+from oobpickle import _faults
 from oobpickle._hook import installed
+from oobpickle._hook.replacements import of_standard_library
 
 MIB = 1 << 20
 LIBRARY = os.path.dirname(oobpickle.__file__)
@@ -125,7 +126,7 @@ class _Tracer:
 
 def _objects():
     """Return what oobpickle replaces."""
-    return [getattr(owner, name) for owner, name, _ in _api._replacements()]
+    return [getattr(owner, name) for owner, name, _ in of_standard_library()]
 
 
 def _descriptors():

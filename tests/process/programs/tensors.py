@@ -7,7 +7,7 @@ import numpy as np
 from inside import content
 
 import oobpickle
-from oobpickle import _api
+from oobpickle._hook.replacements import of_standard_library
 
 N = 3
 LARGE = 400_000
@@ -15,7 +15,7 @@ LARGE = 400_000
 
 def _there():
     """Return what is now in the places where oobpickle replaces something."""
-    return [getattr(owner, name) for owner, name, _ in _api._replacements()]
+    return [getattr(owner, name) for owner, name, _ in of_standard_library()]
 
 
 _originals = _there()
