@@ -15,6 +15,7 @@ takes its parent along, so that who watches the parent sees it.
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import fcntl
 import gc
@@ -23,7 +24,6 @@ import multiprocessing
 import os
 import resource
 import signal
-import sys
 import termios
 import threading
 import warnings
@@ -308,34 +308,43 @@ class Victim:
             for part in [self.own_read.recv()]:
                 verify(part)
 
-    # --- where the library has no code: a thread strikes while the first is in one call of C
+    # --- where the library has no code: someone else strikes while the first is in one call of C
 
     def die_in_a_copy(self):
         """The kill comes when the first bytes of a message are in place, and the last are not."""
         data = content(1, COPIED_NBYTES)
-        data[-_SAMPLE_NBYTES:] ^= 0x55  # what no earlier copy can have left there
-        sys.setswitchinterval(1e-4)
-        threading.Thread(target=self._strike_in_a_copy, args=(data,), daemon=True).start()
+        first, last = data[:_SAMPLE_NBYTES], data[-_SAMPLE_NBYTES:]
+        for part in (first, last):
+            part ^= 0x55  # what no earlier copy can have left there
+        self._be_struck_in_a_copy(first.tobytes(), last.tobytes())
         for _ in range(200):
             self.own_write.send(data)
-            self.own_read.recv()[-_SAMPLE_NBYTES:] = 0
+            received = self.own_read.recv()
+            received[:_SAMPLE_NBYTES] = received[-_SAMPLE_NBYTES:] = 0
+            del received
             gc.collect()
         raise AssertionError("no copy was met in the middle")
 
-    def _strike_in_a_copy(self, data):
-        first, last = data[:_SAMPLE_NBYTES].tobytes(), data[-_SAMPLE_NBYTES:].tobytes()
+    def _be_struck_in_a_copy(self, first, last):
+        """Have a process watch the blocks: a thread would have to wait for the GIL until the copy
+        is done. It is a child of C's fork, which is no participant."""
         table = Table.of(self.arena)
         data_file = mmap.mmap(
             inner(self.arena).descriptors[0], 1 << 32
         )  # blocks lie at its beginning
-        while True:
+        me = os.getpid()
+        if ctypes.CDLL(None).fork() != 0:
+            return
+        while os.getppid() == me:
             for index, state, _ in table.owned():
                 if state != LEASED or table.rows["used"][index] != COPIED_NBYTES:
                     continue
                 start = table.offset(index)
                 view = memoryview(data_file)[start : start + COPIED_NBYTES]
                 if view[:_SAMPLE_NBYTES] == first and view[-_SAMPLE_NBYTES:] != last:
-                    self._strike()
+                    self._strike(me)
+                    os._exit(0)
+        os._exit(0)  # it has failed, and says so
 
     def die_in_the_pipe(self):
         """The kill comes when one page of an envelope is in the pipe, and there is no more room."""
@@ -351,10 +360,10 @@ class Victim:
         unread = array("i", [0])
         while unread[0] != _PAGE_NBYTES:
             fcntl.ioctl(fd, termios.FIONREAD, unread)
-        self._strike()
+        self._strike(os.getpid())
 
-    def _strike(self):
-        os.kill(os.getpid(), _faults._signal)
+    def _strike(self, pid):
+        os.kill(pid, _faults._signal)
 
 
 class Finalized:
