@@ -11,7 +11,7 @@ from process.test_limits import CGROUPS, _own_cgroup
 WITH_ARGUMENTS = {"in_a_small_cgroup", "locked"}
 WITHOUT_METHOD = {
     *("address_space_and_trim", "address_space_of_blocks", "forks_meanwhile"),
-    *("small_survivors", "in_band_of_many_arrays"),
+    *("small_survivors", "in_band_of_many_arrays", "blocks_one_after_the_other"),
 }
 WITH_METHOD = sorted(set(cases_of("memory")) - WITH_ARGUMENTS - WITHOUT_METHOD)
 

@@ -322,6 +322,22 @@ void block_release(struct block *block)
         release_unheld(blocks, block->is_frozen || block->is_shared); /* a handle: seldom, and perhaps the last of all */
 }
 
+/* What is private memory by now belongs to nothing but this object: its arena is about to end. */
+void block_own(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    if (block->has_tail)
+        tail_forget(block);
+    block_release(block);
+    if (block->is_using) {
+        mapping_leave(&blocks->mapping, known_of(block)->place.offset);
+        block->mapped = round_up(block->nbytes ? block->nbytes : 1, PAGE);
+        block->is_using = false;
+        block->is_apart = true;
+    }
+    block->before = block->after = NULL;
+}
+
 static void leave_window(struct block *block)
 {
     struct blocks *blocks = block->blocks;
@@ -358,7 +374,7 @@ static void dealloc(PyObject *self)
         blocks->first = block->after;
     if (block->after)
         block->after->before = block->before;
-    if (--known_of(block)->n_users == 0)
+    if (blocks->table.known && --known_of(block)->n_users == 0)
         blocks->unused_nbytes += known_of(block)->entered;
     Py_DECREF((PyObject *)blocks);
     PyObject_Free(self);

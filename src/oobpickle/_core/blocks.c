@@ -1095,6 +1095,52 @@ static void let_go(struct blocks *blocks)
     blocks->table.shared = NULL;
 }
 
+/* Whether all objects are what this process holds, and how many bytes that is. */
+static bool are_held(const struct blocks *blocks, size_t *n, u64 *nbytes)
+{
+    for (const struct block *block = blocks->first; block; block = block->after) {
+        bool is_held = block->state == HELD && (block->is_private || block->epoch == epoch());
+        if (block->is_reference || block->address == NULL || !(is_held || block->is_copy))
+            return false;
+        *n += 1;
+        *nbytes += block->nbytes;
+    }
+    return true;
+}
+
+/* part(most): if what this process has of a closed arena is nothing but up to so many bytes of arrays,
+   make these its own, so that the arena can end; else False */
+static PyObject *part(PyObject *self, PyObject *argument)
+{
+    struct blocks *blocks = of(self);
+    u64 most = PyLong_AsUnsignedLongLong(argument), nbytes = 0;
+    size_t n = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    if (has_ended(blocks) || !get(&blocks->table.shared->header.closed) || blocks->n_inside ||
+        !are_held(blocks, &n, &nbytes) || nbytes > most)
+        Py_RETURN_FALSE;
+    struct range *kept = calloc(n + 1, sizeof *kept);
+    if (kept == NULL)
+        return PyErr_NoMemory();
+    bool are_private = true;
+    for (struct block *block = blocks->first; block; block = block->after)
+        are_private = block_privatize(block) && are_private;
+    if (are_private) {
+        size_t i = 0;
+        for (struct block *block = blocks->first, *after; block; block = after) {
+            after = block->after;
+            block_own(block);
+            if (!block->is_copy)
+                kept[i++] = (struct range){block->address, block->mapped};
+        }
+        blocks->first = NULL;
+        mapping_unmap_but(&blocks->mapping, kept, i);
+    }
+    free(kept);
+    return PyBool_FromLong(are_private);
+}
+
 /* end(): unmap everything; False while an object or a thread needs it */
 static PyObject *end(PyObject *self, PyObject *Py_UNUSED(none))
 {
@@ -1286,6 +1332,7 @@ static PyMethodDef methods[] = {
     {"passed_since", passed_since, METH_O, NULL},
     {"abandon", abandon, METH_NOARGS, NULL},
     {"close", close_arena, METH_NOARGS, NULL},
+    {"part", part, METH_O, NULL},
     {"end", end, METH_NOARGS, NULL},
     {0},
 };

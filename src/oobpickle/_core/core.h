@@ -65,6 +65,11 @@ struct mapping {
     struct window *windows; /* one for each WINDOW bytes of the data file */
 };
 
+struct range {
+    char *address;
+    u64 nbytes;
+};
+
 bool file_is_ours(const struct file *file);
 int file_note(struct file *file, int fd);
 char *map_behind(char *first, u64 offset, u64 nbytes);
@@ -76,6 +81,7 @@ void mapping_close(struct mapping *mapping, u64 offset, u64 stride);
 void mapping_use(struct mapping *mapping, u64 offset);
 void mapping_leave(struct mapping *mapping, u64 offset);
 void mapping_unmap_unused(struct mapping *mapping);
+void mapping_unmap_but(struct mapping *mapping, struct range *kept, size_t n);
 int mapping_reserve(struct mapping *mapping, u64 offset, char *address, u64 nbytes, bool by_fault);
 int mapping_punch(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
 int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, u64 nbytes,
@@ -297,6 +303,7 @@ struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nb
 int block_map(struct block *block, u64 nbytes);
 void block_enter(struct block *block, u64 nbytes);
 void block_release(struct block *block);
+void block_own(struct block *block);
 void count_in(struct blocks *blocks, u32 counter, u64 amount);
 void leave_others(struct blocks *blocks, u64 nbytes);
 void tail_note(struct block *block);
@@ -343,6 +350,7 @@ int shared_lock_type_make(PyObject *module);
 PyObject *fork_before(PyObject *module, PyObject *none);
 PyObject *fork_in_parent(PyObject *module, PyObject *none);
 PyObject *fork_in_child(PyObject *module, PyObject *none);
+bool block_privatize(struct block *block);
 void fork_watch(struct blocks *blocks);
 void fork_unwatch(struct blocks *blocks);
 struct blocks *fork_arenas(void);

@@ -79,6 +79,14 @@ static void privatize(struct block *block, bool keep_file)
     blocks->nbytes_copied += block->nbytes;
 }
 
+/* Before its arena ends: the block is ordinary private memory. False: the system does not allow it. */
+bool block_privatize(struct block *block)
+{
+    if (must_become_private(block, epoch()))
+        privatize(block, false);
+    return block->is_private || block->is_copy;
+}
+
 /* Step: the pages of what became private have gone. */
 static void account(struct blocks *blocks)
 {

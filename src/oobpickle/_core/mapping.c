@@ -284,6 +284,34 @@ void mapping_unmap_unused(struct mapping *mapping)
     }
 }
 
+static int by_address(const void *one, const void *other)
+{
+    const char *a = ((const struct range *)one)->address, *b = ((const struct range *)other)->address;
+    return (a > b) - (a < b);
+}
+
+/* Unmap all windows, but not these ranges of whole pages. */
+void mapping_unmap_but(struct mapping *mapping, struct range *kept, size_t n)
+{
+    qsort(kept, n, sizeof *kept, by_address);
+    for (u32 i = 0; i < mapping->n_windows; i++) {
+        struct window *window = &mapping->windows[i];
+        char *at = window->address, *end = at + window->nbytes;
+        if (at == NULL)
+            continue;
+        for (size_t k = 0; k < n; k++) {
+            if (kept[k].address < at || kept[k].address >= end)
+                continue;
+            if (kept[k].address > at)
+                munmap(at, (size_t)(kept[k].address - at));
+            at = kept[k].address + kept[k].nbytes;
+        }
+        if (end > at)
+            munmap(at, (size_t)(end - at));
+        *window = (struct window){0};
+    }
+}
+
 /* --- pages */
 
 /* Give a range its pages, with `by_fault` where fallocate(2) would make small ones of huge ones. */

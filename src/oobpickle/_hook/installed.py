@@ -32,6 +32,8 @@ Replacement = tuple[Any, str, Callable[[Any], Any]]
 
 current: Hook | None = None
 _MOST_INTERRUPTS: Final = 100
+_MOST_LINGERING: Final = 8  # each costs four descriptors and 64 MiB of address space
+_MOST_COPIED_NBYTES: Final = 64 << 20
 lingering: Final[list[SharedArena]] = []
 guard: Final = threading.RLock()
 
@@ -224,8 +226,12 @@ def _leave(hook: Hook) -> None:
 
 
 def sweep() -> None:
-    """Unmap the arenas of earlier blocks that nobody needs any more."""
+    """Unmap the arenas of earlier blocks that nobody needs any more.
+
+    If there are many, the oldest go although something of them is held; not if it is much.
+    """
     for arena in list(lingering):
-        if arena.try_destroy():
+        is_old = len(lingering) > _MOST_LINGERING
+        if arena.try_destroy(most_nbytes=_MOST_COPIED_NBYTES if is_old else 0):
             lingering.remove(arena)
             _envelope.forget(arena)

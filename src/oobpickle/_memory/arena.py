@@ -262,11 +262,12 @@ class SharedArena:
         """Count all messages of this process as sent: nobody will say so any more."""
         self.blocks.depart_all()
 
-    def try_destroy(self) -> bool:
+    def try_destroy(self, *, most_nbytes: int = 0) -> bool:
         """Unmap and close everything if this process needs it no more; the statistics stay.
 
         That is when it is closed, this process has no array of it, and no message is on its way:
-        nothing new is sent, since a lease is refused from then on, under the lock.
+        nothing new is sent, since a lease is refused from then on, under the lock. Up to
+        `most_nbytes` of arrays become ordinary private memory first, at the same address.
         """
         blocks = self.blocks
         if not blocks.ended:
@@ -278,7 +279,8 @@ class SharedArena:
             # With the lock once since it was closed: who leased before that is seen.
             is_certain = blocks.reap() >= 0
             (_, n_leased, n_in_flight, *_), _, _ = blocks.census()
-            if not is_certain or n_leased or n_in_flight or not blocks.is_idle:
+            is_needed = n_leased or n_in_flight or not (blocks.is_idle or blocks.part(most_nbytes))
+            if not is_certain or is_needed:
                 blocks.unmap()
                 return False
             self._final = self.statistics()

@@ -199,7 +199,7 @@ def each_is_killed():
 def in_the_middle_of_another_threads_step():
     """The other thread waits for the lock, and does not exist in the child."""
     arena = oobpickle.install(capacity=64 * MIB)
-    held, inside_step, forked = _received(1), threading.Event(), threading.Event()
+    held, inside_step = _received(1), threading.Event()
 
     def work():
         stopped = inside.fork(inside.stop_with_the_lock, arena)
@@ -213,18 +213,19 @@ def in_the_middle_of_another_threads_step():
     thread = threading.Thread(target=work)
     thread.start()
     inside_step.wait(20)
-    begun = Token()
+    begun, is_free = Token(), Token()
 
     def child():
         begun.give()
         held[1][:] = 2
+        is_free.take()  # else it finds the lock busy, and there is nothing to see
         assert is_in_arena(arena, _received(2)[1])
         arena.statistics()
 
     pid = _fork(child)
-    forked.set()
     begun.take()
     thread.join()
+    is_free.give()
     reap(pid)
     verify(held, 1)
     inside.assert_table_in_order(arena)

@@ -112,6 +112,33 @@ def address_space_and_trim():
     assert arena.try_destroy()
 
 
+def blocks_one_after_the_other():
+    """Something is kept of each: descriptors and address space do not grow, but by the arrays."""
+    n_items, kept, seen = 100_000, [], []
+    for i in range(40):
+        with oobpickle.enabled(capacity=64 * MIB):
+            read, write = multiprocessing.Pipe(duplex=False)
+            write.send(np.full(n_items, float(i)))
+            kept.append(read.recv())
+        read.close()
+        write.close()
+        if i in (19, 39):
+            seen.append((len(os.listdir("/proc/self/fd")), _address_space_nbytes()))
+    (n_first, first_nbytes), (n_last, last_nbytes) = seen
+    assert n_first == n_last, (n_first, n_last)
+    assert last_nbytes - first_nbytes < 20 * (8 * n_items + 2 * MIB), last_nbytes - first_nbytes
+    reap(fork(_are_right, kept))
+    for array in kept:
+        array += 1
+    _are_right([array - 1 for array in kept])
+
+
+def _are_right(kept):
+    for i, array in enumerate(kept):
+        assert (array == i).all()
+        array[:] = -1
+
+
 # --- without another call
 
 

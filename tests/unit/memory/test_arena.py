@@ -327,6 +327,74 @@ def test_pages_of_arrays_that_outlive_the_arena_go_back_when_they_die(make_arena
     assert 0 == arena.statistics().nbytes_resident
 
 
+def _hold(arena, *sizes):
+    """Receive a message of so many bytes each, in a block of its own."""
+    held = []
+    for seed, nbytes in enumerate(sizes):
+        pairs, needs = send(arena, bytes([seed + 1]) * nbytes)
+        (view,) = arena.receiving.claim(pairs, needs)
+        held.append(view)
+    return held
+
+
+def _are_right(held):
+    return all(bytes(view) == bytes([seed + 1]) * len(view) for seed, view in enumerate(held))
+
+
+def test_what_is_held_of_an_arena_can_become_memory_of_its_own(make_arena):
+    arena = make_arena()
+    held = _hold(arena, 100, 5000, MIB, 3 * MIB, 100_000)
+    places = [address(view) for view in held]
+    inode = os.fstat(arena.descriptors[0]).st_ino
+    arena.close()
+    arena.detach()
+
+    assert not arena.try_destroy()
+    assert not arena.try_destroy(most_nbytes=4 * MIB)  # it is more
+    assert arena.try_destroy(most_nbytes=8 * MIB)
+
+    assert arena.blocks.ended
+    with open("/proc/self/maps") as maps:  # nothing but private pages of the arrays
+        mine = [line for line in maps if f" {inode} " in line]
+    assert len(held) == len(mine)
+    assert {"rw-p"} == {line.split()[1] for line in mine}
+    assert _are_right(held)
+    assert [address(view) for view in held] == places
+    held[3][:] = b"x" * 3 * MIB  # beside its neighbours
+    del held[3]
+    assert _are_right(held[:3])
+    assert bytes(held[3]) == b"\x05" * 100_000
+    gc.collect()
+
+
+def test_what_is_held_besides_arrays_keeps_an_arena(make_arena):
+    arena = make_arena()
+    (held,) = _hold(arena, MIB)
+    unread = send(arena, b"unread")
+    arena.close()
+    assert not arena.try_destroy(most_nbytes=8 * MIB)
+    arena.receiving.claim(*unread)
+    arena.detach()
+    assert _are_right([held])
+
+    assert arena.try_destroy(most_nbytes=8 * MIB)
+    assert _are_right([held])
+
+
+def test_what_cannot_become_private_keeps_its_arena(make_arena):
+    arena = make_arena()
+    held = _hold(arena, MIB, MIB)
+    arena.close()
+    arena.detach()
+    core.arm("mapping.privatize", 2, -errno.ENOMEM)
+    assert not arena.try_destroy(most_nbytes=8 * MIB)
+    core.arm(None, 0, 0)
+    assert _are_right(held)
+
+    assert arena.try_destroy(most_nbytes=8 * MIB)
+    assert _are_right(held)
+
+
 def test_statistics_outlive_the_memory():
     arena = SharedArena.create(Options(capacity=64 * MIB))
     arena.acquire([100]).release()
