@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import pickletools
 import struct
 import sys
 from types import CodeType, FrameType
@@ -97,6 +96,8 @@ def _codes_of_pools() -> dict[CodeType, str]:
 
 def numbers_in(data: Any) -> tuple[int, int] | None:
     """Return the numbers with which a task or a result begins."""
+    import pickletools  # with the first message that cannot be loaded
+
     numbers: list[int] = []
     try:
         opcodes: Any = pickletools.genops(_start_of_stream(memoryview(data).cast("B")))

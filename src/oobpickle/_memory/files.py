@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 import struct
 from collections.abc import Sequence
@@ -92,7 +91,7 @@ class Files:
                 os.posix_fallocate(made[1], 0, core.HEADER_NBYTES + (4 << 20))
             _create(made, "locks", _LOCKS_NBYTES)
             head = core.header(
-                secrets.token_bytes(_IDENTITY_NBYTES),
+                os.urandom(_IDENTITY_NBYTES),
                 min(options.capacity or 0, nbytes // 2),
                 nbytes,
                 *options.words(),

@@ -19,7 +19,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-import secrets
 import threading
 from typing import Any
 
@@ -39,7 +38,7 @@ class Stop:
     def show(self) -> None:
         """Let other processes see it."""
         _close_in_children()
-        name = f"oobpickle-merge-{secrets.token_hex(8)}"
+        name = f"oobpickle-merge-{os.urandom(8).hex()}"
         try:
             with _forking:  # else a child of another thread would keep it
                 self._fd = os.memfd_create(name)
