@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -130,6 +131,18 @@ class Series:
                 ratio = self.cost_s(step) / self.reference_cost_s(step)
                 reasons.append(f"{ratio:.2f} of {self.reference} at {step.n:,}")
         return "; ".join(reasons)
+
+    def figures(self) -> Iterator[tuple[str, dict[str, object]]]:
+        """Return what it comes to, and what an operation costs at each step."""
+        own = {"growth": self.growth(), "exponent": self.exponent()}
+        yield self.name, {**own, "verdict": self.shortfall() or "ok"}
+        for step in self.steps:
+            costs = {"ours": self.cost_s(step)}
+            if step.reference_s:
+                costs["reference"] = self.reference_cost_s(step)
+            each = {f"{who}_each_s": cost_s / self.work(step.n) for who, cost_s in costs.items()}
+            totals = {f"{who}_s": cost_s for who, cost_s in costs.items()}
+            yield f"{self.name} {step.n}", {**totals, **each}
 
     def stored(self) -> dict[str, Any]:
         """What goes into the JSON file."""

@@ -17,8 +17,8 @@ When it cannot
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 
 from _peer_harness import Cell
 from _peer_rows import Row
@@ -130,6 +130,18 @@ def lines(row: Row, cells: Mapping[str, Cell], known: Mapping[str, Cell]) -> lis
         text.append(f"  {name:22}" + _cells(found))
     text += [f"  {name:22}  {cell.failure}" for name, cell in cells.items() if cell.failure]
     return [*text, *_verdict_lines(row, judge(row, all_figures)), ""]
+
+
+def rows_of(
+    all_figures: Mapping[Row, Mapping[str, Figures]],
+) -> Iterator[tuple[str, dict[str, object]]]:
+    """Return what ``--json`` writes: the verdict of each row, and the figures of each peer."""
+    for row, of_peers in all_figures.items():
+        verdict = judge(row, of_peers)
+        if verdict is not None:
+            yield row.name, {**asdict(verdict), "is_judged": row.is_judged}
+        for name, found in sorted(of_peers.items(), key=_rank):
+            yield f"{row.name} {name}", {**asdict(found), "held": held(found)}
 
 
 def _rank(item: tuple[str, Figures]) -> float:

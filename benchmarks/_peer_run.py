@@ -23,7 +23,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shlex
 import signal
 import sys
 import time
@@ -32,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import _environment
+import _figures
 import _peer_side
 import _peers
 from _harness import MismatchError
@@ -43,7 +43,7 @@ from _peer_harness import (
     measure_apart,
     measure_together,
 )
-from _peer_report import compare, figures, header, lines
+from _peer_report import Figures, compare, figures, header, lines, rows_of
 from _peer_rows import ROWS, Row
 
 Found = dict[Row, dict[str, Cell]]
@@ -63,7 +63,8 @@ def _parse(arguments: list[str], description: str) -> argparse.Namespace:
     parser.add_argument("--passes", type=int, default=2, help="for the rows above 64M (2)")
     parser.add_argument("--budget", type=float, default=30.0, help="seconds for a cell (30)")
     parser.add_argument("--memory-gib", type=int, default=12, help="at most, for one peer (12)")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="store all figures there")
+    parser.add_argument("--batches", type=Path, metavar="FILE", help="store all times there")
+    _figures.add_option(parser)
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw into this directory")
     parser.add_argument(
         "--from",
@@ -81,13 +82,6 @@ def _parse(arguments: list[str], description: str) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _without_paths(arguments: list[str]) -> list[str]:
-    """The options that change what is measured."""
-    paths = ("--json", "--plots", "--environment")
-    places = {at for at, word in enumerate(arguments) if word in paths}
-    return [word for at, word in enumerate(arguments) if not {at, at - 1} & places]
-
-
 def _matches(name: str, patterns: str) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns.split(","))
 
@@ -98,7 +92,7 @@ def _facts(arguments: list[str]) -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[library] = importlib.metadata.version(library)
     return {
-        "command": shlex.join(["python", "benchmarks/peers.py", *_without_paths(arguments)]),
+        "command": _figures.command_of(["peers.py", *arguments]),
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Linux {platform.release()}",
         "python": platform.python_version(),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
@@ -134,8 +128,8 @@ def _measure(
             compare(cells)
             cells.update({name: Cell(failure=reason) for name, reason in missing.items()})
             found[row] = cells
-            if arguments.json:
-                _store(arguments.json, facts, found)  # After each row: a run may be cut short.
+            if arguments.batches:
+                _store(arguments.batches, facts, found)  # After each row: a run may be cut short.
     finally:
         leftovers.remove()
     return {row: found[row] for row in rows}
@@ -198,13 +192,18 @@ def _known(found: Found, workload: str) -> dict[str, Cell]:
     return known
 
 
-def _show(found: Found, plots: Path | None) -> None:
+def _known_of(found: Found, row: Row) -> dict[str, Cell]:
+    # Pool.map and merging deliver results; slow peers are tried out in a smaller row.
+    is_result = row.workload in ("map", "merge")
+    return (_known(found, "result") if is_result else {}) | _known(found, row.workload)
+
+
+def _show(found: Found, plots: Path | None) -> dict[Row, dict[str, Figures]]:
+    """Print the tables, draw the plots, and return the figures."""
     print(header())
     all_figures = {}
     for row, cells in found.items():
-        # Pool.map and merging deliver results; slow peers are tried out in a smaller row.
-        is_result = row.workload in ("map", "merge")
-        known = (_known(found, "result") if is_result else {}) | _known(found, row.workload)
+        known = _known_of(found, row)
         print("\n".join(lines(row, cells, known)))
         all_figures[row] = {
             name: made
@@ -215,6 +214,7 @@ def _show(found: Found, plots: Path | None) -> None:
         import _plots
 
         print(*_plots.draw(all_figures, plots), sep="\n")
+    return all_figures
 
 
 def _store(path: Path, facts: dict[str, str], found: Found) -> None:
@@ -242,9 +242,11 @@ def main(words: list[str], description: str, failures: Mapping[str, str]) -> int
     except MismatchError as error:
         print(error, file=sys.stderr)
         return 2
-    if arguments.json and arguments.stored:
-        _store(arguments.json, all_facts[0], found)
+    if arguments.batches and arguments.stored:
+        _store(arguments.batches, all_facts[0], found)
     for facts in all_facts:
         print(*(f"{name}: {fact}" for name, fact in facts.items()), "", sep="\n")
-    _show(found, arguments.plots)
+    rows = dict(rows_of(_show(found, arguments.plots)))
+    command = "; ".join(facts["command"] for facts in all_facts)
+    _figures.write(arguments.json, rows, libraries=_LIBRARIES[1:], command=command)
     return 0

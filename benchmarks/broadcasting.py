@@ -1,8 +1,8 @@
 """One object for many readers: `oobpickle.broadcast` beside plain multiprocessing and Ray.
 
 What
-    ``python benchmarks/broadcasting.py [--nbytes 1e9] [--passes 7] [--check]`` prints the times of
-    others over ours for an array of that size and four workers:
+    ``python benchmarks/broadcasting.py [--nbytes 1e9] [--passes 7] [--check] [--json FILE]`` prints
+    the times of others over ours for an array of that size and four workers:
 
     ``each-reads-all``  stored anew for each round, each worker reads every byte once
     ``hundred-tasks``   stored once before, 100 tasks that each read one hundredth
@@ -36,6 +36,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import _figures
 import numpy as np
 from _sides import Side, answer
 
@@ -159,8 +160,11 @@ def _ms(times_s: list[float]) -> str:
     return f"{1e3 * middle:.2f} ms ({1e3 * first:.2f} to {1e3 * third:.2f})"
 
 
-def _compare(row: str, sides: dict[str, Side], n_passes: int) -> bool:
-    """Print a row; tell whether it is below what it should be."""
+Figures = dict[str, float]
+
+
+def _compare(row: str, sides: dict[str, Side], n_passes: int) -> tuple[bool, Figures]:
+    """Print a row; return whether it is below what it should be, and its figures."""
     times: dict[str, list[float]] = {name: [] for name in sides}
     for n in range(-1, n_passes):
         for name in list(sides) if n % 2 else list(sides)[::-1]:
@@ -171,14 +175,15 @@ def _compare(row: str, sides: dict[str, Side], n_passes: int) -> bool:
                 times[name].append(taken_s)
     ours_s = statistics.median(times["oobpickle"])
     print(f"{row}: oobpickle {_ms(times['oobpickle'])}")
-    is_short = False
+    is_short, figures = False, _figures.quartiles("oobpickle", times["oobpickle"], "_s")
     for name in sides:
         if name != "oobpickle":
             ratio = statistics.median(times[name]) / ours_s
             wanted = _WANTED.get((row, name))
             is_short |= wanted is not None and ratio < wanted
+            figures |= {**_figures.quartiles(name, times[name], "_s"), f"{name}_ratio": ratio}
             print(f"    {name} {_ms(times[name])}: {ratio:.2f} times ours, wanted {wanted or '-'}")
-    return is_short
+    return is_short, figures
 
 
 def main() -> int:
@@ -187,6 +192,7 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--serve", choices=_SIDES)
+    _figures.add_option(parser)
     options = parser.parse_args()
     nbytes = int(options.nbytes)
     if options.serve:
@@ -195,18 +201,21 @@ def main() -> int:
     names = [n for n in _SIDES if n != "ray" or importlib.util.find_spec("ray") is not None]
     sides = {name: Side(__file__, "--serve", name, "--nbytes", str(nbytes)) for name in names}
     rows = ("each-reads-all", "hundred-tasks", "slices")
-    is_short = [_compare(row, sides, options.passes) for row in rows]
+    compared = {row: _compare(row, sides, options.passes) for row in rows}
     alone: dict[str, list[float]] = {}
     for n in range(options.passes + 1):
         for row in ("arrival", "first read", "later read", "fork", "copy"):
             taken_s = sides["oobpickle"].time_s(row)
             if n:
                 alone.setdefault(row, []).append(taken_s)
+    figures = {row: found for row, (_, found) in compared.items()}
     for row, times_s in alone.items():
         print(f"{row}: {_ms(times_s)}")
+        figures[row] = _figures.quartiles("oobpickle", times_s, "_s")
     for side in sides.values():
         side.end()
-    return int(options.check and any(is_short))
+    _figures.write(options.json, figures, libraries=["ray"])
+    return int(options.check and any(is_short for is_short, _ in compared.values()))
 
 
 if __name__ == "__main__":

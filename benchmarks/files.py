@@ -1,9 +1,9 @@
 """Files beside what people use for them: ratios of times, by turns.
 
 What
-    ``python benchmarks/files.py [--passes 5] [--quick] [--folder DIR] [--check]`` writes 1 GB in
-    one array and in 10,000, loads both into memory, and maps files of 1 GB and of 4 GB. It prints
-    the time of each peer over ours, and our own.
+    ``python benchmarks/files.py [--passes 5] [--quick] [--folder DIR] [--check] [--json FILE]``
+    writes 1 GB in one array and in 10,000, loads both into memory, and maps files of 1 GB and of
+    4 GB. It prints the time of each peer over ours, and our own.
 
 How it works
     All are asked by turns, in an order that changes, in one process. Before a write all files are
@@ -34,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import _figures
 import numpy as np
 
 import oobpickle
@@ -204,6 +205,7 @@ class _Table:
 
     def __init__(self) -> None:
         self.is_short = False
+        self.figures: dict[str, dict[str, float]] = {}
 
     def add(
         self,
@@ -221,6 +223,7 @@ class _Table:
                 before()
                 taken[name].append(_time_s(calls[name]))
         ours = taken.pop("oobpickle")[1:]
+        self.figures[f"{row} oobpickle"] = {"median_s": statistics.median(ours)}
         print(f"{row:18} {'oobpickle':12} {statistics.median(ours) * 1e3:10.2f} ms", flush=True)
         for name, times in taken.items():
             ratios = [theirs / mine for theirs, mine in zip(times[1:], ours, strict=True)]
@@ -228,6 +231,10 @@ class _Table:
             ratio, wanted = statistics.median(ratios), _WANTED.get((row, name))
             self.is_short |= wanted is not None and ratio < wanted
             note = f", {wanted} wanted" if wanted else ""
+            self.figures[f"{row} {name}"] = {
+                **_figures.quartiles("ratio", ratios),
+                "median_s": statistics.median(times[1:]),
+            }
             print(
                 f"{row:18} {name:12} {statistics.median(times[1:]) * 1e3:10.2f} ms  "
                 f"{ratio:8.2f} times ours  ({first:.2f} to {third:.2f}{note})",
@@ -297,6 +304,7 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--folder")
+    _figures.add_option(parser)
     options = parser.parse_args()
     n_items = _NBYTES // 8 // (10 if options.quick else 1)
     table = _Table()
@@ -305,6 +313,7 @@ def main() -> int:
         parts = [np.ones(n_items // _N_PARTS) for _ in range(_N_PARTS)]
         _rows_of(table, parts, Path(folder), "many", options.passes)
         _map_row(table, Path(folder), options.passes)
+    _figures.write(options.json, table.figures, libraries=["joblib", "pyarrow", "safetensors"])
     return int(options.check and table.is_short)
 
 

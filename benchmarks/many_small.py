@@ -27,6 +27,7 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+import _figures
 import numpy as np
 from _receiver import timed, worker
 
@@ -108,25 +109,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="many small objects, before and after")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--cases", nargs="*", default=[case.__name__ for case in CASES])
+    _figures.add_option(parser)
     options = parser.parse_args()
     context = multiprocessing.get_context("spawn")
     plain, one = worker(context)
     print("| case | plain, ms | before, ms | after, ms | before / after | plain / after |")
     print("|---|---:|---:|---:|---:|---:|")
+    figures = {}
     with oobpickle.enabled():
         served, two = worker(context)
         for case in CASES:
             if case.__name__ in options.cases:
-                row(case.__name__, *case(), plain, served, options.rounds)
+                name = case.__name__
+                figures[name] = row(name, *case(), plain, served, options.rounds)
         for connection, process in ((plain, one), (served, two)):
             connection.close()
             process.join()
+    _figures.write(options.json, figures, libraries=["pandas", "pyarrow", "scikit-learn"])
 
 
 def row(
     name: str, before: Any, after: Any, plain: Connection, served: Connection, n_rounds: int
-) -> None:
-    """Print one row."""
+) -> dict[str, float]:
+    """Print one row; return its figures."""
     gc.collect()
     gc.freeze()  # the objects of the benchmark itself are not looked at again and again
     times = [
@@ -142,6 +147,7 @@ def row(
         f"| {name} | {a * 1e3:.0f} | {b * 1e3:.0f} | {c * 1e3:.0f} | {b / c:.1f} | {a / c:.1f} |",
         flush=True,
     )
+    return {"plain_s": a, "before_s": b, "after_s": c}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Merging results where they are made, against ``functools.reduce``: ratios of times, by turns.
 
 What
-    ``python benchmarks/merging.py [--passes 7] [--quick] [--check]`` prints the time of
-    ``reduce(operator.iadd, pool.imap_unordered(...))``, with oobpickle and plainly, over that of
+    ``python benchmarks/merging.py [--passes 7] [--quick] [--check] [--json FILE]`` prints the time
+    of ``reduce(operator.iadd, pool.imap_unordered(...))``, with oobpickle and plainly, over that of
     ``oobpickle.merge(pool, ..., op=operator.iadd)``: for 16 models of 64 MB, and for 16
     ``collections.Counter`` of a million keys, with two workers.
 
@@ -32,6 +32,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import _figures
 import numpy as np
 
 import oobpickle
@@ -93,7 +94,10 @@ def _measure(row: str, n_passes: int, n_keys: int) -> dict[str, list[dict[str, f
     return taken
 
 
-def _print(row: str, when: str, other: str, taken: dict[str, list[dict[str, float]]]) -> float:
+Figures = dict[str, float]
+
+
+def _print(row: str, when: str, other: str, taken: dict[str, list[dict[str, float]]]) -> Figures:
     pairs = zip(taken[other], taken["merge"], strict=True)
     ratios = [theirs[when] / ours[when] for theirs, ours in pairs]
     ratio = statistics.median(ratios)
@@ -104,7 +108,7 @@ def _print(row: str, when: str, other: str, taken: dict[str, list[dict[str, floa
         f"{_WANTED[row, when, other]} wanted)  merge {ours_s * 1e3:.0f} ms",
         flush=True,
     )
-    return ratio
+    return {**_figures.quartiles("ratio", ratios), "ours_s": ours_s}
 
 
 def main() -> int:
@@ -113,18 +117,23 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="counters of a tenth of the keys")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--run", nargs=3, metavar=("SIDE", "ROW", "KEYS"), help="one process")
+    _figures.add_option(parser)
     options = parser.parse_args()
     if options.run:
         side, row, n_keys = options.run
         _run(side, row, int(n_keys))
         return 0
+    figures: dict[str, Figures] = {}
     is_short = False
     for row in dict.fromkeys(row for row, _, _ in _WANTED):
         n_keys = _N_KEYS_QUICK if options.quick else _N_KEYS
         taken = _measure(row, max(options.passes, 2), n_keys)
         for (of, when, other), wanted in _WANTED.items():
             if of == row:
-                is_short |= _print(row, when, other, taken) < wanted
+                found = _print(row, when, other, taken)
+                figures[f"{row} {when} over {other}"] = found
+                is_short |= found["ratio"] < wanted
+    _figures.write(options.json, figures)
     return int(options.check and is_short)
 
 

@@ -10,7 +10,8 @@ How it works
     own (``_peer_side.py``) by one file in ``_peers/``.
 
 Lifetime
-    ``--json`` stores all figures, ``--from`` prints and draws stored ones, of several runs too.
+    ``--json`` writes the figures. ``--batches`` stores all times, and ``--from`` prints and draws
+    stored ones, of several runs too.
 
 When it cannot
     A peer that fails has a row with the reason. Exit 2: a model arrived damaged.

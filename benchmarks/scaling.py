@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import _driver
+import _figures
 from _growth import Series, Step
 from _harness import OtherWork, SideError
 from _scaling_rows import ROWS, Options
@@ -97,7 +98,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true", help="exit 1 if a line grows too fast")
     parser.add_argument("--rows", default="*", help="only the rows that match, as arrays-*")
     parser.add_argument("--quick", action="store_true", help="fewer steps and repeats")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all batches there")
+    parser.add_argument("--batches", type=Path, metavar="FILE", help="write all batches there")
+    _figures.add_option(parser)
     parser.add_argument("--plots", type=Path, metavar="DIR", help="write a plot of each row there")
     parser.add_argument("--side", choices=["plain", "oobpickle", "page"], help=argparse.SUPPRESS)
     parser.add_argument("--start-method", default="fork", help=argparse.SUPPRESS)
@@ -123,16 +125,19 @@ def main() -> int:
     print(*(f"{name}: {fact}" for name, fact in facts.items()), sep="\n")
     start_s = time.monotonic()
     stored, short = {}, []
+    figures: dict[str, dict[str, object]] = {}
     for name in fnmatch.filter(ROWS, arguments.rows):
         found, values = _run_row(name, options)
         short += [series.name for series in found if series.shortfall()]
         short += [name] if values["error"] else []
+        figures |= {key: row for series in found for key, row in series.figures()}
         stored[name] = {**values, "series": [series.stored() for series in found]}
         if plot_row is not None:
             plot_row(name, found, arguments.plots)
     print(f"\n{len(stored)} rows in {time.monotonic() - start_s:.0f} s")
-    if arguments.json:
-        arguments.json.write_text(json.dumps({"facts": facts, "rows": stored}, indent=1))
+    if arguments.batches:
+        arguments.batches.write_text(json.dumps({"facts": facts, "rows": stored}, indent=1))
+    _figures.write(arguments.json, figures)
     print(f"{len(short)} grow faster than their work, or failed: {', '.join(short) or 'none'}")
     return 1 if arguments.check and short else 0
 

@@ -1,7 +1,7 @@
 """The lock of a shared object against `multiprocessing.Lock`: ratios of times, by turns.
 
 What
-    ``python benchmarks/sharing.py [--passes 9] [--check]`` prints the time of
+    ``python benchmarks/sharing.py [--passes 9] [--check] [--json FILE]`` prints the time of
     `multiprocessing.Lock` over ours, for one turn that nobody waits for, and for 4 processes that
     want it all the time.
 
@@ -28,6 +28,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import _figures
 import numpy as np
 
 import oobpickle
@@ -110,6 +111,7 @@ def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--passes", type=int, default=9)
     parser.add_argument("--check", action="store_true")
+    _figures.add_option(parser)
     options = parser.parse_args()
     lock = multiprocessing.Lock()
     pairs: dict[str, list[tuple[float, float]]] = {row: [] for row in _WANTED}
@@ -131,17 +133,23 @@ def main() -> int:
                 for plain_s, bare_s, writing_s in _contended_s(array, lock):
                     pairs["4 x lock"].append((plain_s, bare_s))
                     pairs["4 x writing"].append((plain_s, writing_s))
-    is_short = False
+    is_short, figures = False, {}
     for row, wanted in _WANTED.items():
         taken = pairs[row][1:]  # after a warm-up
         ratios = [plain / ours for plain, ours in taken]
         first, ratio, third = statistics.quantiles(ratios, n=4)
         is_short |= ratio < wanted
         plain_us, ours_us = (statistics.median(one) * 1e6 for one in zip(*taken, strict=True))
+        figures[row] = {
+            **_figures.quartiles("ratio", ratios),
+            "lock_s": plain_us / 1e6,
+            "ours_s": ours_us / 1e6,
+        }
         print(
             f"{row:14} {ratio:6.2f}  ({first:.2f} to {third:.2f}, {wanted} wanted)  "
             f"Lock {plain_us:.2f} us, ours {ours_us:.2f} us"
         )
+    _figures.write(options.json, figures)
     return int(options.check and is_short)
 
 

@@ -36,6 +36,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+import _figures
 import numpy as np
 from _soak_drivers import SIGNALS, Driver, ExecutorDriver, PipeDriver, PoolDriver, QueueDriver
 from _soak_messages import KINDS, PLAIN_VARIABLE, Parcel
@@ -252,6 +253,38 @@ class Soak:
         self._report_arena()
         self._report_growth()
 
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Return the figures for ``--json``."""
+        total = self._totals()
+        found: dict[str, dict[str, float]] = {
+            "messages": {
+                "n": total["messages"],
+                "nbytes": total["GB"] * 1e9,
+                "n_lost": total["lost"],
+            },
+            "kills": {"n": total["kills"], "n_survived": total["survived"]},
+            "forks": {"n": float(self.n_forks)},
+        }
+        if self.arena is not None:
+            counts = self.arena.statistics()
+            found["forks"]["n_private"] = counts.n_copied_at_fork
+            found["forks"]["n_shared"] = counts.n_shared_after_fork
+            found["reclaimed"] = {"n": counts.n_reclaimed}
+            found["fallbacks"] = {
+                "n": counts.n_fallbacks,
+                **{f"n_{reason}": one.n_messages for reason, one in counts.fallbacks.items()},
+            }
+        if len(self.measures) > 1:
+            first, last = self.measures[0], self.measures[-1]
+            before, now = first.processes["parent"], last.processes["parent"]
+            found["growth"] = {
+                "n_blocks": last.n_blocks - first.n_blocks,
+                "arena_nbytes": last.shared_nbytes - first.shared_nbytes,
+                "n_descriptors": now.n_descriptors - before.n_descriptors,
+                "parent_nbytes": now.rss_nbytes - before.rss_nbytes,
+            }
+        return found
+
     def forget(self) -> None:
         """Drop the drivers: a pool keeps its pipes open until it is collected."""
         self.drivers.clear()
@@ -336,6 +369,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=10, help="how long; fractions are fine")
     parser.add_argument("--seed", type=int, default=5)
     parser.add_argument("--plain", action="store_true", help="without oobpickle, to compare")
+    _figures.add_option(parser)
     return parser.parse_args()
 
 
@@ -354,6 +388,7 @@ def main() -> int:
     soak = Soak(arguments.seed, plain=arguments.plain)
     soak.run(60 * arguments.minutes)
     soak.report()
+    figures = soak.figures()
     if soak.arena is not None and not soak.problems:
         soak.forget()
         oobpickle.uninstall()
@@ -363,6 +398,7 @@ def main() -> int:
         print(f"WRONG: {problem}", file=sys.stderr)
     print("wrong, lost, hung, grown: " + (f"{len(soak.problems)}" if soak.problems else "nothing"))
     sys.stdout.flush()
+    _figures.write(arguments.json, {**figures, "problems": {"n": len(soak.problems)}})
     if soak.problems:
         _kill_all(show=any("hung" in problem for problem in soak.problems))
         os._exit(1)  # a driver may be stuck for ever

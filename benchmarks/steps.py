@@ -1,15 +1,15 @@
 """What one message costs beside its copy: in one process, so that nothing but our own work shows.
 
 What
-    ``python benchmarks/steps.py`` prints microseconds, medians and minima: a block leased and given
-    back, beside few and many live ones, and an array sent through a pipe and received.
+    ``python benchmarks/steps.py [--passes 3] [--json FILE]`` prints microseconds: a block leased
+    and given back, beside few and many live ones, and an array sent through a pipe and received.
 
 How it works
-    Each figure is the median of seven batches. The copy is that of ``np.copyto`` between warm
-    arrays in the same run.
+    Each pass takes the median of seven batches, and the least and the most of all passes are
+    printed. The copy is that of ``np.copyto`` between warm arrays in the same pass.
 
 Lifetime
-    One process, one arena.
+    One process, and an arena for each pass.
 
 When it cannot
     What fits into no pipe cannot be sent in-band in one process; so there is no column without us.
@@ -17,11 +17,14 @@ When it cannot
 
 from __future__ import annotations
 
+import argparse
 import multiprocessing
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 
+import _figures
 import numpy as np
 
 import oobpickle
@@ -30,31 +33,33 @@ _BLOCK_NBYTES = 256 << 10
 _SIZES = (256 << 10, 1 << 20, 4 << 20)
 
 
-def _timed(call: Callable[[], object], n: int) -> tuple[float, float]:
-    """Median and minimum of seven batches, microseconds for each call."""
+def _timed_s(call: Callable[[], object], n: int) -> float:
+    """Median of seven batches, seconds for each call."""
     taken = []
     for _ in range(7):
         start_s = time.perf_counter()
         for _ in range(n):
             call()
-        taken.append((time.perf_counter() - start_s) / n * 1e6)
-    return statistics.median(taken), min(taken)
+        taken.append((time.perf_counter() - start_s) / n)
+    return statistics.median(taken)
 
 
-def main() -> None:
+def _measure() -> dict[str, float]:
+    """One pass: the seconds of each step."""
+    found = {}
     with oobpickle.enabled() as shown:
         arena = shown._memory  # the library's own
-        print("microseconds: median, minimum")
         arena.acquire([_BLOCK_NBYTES]).release()  # it has its pages from now on
         kept: list[object] = []
         for n_live in (10, 50_000):
             while len(kept) < n_live:
                 kept.append(arena.blocks.lease([4096]))
-            median, least = _timed(lambda: arena.blocks.lease([_BLOCK_NBYTES]), 5000)
-            print(f"lease and release beside {n_live:,} live blocks: {median:.2f}, {least:.2f}")
+            name = f"lease and release beside {n_live:,} live blocks"
+            found[name] = _timed_s(lambda: arena.blocks.lease([_BLOCK_NBYTES]), 5000)
         kept.clear()
-        median, least = _timed(lambda: arena.acquire([_BLOCK_NBYTES]).release(), 2000)
-        print(f"Arena.acquire and release: {median:.1f}, {least:.1f}")
+        found["Arena.acquire and release"] = _timed_s(
+            lambda: arena.acquire([_BLOCK_NBYTES]).release(), 2000
+        )
         read, write = multiprocessing.Pipe(duplex=False)
         for nbytes in _SIZES:
             array = np.ones(nbytes, np.uint8)
@@ -66,12 +71,30 @@ def main() -> None:
 
             for _ in range(20):
                 message()
-            median, least = _timed(message, 100)
-            copy, _ = _timed(lambda: np.copyto(other, array), 100)  # noqa: B023
-            print(
-                f"send and recv of {nbytes >> 10} KiB: {median:.0f}, {least:.0f}; "
-                f"the copy {copy:.0f}, above it {median - copy:.0f}"
-            )
+            median_s = _timed_s(message, 100)
+            copy_s = _timed_s(lambda: np.copyto(other, array), 100)  # noqa: B023
+            name = f"send and recv of {nbytes >> 10} KiB"
+            found[name] = median_s
+            found[f"{name}, the copy"] = copy_s
+            found[f"{name}, above it"] = median_s - copy_s
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--passes", type=int, default=3)
+    _figures.add_option(parser)
+    options = parser.parse_args()
+    # It is what this does; `broadcast` would be no help.
+    warnings.simplefilter("ignore", oobpickle.RepeatedWarning)
+    passes = [_measure() for _ in range(options.passes)]
+    figures = {}
+    print("microseconds: the least and the most of the medians")
+    for name in passes[0]:
+        least_s, most_s = (end(one[name] for one in passes) for end in (min, max))
+        figures[name] = {"least_s": least_s, "most_s": most_s}
+        print(f"{name}: {least_s * 1e6:.2f} to {most_s * 1e6:.2f}")
+    _figures.write(options.json, figures)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import _driver
+import _figures
 import numpy as np
 from _harness import (
     Driver,
@@ -99,9 +100,10 @@ COPIES_IN_MEMORY = 7  # What plain pickling takes at its peak, and the model on 
 
 @dataclass
 class Result:
-    """One finished row: its cells as text, what to store, and why it falls short if it does."""
+    """One finished row: cells as text, figures, all values, and why it falls short if so."""
 
     cells: list[str] = field(default_factory=list)
+    figures: dict[str, object] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     shortfalls: list[str] = field(default_factory=list)
 
@@ -169,6 +171,16 @@ class TransferRow:
             *_ratios(arrives.of_copy(), read.of_copy()),
             f"{outcome.n_out_of_band}/{outcome.n_sent}",
         ]
+        result.figures = {
+            "plain_s": _median(arrives.plain_s),
+            "ours_s": _median(arrives.ours_s),
+            **({"copy_s": _median(arrives.copy_s)} if arrives.copy_s else {}),
+            **_named("times_plain", arrives.times_plain(), read.times_plain()),
+            **_named("of_copy", arrives.of_copy(), read.of_copy()),
+            "n_out_of_band": outcome.n_out_of_band,
+            "n_sent": outcome.n_sent,
+            "wanted": ", ".join(self._wanted()),
+        }
         self._need_plain(result, "arrives", arrives.times_plain(), self.times_plain)
         # Reading takes both sides the same, so only that it does not take ours longer is checked.
         self._need_plain(result, "read", read.times_plain(), min(self.times_plain, NEVER_SLOWER))
@@ -186,6 +198,12 @@ class TransferRow:
             result.need(is_enough, f"only {outcome.n_out_of_band} messages out of band")
         return result
 
+    def _wanted(self) -> Iterator[str]:
+        if self.of_copy is not None:
+            yield f"{self.of_copy:g} of `np.copyto`"
+        if self.times_plain > 1:
+            yield f"{self.times_plain:g} times plain"
+
     def _need_plain(self, result: Result, what: str, ratio: Ratio, bound: float) -> None:
         text = f"{what}: {ratio.of_rounds:.3f} times plain, bound {bound:.3g}"
         result.need(ratio.of_rounds >= bound, text)
@@ -201,8 +219,8 @@ class AcquireRow:
     def run(self, options: Options) -> Result:
         with Driver("oobpickle", options.start_method) as side:
             median_s = side("time_acquire", self.n_live, 500 if options.is_quick else 2000)
-        result = Result(["", _seconds([median_s])], {"median_s": median_s})
         bound_s = ACQUIRE_S[self.n_live]
+        result = Result(["", _seconds([median_s])], {"ours_s": median_s, "wanted_s": bound_s})
         result.need(median_s <= bound_s, f"{median_s * 1e6:.1f} us, bound {bound_s * 1e6:g} us")
         return result
 
@@ -220,7 +238,12 @@ class PicklingRow:
         plain_s, ours_s = ([time[i] for time in times[1:]] for i in (0, 1))
         ratio = float(np.median([plain / ours for plain, ours in times[1:]]))
         cells = [_seconds(plain_s), _seconds(ours_s), "", f"{ratio:.3g}"]
-        result = Result(cells, {"plain_s": plain_s, "ours_s": ours_s})
+        result = Result(cells, values={"plain_s": plain_s, "ours_s": ours_s})
+        result.figures = {
+            "plain_s": _median(plain_s),
+            "ours_s": _median(ours_s),
+            "times_plain": ratio,
+        }
         result.need(ratio >= PICKLING, f"{ratio:.3f} times plain, bound {PICKLING:.3g}")
         return result
 
@@ -237,9 +260,12 @@ class MemoryRow:
         plain, ours = self._measure("plain", options), self._measure(options.ours, options)
         result = Result(values={"plain_nbytes": plain.growth_nbytes, "n_samples": ours.n_samples})
         result.values["ours_nbytes"] = ours.growth_nbytes
-        result.cells = [
-            "+" + _mebibytes(max(side.growth_nbytes.values())) for side in (plain, ours)
-        ]
+        grown = {
+            name: max(side.growth_nbytes.values())
+            for name, side in (("plain_nbytes", plain), ("ours_nbytes", ours))
+        }
+        result.figures = dict(grown)
+        result.cells = ["+" + _mebibytes(nbytes) for nbytes in grown.values()]
         for who, growth_nbytes in ours.growth_nbytes.items():
             is_enough = growth_nbytes < PRIVATE_NBYTES
             text = f"{who} grew by {_mebibytes(growth_nbytes)}, bound {_mebibytes(PRIVATE_NBYTES)}"
@@ -296,11 +322,26 @@ def _available_nbytes() -> int:
 def _seconds(batches_s: list[float]) -> str:
     if not batches_s:
         return ""
-    median_s = float(np.median(batches_s))
+    median_s = _median(batches_s)
     for unit, factor in (("s", 1), ("ms", 1e3)):
         if median_s * factor >= 1:
             return f"{median_s * factor:.2f} {unit}"
     return f"{median_s * 1e6:.1f} us"
+
+
+def _median(batches_s: list[float]) -> float:
+    return float(np.median(batches_s))
+
+
+def _named(name: str, arrives: Ratio | None, read: Ratio | None) -> dict[str, float]:
+    if arrives is None or read is None:
+        return {}
+    return {
+        name: arrives.of_rounds,
+        f"{name}_of_medians": arrives.of_medians,
+        f"{name}_read": read.of_rounds,
+        f"{name}_read_of_medians": read.of_medians,
+    }
 
 
 def _ratios(arrives: Ratio | None, read: Ratio | None) -> list[str]:
@@ -341,7 +382,11 @@ def _run_row(row: Row, options: Options) -> Result:
         print(error, file=sys.stderr)
         result = Result(shortfalls=[f"failed: {str(error).splitlines()[0]}"])
     result.values["seconds"] = time.monotonic() - start_s
-    result.values["busy_with_others"] = other_work.n_cores()
+    result.values["busy_with_others"] = n_cores = other_work.n_cores()
+    result.figures |= {
+        "n_cores_others": n_cores,
+        "verdict": "; ".join(result.shortfalls) or "ok",
+    }
     return result
 
 
@@ -364,7 +409,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--rows", default="*", help="only the rows that match, as result-*M")
     parser.add_argument("--start-method", default="fork", help="fork, spawn or forkserver")
     parser.add_argument("--quick", action="store_true", help="fewer repeats, no 2 GiB rows")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all batch medians there")
+    parser.add_argument("--batches", type=Path, metavar="FILE", help="write all medians there")
+    _figures.add_option(parser)
     parser.add_argument("--null", action="store_true", help="plain against plain: the noise alone")
     parser.add_argument("--side", choices=["plain", "oobpickle"], help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -395,9 +441,11 @@ def main() -> int:
         return 2
     short = [name for name, result in results.items() if result.shortfalls]
     print(f"\n{len(rows)} rows in {time.monotonic() - start_s:.0f} s")
-    if arguments.json:
+    if arguments.batches:
         stored = {name: dataclasses.asdict(result) for name, result in results.items()}
-        arguments.json.write_text(json.dumps({"facts": facts, "rows": stored}, indent=1))
+        arguments.batches.write_text(json.dumps({"facts": facts, "rows": stored}, indent=1))
+    figures = {name: result.figures for name, result in results.items()}
+    _figures.write(arguments.json, figures, libraries=["pandas", "pyarrow"])
     if not arguments.null:
         print(f"{len(short)} short of their bound: {', '.join(short) or 'none'}")
     return 1 if arguments.check and short else 0

@@ -1,9 +1,9 @@
 """joblib with oobpickle and without: ratios of times, by turns.
 
 What
-    ``python benchmarks/with_joblib.py [--passes 7] [--check]`` prints plain's time over ours for a
-    result and a by-value argument of 64 MB through ``Parallel(n_jobs=2)``, for 60 results of 64 MB
-    through a generator, and for 2,000 small tasks.
+    ``python benchmarks/with_joblib.py [--passes 7] [--check] [--json FILE]`` prints plain's time
+    over ours for a result and a by-value argument of 64 MB through ``Parallel(n_jobs=2)``, for 60
+    results of 64 MB through a generator, and for 2,000 small tasks.
 
 How it works
     Two processes, each with a `Parallel` that stays open, are asked by turns; one of them inside a
@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import _figures
 import numpy as np
 from _sides import Side, answer
 
@@ -74,12 +75,13 @@ def main() -> int:
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--serve", choices=("plain", "oobpickle"))
+    _figures.add_option(parser)
     options = parser.parse_args()
     if options.serve:
         _serve(options.serve)
         return 0
     sides = {name: Side(__file__, "--serve", name) for name in ("plain", "oobpickle")}
-    is_short = False
+    is_short, figures = False, {}
     for row, wanted in _WANTED.items():
         n_passes = max(3, options.passes // 3) if row.startswith("generator") else options.passes
         for side in sides.values():
@@ -93,6 +95,10 @@ def main() -> int:
         ratio = statistics.median(ratios)
         first, _, third = statistics.quantiles(ratios, n=4)
         is_short |= ratio < wanted
+        figures[row] = {
+            **_figures.quartiles("ratio", ratios),
+            "ours_s": statistics.median(ours_s),
+        }
         print(
             f"{row:18} {ratio:6.2f}  ({first:.2f} to {third:.2f}, {wanted} wanted)  "
             f"ours {statistics.median(ours_s) * 1e3:.1f} ms",
@@ -100,6 +106,7 @@ def main() -> int:
         )
     for side in sides.values():
         side.end()
+    _figures.write(options.json, figures, libraries=["joblib"])
     return int(options.check and is_short)
 
 
