@@ -25,6 +25,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+import textwrap
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ SOURCES = {
     "merging": "python benchmarks/merging.py --quick --passes 5",
     "broadcasting": "python benchmarks/broadcasting.py --nbytes 2.56e8 --passes 5",
     "many-small": "python benchmarks/many_small.py",
+    "forking": "python benchmarks/forking.py",
     "steps": "python benchmarks/steps.py",
     "steps-before-the-core": "python benchmarks/steps.py",
     "scaling": "python benchmarks/scaling.py",
@@ -125,8 +127,14 @@ def grid(head: Iterable[str], rows: Iterable[Iterable[str]], right: int = 0) -> 
     return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ends, *map(list, rows)])
 
 
+def paragraph(text: str) -> str:
+    """A text in lines of the usual length."""
+    return textwrap.fill(text, 110, break_long_words=False, break_on_hyphens=False)
+
+
 def listed(figures: Figures, table: str) -> str:
-    return f"{source(figures)}\n\n{table}"
+    """A table with what it is of."""
+    return f"{paragraph(source(figures))}\n\n{table}"
 
 
 # --- transfer.py
@@ -141,7 +149,7 @@ def speed() -> str:
         for name, size in sizes.items()
     ]
     first = f"{_two(rows['result-first-1G']['times_plain'])} times for a first 1 GiB, nothing warm"
-    return f"{', '.join(times)}; {first}. {source(figures)}"
+    return paragraph(f"{', '.join(times)}; {first}. {source(figures)}")
 
 
 def _two(number: float) -> str:
@@ -335,6 +343,20 @@ def many_small() -> str:
     return listed(figures, grid(head, lines, right=4))
 
 
+def forking() -> str:
+    figures = load("forking")
+    lines = [
+        [
+            name,
+            cell(row, "first_s", seconds),
+            cell(row, "first_each_gb_s", seconds),
+            cell(row, "again_s", seconds),
+        ]
+        for name, row in figures["rows"].items()
+    ]
+    return listed(figures, grid(["held", "first fork", "for each GB", "fork again"], lines))
+
+
 _STEPS = {
     "lease and release beside 10 live blocks": "a block leased and given back, by the module "
     "itself, beside 10 live ones",
@@ -358,7 +380,8 @@ def steps() -> str:
         [text, *(range_of(one, name) for one in (before, now))] for name, text in _STEPS.items()
     ]
     table = grid(["what, us", "before the core", "with it"], lines)
-    return f"With the core: {source(now)}\n\nBefore it: {source(before)}\n\n{table}"
+    texts = [f"With the core: {source(now)}", f"Before it: {source(before)}"]
+    return "\n\n".join([*map(paragraph, texts), table])
 
 
 def _us(duration_s: float) -> str:
@@ -528,7 +551,8 @@ def soak() -> str:
         line("MB of the parent", ("growth", "parent_nbytes"), write=lambda n: f"{n / 1e6:+.1f}"),
     ]
     head = ["what", *(f"`--seed {run['command'].rpartition(' ')[2]}`" for run in runs)]
-    return "\n\n".join([*map(source, runs), grid(head, lines, right=2)])
+    texts = (paragraph(source(run)) for run in runs)
+    return "\n\n".join([*texts, grid(head, lines, right=2)])
 
 
 # --- the list of all
@@ -561,6 +585,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "merging": merging,
     "broadcasting": broadcasting,
     "many-small": many_small,
+    "forking": forking,
     "steps": steps,
     "scaling-arrays": scaling_arrays,
     "scaling-leased": scaling_leased,

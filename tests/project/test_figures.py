@@ -65,7 +65,7 @@ def test_every_table_stands_in_a_document(tables):
     ("old", "new"),
     [
         ("| 2,000 small tasks | 0.98", "| 2,000 small tasks | 1.98"),
-        ("joblib 1.6.0", "joblib 1.7.0"),
+        ("2 cores", "4 cores"),
     ],
 )
 def test_a_table_that_was_edited_by_hand_is_noticed(tables, old, new):
