@@ -17,10 +17,12 @@ What
 How it works
     The command is the one that was typed, without the options that name files: two runs that
     measure the same have the same one. The commit is that of the clone whose oobpickle was
-    imported, with ``+changes`` behind it if the sources were not as committed.
+    imported, with ``+changes`` behind it if the sources were not as committed. A plot that is drawn
+    in the same run has the same `stamp`.
 
 Lifetime
-    The load is that of the time when this module was imported. A file that is there is overwritten.
+    Day and load are those of the time when this module was imported. A file that is there is
+    overwritten.
 
 When it cannot
     Without git, or with an oobpickle that is installed somewhere else, the commit is empty.
@@ -49,6 +51,7 @@ PROJECT = Path(__file__).resolve().parents[1]
 #: Options that name a file or a folder, and change nothing of what is measured.
 PLACES = ("--json", "--batches", "--plots", "--environment")
 
+_DAY = datetime.datetime.now(datetime.UTC).date().isoformat()
 _LOAD = round(os.getloadavg()[0], 2)
 _KIB, _GIB = 1 << 10, 1 << 30
 
@@ -97,19 +100,31 @@ def write(
     """
     if path is None:
         return
-    import oobpickle  # only now: the plain side of a comparison must never import it
-
     record = {
-        "command": command or command_of(sys.argv),
-        "version": oobpickle.__version__,
-        "commit": _commit(Path(oobpickle.__file__)),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        **_run(command),
         "machine": machine(),
         "libraries": dict(_versions(libraries)),
         "note": "",
         "rows": rows,
     }
     path.write_text(text_of(record))
+
+
+def stamp(command: str = "") -> str:
+    """Return what says in a plot of which run it is."""
+    run = _run(command)
+    return f"{run['command']}, oobpickle {run['version']} ({run['commit']}), {run['date']}"
+
+
+def _run(command: str) -> dict[str, str]:
+    import oobpickle  # only now: the plain side of a comparison must never import it
+
+    return {
+        "command": command or command_of(sys.argv),
+        "version": oobpickle.__version__,
+        "commit": _commit(Path(oobpickle.__file__)),
+        "date": _DAY,
+    }
 
 
 def text_of(record: Mapping[str, object]) -> str:

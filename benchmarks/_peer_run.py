@@ -198,7 +198,7 @@ def _known_of(found: Found, row: Row) -> dict[str, Cell]:
     return (_known(found, "result") if is_result else {}) | _known(found, row.workload)
 
 
-def _show(found: Found, plots: Path | None) -> dict[Row, dict[str, Figures]]:
+def _show(found: Found, plots: Path | None, command: str) -> dict[Row, dict[str, Figures]]:
     """Print the tables, draw the plots, and return the figures."""
     print(header())
     all_figures = {}
@@ -213,7 +213,7 @@ def _show(found: Found, plots: Path | None) -> dict[Row, dict[str, Figures]]:
     if plots is not None:
         import _plots
 
-        print(*_plots.draw(all_figures, plots), sep="\n")
+        print(*_plots.draw(all_figures, plots, _figures.stamp(command)), sep="\n")
     return all_figures
 
 
@@ -246,7 +246,7 @@ def main(words: list[str], description: str, failures: Mapping[str, str]) -> int
         _store(arguments.batches, all_facts[0], found)
     for facts in all_facts:
         print(*(f"{name}: {fact}" for name, fact in facts.items()), "", sep="\n")
-    rows = dict(rows_of(_show(found, arguments.plots)))
     command = "; ".join(facts["command"] for facts in all_facts)
+    rows = dict(rows_of(_show(found, arguments.plots, command)))
     _figures.write(arguments.json, rows, libraries=_LIBRARIES[1:], command=command)
     return 0

@@ -46,19 +46,20 @@ def _style(names: list[str], name: str) -> dict[str, Any]:
     return {"color": colour, "marker": _MARKERS[index], "linestyle": dashes, "linewidth": 1.2}
 
 
-def draw(all_figures: AllFigures, folder: Path) -> list[Path]:
-    """Write all plots; return their paths."""
+def draw(all_figures: AllFigures, folder: Path, source: str) -> list[Path]:
+    """Write all plots, with the source in each; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     # Small files, and the same ones for the same figures.
     matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "peers"})
     names = [name for name in _names(all_figures) if name != OURS]
-    paths = [_draw_latency(all_figures, names, folder / "peers-latency.svg")]
+    metadata = {"Date": None, "Source": source}
+    paths = [_draw_latency(all_figures, names, folder / "peers-latency.svg", metadata)]
     for quantity, label, title in (
         ("gigabytes_per_s", "GB/s", "Model bytes delivered and read per second"),
         ("peak_nbytes", "GiB", "Peak memory of all processes together"),
     ):
         path = folder / f"peers-{'throughput' if label == 'GB/s' else 'memory'}.svg"
-        _draw_bars(all_figures, quantity, f"{title} ({label})", path)
+        _draw_bars(all_figures, quantity, f"{title} ({label})", path, metadata)
         paths.append(path)
     return paths
 
@@ -70,7 +71,12 @@ def _names(all_figures: AllFigures) -> list[str]:
     return list(names)
 
 
-def _draw_latency(all_figures: AllFigures, names: list[str], path: Path) -> Path:
+Metadata = dict[str, str | None]
+
+
+def _draw_latency(
+    all_figures: AllFigures, names: list[str], path: Path, metadata: Metadata
+) -> Path:
     workloads = [workload for workload in WORKLOADS if workload != "map"]
     figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
     handles: dict[str, Any] = {}
@@ -94,12 +100,14 @@ def _draw_latency(all_figures: AllFigures, names: list[str], path: Path) -> Path
     axes.flat[-1].axis("off")
     axes.flat[-1].legend(handles.values(), handles.keys(), loc="center", fontsize=10)
     figure.suptitle("Median time until every byte of what arrived was read")
-    figure.savefig(path)
+    figure.savefig(path, metadata=metadata)
     plt.close(figure)
     return path
 
 
-def _draw_bars(all_figures: AllFigures, quantity: str, title: str, path: Path) -> None:
+def _draw_bars(
+    all_figures: AllFigures, quantity: str, title: str, path: Path, metadata: Metadata
+) -> None:
     rows = [row for row in all_figures if row.name in _BAR_ROWS and all_figures[row]]
     figure, axes = plt.subplots(2, 3, figsize=(13, 8), layout="constrained")
     for axis in axes.flat:
@@ -109,7 +117,7 @@ def _draw_bars(all_figures: AllFigures, quantity: str, title: str, path: Path) -
         _draw_row(axis, all_figures[row], quantity)
         axis.set_title(row.name)
     figure.suptitle(f"{title}; hollow: what arrives is read-only or shared")
-    figure.savefig(path)
+    figure.savefig(path, metadata=metadata)
     plt.close(figure)
 
 

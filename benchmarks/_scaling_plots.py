@@ -20,6 +20,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import _figures
 import matplotlib as mpl
 from _growth import Series
 from matplotlib.figure import Figure
@@ -44,7 +45,8 @@ def plot_row(name: str, found: list[Series], directory: Path) -> None:
     for empty in list(axes)[len(drawn) :]:
         empty.set_visible(False)
     directory.mkdir(parents=True, exist_ok=True)
-    figure.savefig(directory / f"scaling-{name}.svg", metadata={"Date": None})
+    metadata = {"Date": None, "Source": _figures.stamp()}
+    figure.savefig(directory / f"scaling-{name}.svg", metadata=metadata)
 
 
 def _draw(series: Series, axes: Any) -> None:

@@ -102,7 +102,8 @@ def quartiles(row: Figures, name: str, unit: str = "", write: Callable[[Any], st
 def source(figures: Figures) -> str:
     """Of what the figures are, as a sentence or two."""
     machine = figures["machine"]
-    version = " ".join(filter(None, [figures["version"], figures["commit"] and _commit(figures)]))
+    commit = f" ({figures['commit']})" if figures["commit"] else ""
+    version = f"{figures['version']}{commit}"
     place = [
         f"{machine['cores']} cores" if machine.get("cores") else "",
         *(str(machine.get(name) or "") for name in ("processor", "memory", "kernel")),
@@ -116,8 +117,10 @@ def source(figures: Figures) -> str:
     return f"{text} {figures['note']}" if figures["note"] else text
 
 
-def _commit(figures: Figures) -> str:
-    return f"({figures['commit']})"
+def stamp(figures: Figures) -> str:
+    """What a plot that was drawn in the same run says of itself."""
+    version = f"oobpickle {figures['version']} ({figures['commit']})"
+    return f"{figures['command']}, {version}, {figures['date']}"
 
 
 def grid(head: Iterable[str], rows: Iterable[Iterable[str]], right: int = 0) -> str:

@@ -20,6 +20,8 @@ from oobpickle._native import core, reason
 SUPPORTED: Final = (
     sys.platform == "linux" and sys.maxsize > 2**32 and os.path.isdir("/proc/self/fd")
 )
+#: What the extension module was made for; on ARM there are kernels with larger pages.
+PAGE_NBYTES: Final = 4096
 #: Of the build: with ``PYTHON_GIL=1`` its collector and reference counts are still other ones.
 FREE_THREADED: Final = "t" in getattr(sys, "abiflags", "")
 #: Source: ioctl_tty(2), tcp(7) and the kernel's sockios.h.
@@ -35,6 +37,12 @@ def lacking() -> str | None:
     """Return what an arena needs and is not here, and what to do; ``None`` if all is here."""
     if not SUPPORTED:
         return "this needs 64-bit Linux with /proc"
+    page_nbytes = os.sysconf("SC_PAGE_SIZE")
+    if page_nbytes != PAGE_NBYTES:
+        return (
+            f"the pages of this kernel have {page_nbytes} bytes, and shared memory is laid out for "
+            f"{PAGE_NBYTES}. Use a kernel with pages of that size"
+        )
     if FREE_THREADED or not _has_gil():
         return (
             "this is a free-threaded Python, whose threads run at the same time, and what is done "

@@ -91,6 +91,22 @@ def test_figures_of_another_command_are_an_error(tables, monkeypatch, tmp_path):
         tables.with_joblib()
 
 
+def test_a_plot_is_of_the_run_of_its_figures(tables):
+    for name, folder in tables.PLOTS.items():
+        plots = sorted((PROJECT / folder).glob(f"{name}-*.svg"))
+        wanted = f"<dc:source>{tables.stamp(tables.load(name))}</dc:source>"
+
+        assert plots
+        assert [path.name for path in plots if wanted not in path.read_text()] == []
+
+
+def test_a_plot_says_what_the_figures_say(tables, figures, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["scaling.py", "--plots", "here"])
+    figures.write(tmp_path / "own.json", {})
+
+    assert figures.stamp() == tables.stamp(json.loads((tmp_path / "own.json").read_text()))
+
+
 def test_every_file_has_a_command_and_every_command_a_file(tables):
     assert {path.stem for path in FILES} == set(tables.SOURCES)
 

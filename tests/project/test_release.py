@@ -4,6 +4,8 @@ import re
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import oobpickle
 
 PROJECT = Path(__file__).parents[2]
@@ -41,3 +43,25 @@ def test_what_the_group_and_the_extra_need_is_the_same():
         METADATA["dependency-groups"]["test"]
         == METADATA["project"]["optional-dependencies"]["test"]
     )
+
+
+@pytest.mark.skipif(not (PROJECT / ".github").exists(), reason="it is in the repository only")
+def test_the_workflow_is_in_step_with_the_release_script_and_the_classifiers():
+    workflow = (PROJECT / ".github" / "workflows" / "release.yml").read_text()
+    script = (PROJECT / ".ci" / "release").read_text()
+    pythons = re.findall(
+        r'"(3\.\d+)"', re.search(r"^ +python: \[(.*)\]$", workflow, re.MULTILINE)[1]
+    )
+    runners = re.search(r"^ +runner: \[(.*)\]$", workflow, re.MULTILINE)[1].split(", ")
+    machines = re.search(r'^readonly MACHINES="(.*)"$', script, re.MULTILINE)[1].split()
+
+    assert [f"Programming Language :: Python :: {python}" for python in pythons] == [
+        c for c in METADATA["project"]["classifiers"] if re.search(r":: 3\.\d+$", c)
+    ]
+    assert [f"ubuntu-24.04{'-arm' * (machine == 'aarch64')}" for machine in machines] == runners
+    assert "run: .ci/release python " in workflow
+    assert "release/dist/*" in workflow
+
+
+def test_no_address_is_given_as_long_as_there_is_none():
+    assert "urls" not in METADATA["project"]

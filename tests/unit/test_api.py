@@ -24,6 +24,7 @@ import pytest
 import oobpickle
 from conftest import is_installed, process_with
 from internals import inner
+from kernel import needs_kernel
 from oobpickle import ArenaError, Fallback, FallbackWarning, _api, _system
 from oobpickle._envelope import Envelope
 from oobpickle._hook import installed
@@ -307,7 +308,7 @@ def test_a_channel_that_an_older_process_can_read_stays_in_band_and_is_counted(o
     assert arrived.flags.writeable
 
 
-@pytest.mark.parametrize("duplex", [False, True])
+@pytest.mark.parametrize("duplex", [False, pytest.param(True, marks=needs_kernel("sock_diag"))])
 def test_an_older_channel_that_only_this_process_can_read_is_used(duplex):
     reader, writer = multiprocessing.Pipe(duplex)
     with reader, writer, oobpickle.enabled() as arena:

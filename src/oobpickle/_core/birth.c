@@ -109,12 +109,9 @@ static void in_child(void)
     for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
         struct birth *birth = &blocks->own.birth;
         put_half(&birth->preparing, 0);
-        blocks->own.life.page = NULL; /* MADV_DONTFORK: not mapped here */
-        life_close(&blocks->own.life);
-        if (birth->epoch) { /* that of our parent, which had not joined yet */
-            birth->life.page = NULL;
-            life_close(&birth->life);
-        }
+        life_of_parent(&blocks->own.life);
+        if (birth->epoch) /* that of our parent, which had not joined yet */
+            life_of_parent(&birth->life);
         if (birth->life.file.fd < 0)
             continue;
         struct participant *row = &blocks->table.shared->participants[birth->slot];

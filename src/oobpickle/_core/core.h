@@ -89,6 +89,8 @@ int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, 
 char *mapping_view(const struct mapping *mapping, u64 offset, u64 nbytes, bool writable);
 int mapping_share(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
 int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes);
+void advice_start(void);
+bool advice_is_obeyed(void);
 int advise(char *address, u64 nbytes, int advice);
 void populate(char *address, u64 nbytes, bool write);
 
@@ -221,6 +223,7 @@ u32 participant_reap(struct blocks *blocks);
 int life_open(const struct file *handle, struct life *life);
 void life_own(const struct life *life);
 void life_close(struct life *life);
+void life_of_parent(struct life *life);
 u32 participant_vacant(const struct blocks *blocks, const struct file *life);
 bool participant_should_reap(const struct blocks *blocks);
 u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespace);

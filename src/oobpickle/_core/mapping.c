@@ -14,6 +14,9 @@ nobody uses can be unmapped. That is done seldom: to map a touched MiB again cos
 mremap(2) of a shared page with an old size of zero maps the file once more: what is left of a file
 whose descriptor somebody has closed (`mapping_again`).
 
+madvise(2) is believed only if a try at the start has shown that it does what it is asked for. qemu-user,
+which runs programs of other machines, takes most advice for hints: it does nothing, and reports success.
+
 Lifetime. Of the object that has the mapping. A forked child inherits windows and counts.
 
 When it cannot. NULL or -1, with errno. */
@@ -59,9 +62,42 @@ static bool again(int result)
     return result != 0 && (errno == EINTR || errno == EAGAIN);
 }
 
+static bool is_obeyed = true;
+
+/* Whether advice that is no hint has an effect. */
+bool advice_is_obeyed(void)
+{
+    return is_obeyed;
+}
+
+/* Try it, once in a process: a page that is to go, and one that is to come. */
+void advice_start(void)
+{
+    const int read_write = PROT_READ | PROT_WRITE;
+    unsigned char is_there = 1;
+    char *page = mmap(NULL, PAGE, read_write, MAP_SHARED | MAP_ANONYMOUS, -1, 0);
+    if (page != MAP_FAILED) {
+        *(volatile char *)page = 1;
+        if (madvise(page, PAGE, MADV_REMOVE) == 0 && *(volatile char *)page != 0)
+            is_obeyed = false;
+        munmap(page, PAGE);
+    }
+    page = mmap(NULL, PAGE, read_write, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (page != MAP_FAILED) {
+        if (madvise(page, PAGE, MADV_POPULATE_WRITE) == 0 && mincore(page, PAGE, &is_there) == 0 &&
+            (is_there & 1) == 0)
+            is_obeyed = false;
+        munmap(page, PAGE);
+    }
+}
+
 int advise(char *address, u64 nbytes, int advice)
 {
     int result;
+    if (!is_obeyed && advice != MADV_DONTNEED) {
+        errno = EINVAL; /* as of a kernel that does not know it */
+        return -1;
+    }
     do
         result = madvise(address, nbytes, advice);
     while (again(result));
@@ -385,11 +421,15 @@ static int replace_by_copy(char *address, u64 nbytes)
     return -1;
 }
 
+/* Write to each page what is there; what another thread writes meanwhile is not lost. */
 static void touch(char *address, u64 nbytes)
 {
     for (u64 at = 0; at < nbytes; at += PAGE) {
-        volatile char *page = address + at;
-        *page = *page;
+        _Atomic unsigned char *page = (_Atomic unsigned char *)(address + at);
+        unsigned char seen = atomic_load_explicit(page, memory_order_relaxed);
+        while (!atomic_compare_exchange_weak_explicit(page, &seen, seen, memory_order_relaxed,
+                                                      memory_order_relaxed))
+            ;
     }
 }
 
@@ -433,7 +473,7 @@ int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, 
     for (u64 at = 0; at < nbytes; at += STEP) {
         u64 n = nbytes - at < STEP ? nbytes - at : STEP;
         if (is_mapped && advise(address + at, n, MADV_POPULATE_WRITE) != 0)
-            touch(address + at, n); /* before Linux 5.14 */
+            touch(address + at, n); /* before Linux 5.14, or an emulator */
         else if (!is_mapped && replace_by_copy(address + at, n) != 0)
             return -1;
         FAULT("privatize.step");

@@ -167,6 +167,7 @@ static PyObject *shortages(void)
 
 PyMODINIT_FUNC PyInit__core(void)
 {
+    advice_start();
     if (epoch_start() != 0 || birth_start() != 0)
         return PyErr_SetFromErrno(PyExc_OSError);
     PyObject *module = PyModule_Create(&definition);

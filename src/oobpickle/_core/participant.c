@@ -132,6 +132,14 @@ void life_close(struct life *life)
     *life = NO_LIFE;
 }
 
+/* In a forked child: keep nothing of it. */
+void life_of_parent(struct life *life)
+{
+    if (advice_is_obeyed())
+        life->page = NULL; /* MADV_DONTFORK: not mapped here */
+    life_close(life);
+}
+
 /* --- the dead */
 
 static void absorb(struct blocks *blocks, u32 slot)

@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from conftest import process_with
+from kernel import needs_kernel
 from oobpickle._memory import pipes
 from oobpickle._memory.pipes import (
     channel_id,
@@ -100,12 +101,16 @@ def test_a_closed_descriptor_is_an_error():
         channel_id(writer)
 
 
+@pytest.mark.parametrize(
+    "ends", ["pipe", pytest.param("socket", marks=needs_kernel("sock_diag"))], indirect=True
+)
 def test_the_reading_end_of_each_channel_has_its_name(ends):
     reader, writer = ends
 
     assert channel_id(reader) == reading_end(writer) != 0
 
 
+@needs_kernel("sock_diag")
 def test_both_ends_of_a_connection_know_each_other(tmp_path):
     with socket.socket(socket.AF_UNIX) as listener, socket.socket(socket.AF_UNIX) as client:
         listener.bind(str(tmp_path / "address"))
