@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = commands.add_parser("doctor", help="look at this machine, by doing")
     doctor.add_argument("--json", action="store_true", help="as JSON")
+    doctor.add_argument("--pid", type=int, help="who has what in the arena of a running process")
     doctor.set_defaults(command=_doctor)
 
     bench = commands.add_parser("bench", help="this machine, plain and with oobpickle")
@@ -76,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _doctor(given: argparse.Namespace) -> int:
+    if given.pid is not None:
+        from oobpickle._cli.arenas import look_at
+
+        return look_at(given.pid, as_json=given.json)
     from oobpickle._cli.doctor import doctor
 
     return doctor(as_json=given.json)

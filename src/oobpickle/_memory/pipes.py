@@ -108,7 +108,7 @@ def readers(channel: int) -> tuple[set[int], set[int]]:
     OSError
         If there is no /proc, or no descriptor is left to look into it.
     """
-    name = _name(channel)
+    name = channel_name(channel)
     found, hidden = set(), set()
     for pid in _pids():
         try:
@@ -189,7 +189,7 @@ def unreadable(
     unproven : collection of int
         Channels of which that is never to count.
     """
-    names = {_name(channel): channel for channel in channels if channel}
+    names = {channel_name(channel): channel for channel in channels if channel}
     found, left = set(), set(names.values())
     try:
         for fd, name in _descriptors_of("self"):
@@ -313,7 +313,7 @@ def _lineage(pid: int) -> Iterator[int]:
             return
 
 
-def _name(channel: int) -> str:
+def channel_name(channel: int) -> str:
     """Return what /proc calls the channel."""
     return f"socket:[{channel & ~_SOCKET}]" if channel & _SOCKET else f"pipe:[{channel}]"
 

@@ -13,6 +13,8 @@ from oobpickle._cli.main import main
         ([], "oobpickle: error: the following arguments are required: COMMAND"),
         (["nothing"], "oobpickle: error: argument COMMAND: invalid choice: 'nothing'"),
         (["doctor", "--bad"], "oobpickle: error: unrecognized arguments: --bad"),
+        (["doctor", "--pid", "none"], "oobpickle doctor: error: argument --pid: invalid int value"),
+        (["doctor", "--pid", "0"], "oobpickle: error: there is no process 0"),
         (["explain"], "oobpickle explain: error: the following arguments are required"),
         (["explain", "nowhere.pkl"], "cannot read nowhere.pkl: No such file or directory"),
         (["explain", "nowhere:x"], "cannot import 'nowhere': ModuleNotFoundError"),
