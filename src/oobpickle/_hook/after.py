@@ -11,12 +11,16 @@ and then do what the class does. The first large one takes them away again, ever
 **Lifetime.** The attributes end with their connections, which are referred to weakly. A forked
 child says nothing.
 
+What a finalizer sends, as that of a `Pool` does that was never closed, is sent too: the weak
+reference to its connection is gone by then, and a `_StandIn` has the descriptor.
+
 **When it cannot.** The connections of managers, listeners, joblib and loky are not seen. Where
 warnings are errors it is reported as an exception in a finalizer is: raised, it would end a thread
 of the pool."""
 
 from __future__ import annotations
 
+import multiprocessing.connection as mp_connection
 import pickle
 import warnings
 import weakref
@@ -65,18 +69,19 @@ class _Watch:
         self._epoch = core.epoch()
         for connection in connections:
             it = weakref.ref(connection)  # or it would refer to itself, and stay open
-            ours = partial(self._send_bytes, it), partial(self._recv, it)
+            spare = connection.fileno()
+            ours = partial(self._send_bytes, it, spare), partial(self._recv, it, spare)
             for name, function in zip(_NAMES, ours, strict=True):
                 vars(connection).setdefault(name, function)
 
-    def _send_bytes(self, it: weakref.ref[Any], buf: Any) -> None:
-        connection: Any = it()
+    def _send_bytes(self, it: weakref.ref[Any], spare: int, buf: Any) -> None:
+        connection: Any = it() or _StandIn(spare)
         type(connection)._send_bytes(connection, buf)
         if len(buf) >= self._threshold:
             self._see(len(buf), buf[0], buf[-1])
 
-    def _recv(self, it: weakref.ref[Any], size: int, *args: Any) -> Any:
-        connection: Any = it()
+    def _recv(self, it: weakref.ref[Any], spare: int, size: int, *args: Any) -> Any:
+        connection: Any = it() or _StandIn(spare)
         message = type(connection)._recv(connection, size, *args)
         if size >= self._threshold:
             with message.getbuffer() as view:
@@ -103,6 +108,16 @@ class _Watch:
             "was made inside the block inside of it, or call oobpickle.install().",
             self._place,
         )
+
+
+class _StandIn(mp_connection.Connection):
+    """What has the descriptor of a connection that is being finalized, and leaves it open."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
+
+    def __del__(self) -> None:
+        pass
 
 
 class _Said:

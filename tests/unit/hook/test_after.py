@@ -22,6 +22,9 @@ def made_inside(**options):
         return multiprocessing.Pipe()
 
 
+LEFT_AT = made_inside.__code__.co_firstlineno + 1
+
+
 def send(ends, obj):
     one, other = ends
     with ThreadPool(1) as threads:
@@ -42,7 +45,7 @@ def test_the_first_large_message_is_said_where_the_block_was_left():
         assert np.array_equal(send(ends, BIG), BIG)
         assert np.array_equal(send(ends, BIG), BIG)
 
-    assert [(one.filename, one.lineno) for one in caught] == [(__file__, 21)]
+    assert [(one.filename, one.lineno) for one in caught] == [(__file__, LEFT_AT)]
     assert not {"_send_bytes", "_recv"} & {*vars(ends[0]), *vars(ends[1])}
     close(ends)
 
@@ -107,6 +110,18 @@ def test_what_another_library_has_put_there_stays():
         send(ends, BIG)
     assert ends[0]._send_bytes is theirs
     close(ends)
+
+
+def test_what_is_sent_when_it_is_finalized_is_sent():
+    one, other = made_inside()
+    ours = vars(one)["_send_bytes"]
+    gone = weakref.ref(set())  # as that to a connection is, when what refers to it is finalized
+    ours.func(gone, *ours.args[1:], b"gone")
+    received = other.recv_bytes()
+    one.send_bytes(b"still there")
+
+    assert (received, other.recv_bytes()) == (b"gone", b"still there")
+    close((one, other))
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
