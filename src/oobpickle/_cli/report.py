@@ -3,11 +3,14 @@
 **What.** `Recorder` looks at an arena's statistics again and again, and writes the page.
 
 **How it works.** A thread looks ten times a second, later less often, so that a long run has as
-many points as a short one. It is never within a look while the process forks. Plots are SVG.
+many points as a short one. It is never within a look while the process forks. Plots are SVG. What
+each process has sent is in its row of the arena's table, where it is counted anyway: to look at it
+costs messages nothing.
 
 **Lifetime.** The thread ends with the block.
 
-**When it cannot.** What is between two looks is seen only in the sums.
+**When it cannot.** What is between two looks is seen only in the sums. Messages are not counted by
+channel, only by who has sent them.
 """
 
 from __future__ import annotations
@@ -23,15 +26,21 @@ from typing import Final
 from oobpickle._arena import Arena
 from oobpickle._cli.failure import CommandError
 from oobpickle._errors import format_nbytes, format_seconds
-from oobpickle._fallback import REASONS
-from oobpickle._statistics import Statistics
+from oobpickle._fallback import REASONS, fallbacks_of
+from oobpickle._foreign import ignoring
+from oobpickle._hook import installed
+from oobpickle._memory.table import Table
+from oobpickle._statistics import N_LOADED, N_MESSAGES, NBYTES, Statistics
 
 _PAUSE_S: Final = 0.1
 _MOST_POINTS: Final = 1000
 _WIDTH: Final = 640
 _HEIGHT: Final = 160
 _MARGIN: Final = 8
+_MOST_ROWS: Final = 40
 Point = tuple[float, Statistics]
+#: By incarnation: pid, and what `_sent` returned when the process was looked at last.
+Processes = dict[int, tuple[int, list[int]]]
 
 
 class Recorder:
@@ -50,6 +59,7 @@ class Recorder:
         self._start = time.monotonic()
         self._pause_s = _PAUSE_S
         self.points: list[Point] = []
+        self.processes: Processes = {}
         self._thread = threading.Thread(target=self._look_again, daemon=True, name="oobpickle run")
         self._pid = os.getpid()
         os.register_at_fork(
@@ -79,6 +89,16 @@ class Recorder:
     def _look(self) -> None:
         with self._looking:
             self.points.append((time.monotonic() - self._start, self._arena.statistics()))
+            self._look_at_processes()
+
+    def _look_at_processes(self) -> None:
+        hook = installed.current
+        if hook is None or hook.arena.identity != self._arena.identity:
+            return  # uninstalled meanwhile
+        with ignoring(OSError):  # the program has closed its descriptor
+            joined = Table(hook.arena.descriptors[1]).joined
+            found = {one.incarnation: (one.pid, _sent(one.counters)) for one in joined}
+            self.processes.update(found)
 
     def _look_again(self) -> None:
         while not self._ended.wait(self._pause_s):
@@ -98,12 +118,15 @@ class Recorder:
         if os.getpid() != self._pid:
             return
         try:
-            path.write_text(page(self.points, arguments), encoding="utf-8")
+            text = page(self.points, arguments, self.processes)
+            path.write_text(text, encoding="utf-8")
         except OSError as error:
             raise CommandError(f"cannot write {path}: {error.strerror}") from error
 
 
-def page(points: Sequence[Point], arguments: Sequence[str]) -> str:
+def page(
+    points: Sequence[Point], arguments: Sequence[str], processes: Processes | None = None
+) -> str:
     """Return the page as one piece of HTML that needs nothing else."""
     took_s, last = points[-1]
     title = escape(" ".join(arguments))
@@ -114,7 +137,7 @@ def page(points: Sequence[Point], arguments: Sequence[str]) -> str:
         f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1>"
         f"<p>{format_seconds(took_s)} with oobpickle installed</p><pre>{escape(str(last))}</pre>"
-        f"{plots}{_channels(last)}{_fallbacks(last)}</body></html>\n"
+        f"{plots}{_ways(last)}{_senders(last, processes or {})}{_fallbacks(last)}</body></html>\n"
     )
 
 
@@ -155,14 +178,47 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table>{''.join(lines)}</table>"
 
 
-def _channels(last: Statistics) -> str:
+def _ways(last: Statistics) -> str:
     rows = [
         ("buffers, out of band", f"{last.n_buffers_out_of_band:,}", last.nbytes_buffers),
         ("pickle streams, out of band", f"{last.n_messages_out_of_band:,}", last.nbytes_stream),
         ("large messages, through the pipe", f"{last.n_fallbacks:,}", last.nbytes_fallbacks),
     ]
     cells = [(what, n, format_nbytes(nbytes)) for what, n, nbytes in rows]
-    return f"<h2>bytes by type and channel</h2>{_table(('what', 'number', 'bytes'), cells)}"
+    return f"<h2>what went which way</h2>{_table(('what', 'number', 'bytes'), cells)}"
+
+
+def _senders(last: Statistics, processes: Processes) -> str:
+    """Return who has sent how much; what was counted after the last look at who has ended, too."""
+    found = [(str(pid), sent) for pid, sent in processes.values()]
+    found.sort(key=lambda one: -one[1][1] - one[1][3])
+    sums = [sum(column) for column in zip(*(sent for _, sent in found), strict=True)]
+    if not any(sums):
+        return ""
+    shown, others = found[:_MOST_ROWS], found[_MOST_ROWS:]
+    if others:
+        rest = [sum(column) for column in zip(*(sent for _, sent in others), strict=True)]
+        shown.append((f"{len(others)} others", rest))
+    total = [
+        *(last.n_messages_out_of_band, last.nbytes_out_of_band),
+        *(last.n_fallbacks, last.nbytes_fallbacks, last.n_messages_loaded),
+    ]
+    unseen = [max(0, a - b) for a, b in zip(total, sums, strict=True)]
+    if any(unseen):
+        shown.append(("ended before a look", unseen))
+    head = ("process", "sent out of band", "bytes", "large, in-band", "bytes", "loaded")
+    rows = [
+        (who, f"{n:,}", format_nbytes(nbytes), f"{k:,}", format_nbytes(more), f"{loaded:,}")
+        for who, (n, nbytes, k, more, loaded) in shown
+    ]
+    return f"<h2>messages by process</h2>{_table(head, rows)}"
+
+
+def _sent(counters: Sequence[int]) -> list[int]:
+    """Return messages and bytes out of band, large ones in-band, and messages that were loaded."""
+    fallbacks = fallbacks_of(counters).values()
+    in_band = sum(one.n_messages for one in fallbacks), sum(one.nbytes for one in fallbacks)
+    return [counters[N_MESSAGES], counters[NBYTES], *in_band, counters[N_LOADED]]
 
 
 def _fallbacks(last: Statistics) -> str:

@@ -36,6 +36,7 @@ from oobpickle._memory.table import (
     RELEASED,
     Amount,
     Joined,
+    Rows,
     Table,
 )
 from oobpickle._native import core
@@ -155,22 +156,24 @@ def _seen(path: int, found: Found) -> Seen:
     fd = _opened(path)
     try:
         table = Table(fd)
+        rows = table.rows()
     finally:
         os.close(fd)
     by_inode = {inode: one for (_, inode), one in found.items()}
     locks = by_inode.get(table.locks_inode)
     data = by_inode.get(table.data_inode)
-    unread, read = _in_flight(table)
+    unread, read = _in_flight(rows)
     fd = -1 if locks is None else _opened(locks[0])
     try:
         participants = tuple(
-            _participant(table, one, _is_alive(fd, one.slot), read) for one in table.joined
+            _participant(one, rows, _is_alive(fd, one.slot), table.lock_slot, read)
+            for one in table.joined
         )
     finally:
         if fd >= 0:
             os.close(fd)
     resident = table.resident if data is None else data[1].st_blocks * 512
-    statistics = _statistics_of(table, resident)
+    statistics = _statistics_of(table, rows, resident)
     return Seen(table.identity, table.is_closed, participants, unread, statistics)
 
 
@@ -186,33 +189,37 @@ def _is_alive(locks: int, slot: int) -> bool | None:
 
 
 def _participant(
-    table: Table, one: Joined, is_alive: bool | None, read: dict[int, Amount]
+    one: Joined,
+    rows: Rows,
+    is_alive: bool | None,
+    lock_slot: int | None,
+    read: dict[int, Amount],
 ) -> Participant:
-    is_its = table.owner == one.slot
-    leased, held = is_its & (table.state == LEASED), is_its & (table.state == HELD)
+    is_its = rows.owner == one.slot
+    leased, held = is_its & (rows.state == LEASED), is_its & (rows.state == HELD)
     return Participant(
         pid=one.pid,
         pid_namespace=one.pid_namespace,
         is_alive=is_alive,
-        has_the_lock=table.lock_slot == one.slot,
-        leased=table.amount(leased),
+        has_the_lock=lock_slot == one.slot,
+        leased=rows.amount(leased),
         read=read.get(one.incarnation & _INCARNATION, _NONE),
-        held=table.amount(held),
-        n_references=int(((leased | held) & table.is_reference).sum()),
+        held=rows.amount(held),
+        n_references=int(((leased | held) & rows.is_reference).sum()),
     )
 
 
-def _in_flight(table: Table) -> tuple[dict[int, Amount], dict[int, Amount]]:
+def _in_flight(rows: Rows) -> tuple[dict[int, Amount], dict[int, Amount]]:
     """Return messages by the channel that they wait in, and blocks by who has read them."""
     unread: dict[int, Amount] = {}
     read: dict[int, Amount] = {}
-    n_rows = len(table.channel)
-    for index in (table.state == IN_FLIGHT).nonzero()[0]:
-        own = channel = int(table.channel[index])
-        nbytes = int(table.nbytes[index])
+    n_rows = len(rows.channel)
+    for index in (rows.state == IN_FLIGHT).nonzero()[0]:
+        own = channel = int(rows.channel[index])
+        nbytes = int(rows.nbytes[index])
         if own & FOLLOWS:  # the message's first block says where it is
             first = own & (core.MOST_BLOCKS - 1)
-            channel = int(table.channel[first]) if first < n_rows else 0
+            channel = int(rows.channel[first]) if first < n_rows else 0
         if channel & FOLLOWS:  # that one is another message's by now
             channel = 0
         if channel & ADOPTED:
@@ -227,18 +234,18 @@ def _add(amounts: dict[int, Amount], key: int, n: int, nbytes: int) -> None:
     amounts[key] = n_before + n, nbytes_before + nbytes
 
 
-def _statistics_of(table: Table, resident: int) -> Statistics:
-    state = table.state
+def _statistics_of(table: Table, rows: Rows, resident: int) -> Statistics:
+    state = rows.state
     is_free = (state == FREE) | (state == RELEASED) | (state == EMPTIED)
-    nbytes_kept = int(table.kept[is_free & (state != EMPTIED)].sum())
+    nbytes_kept = int(rows.kept[is_free & (state != EMPTIED)].sum())
     is_used = (state == LEASED) | (state == IN_FLIGHT) | (state == HELD)
     amounts = {
         "free": (int(is_free.sum()), nbytes_kept),
-        "leased": table.amount(state == LEASED),
-        "in_flight": table.amount(state == IN_FLIGHT),
-        "held": table.amount(state == HELD),
+        "leased": rows.amount(state == LEASED),
+        "in_flight": rows.amount(state == IN_FLIGHT),
+        "held": rows.amount(state == HELD),
     }
-    n_published, nbytes_published = table.amount(state == PUBLISHED)
+    n_published, nbytes_published = rows.amount(state == PUBLISHED)
     return _statistics.summed(
         table.counters(),
         n_participants=len(table.joined),
@@ -247,7 +254,7 @@ def _statistics_of(table: Table, resident: int) -> Statistics:
         nbytes={name: amounts[name][1] for name in _statistics.STATES},
         n_published=n_published,
         nbytes_published=nbytes_published,
-        n_references=int(((is_used | (state == PUBLISHED)) & table.is_reference).sum()),
+        n_references=int(((is_used | (state == PUBLISHED)) & rows.is_reference).sum()),
         nbytes_resident=resident,
         nbytes_huge=0,
         capacity=table.capacity,

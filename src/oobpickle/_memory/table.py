@@ -50,12 +50,12 @@ class Joined(NamedTuple):
 
 
 class Table:
-    """A table as it was when this was made.
+    """A table as it was when this was made, and its rows as they were when they were asked for.
 
     Parameters
     ----------
     fd : int
-        Of the table file.
+        Of the table file; needed as long as rows may be asked for.
 
     Attributes
     ----------
@@ -71,10 +71,6 @@ class Table:
         Bytes that blocks may occupy.
     joined : list of Joined
         By slot.
-    state, owner, nbytes, kept, channel : ndarray of uint64
-        Of each block; `nbytes` are those of messages, `kept` those that have pages.
-    is_reference : ndarray of bool
-        Whether it names a published block, if it is in use.
     """
 
     def __init__(self, fd: int) -> None:
@@ -93,14 +89,9 @@ class Table:
         holder = self._word("lock") & _LOCK_SLOT
         self.lock_slot = holder - 1 if holder else None
         self.joined = self._joined()
-        self._read_rows()
 
     def _word(self, name: str) -> int:
         return int(_WORD.unpack_from(self._head, core.LAYOUT[f"header.{name}"])[0])
-
-    def amount(self, which: Any) -> Amount:
-        """Return how many blocks of a selection there are, and the bytes in them."""
-        return int(which.sum()), int(self.nbytes[which].sum())
 
     def counters(self) -> list[int]:
         """Return the sums over all participants, living and dead."""
@@ -111,6 +102,10 @@ class Table:
             if one.incarnation != absorbed:  # else it is counted there already
                 sums = [a + b for a, b in zip(sums, one.counters, strict=True)]
         return sums
+
+    def rows(self) -> Rows:
+        """Read the rows of the blocks."""
+        return Rows(self._fd, min(self._word("n_rows") & _LOW, core.MOST_BLOCKS))
 
     def _joined(self) -> list[Joined]:
         start = core.LAYOUT["table.participants"]
@@ -128,13 +123,24 @@ class Table:
             if row.word("state") == _JOINED
         ]
 
-    def _read_rows(self) -> None:
+
+class Rows:
+    """The rows of all blocks.
+
+    Attributes
+    ----------
+    state, owner, nbytes, kept, channel : ndarray of uint64
+        Of each block; `nbytes` are those of messages, `kept` those that have pages.
+    is_reference : ndarray of bool
+        Whether it names a published block, if it is in use.
+    """
+
+    def __init__(self, fd: int, n_rows: int) -> None:
         import numpy as np
 
-        n_rows = min(self._word("n_rows") & _LOW, core.MOST_BLOCKS)
         damaged = np.arange(n_rows, dtype=np.uint64)
         for _ in range(_N_LOOKS):  # without the lock, one may be half written
-            memory = os.pread(self._fd, n_rows * _ROW_NBYTES, core.LAYOUT["table.rows"])
+            memory = os.pread(fd, n_rows * _ROW_NBYTES, core.LAYOUT["table.rows"])
             rows = np.frombuffer(memory, np.uint64).reshape(-1, _ROW_NBYTES // _WORD.size)
             damaged = damaged[~_are_sound(rows[damaged], damaged)]
         commit, used, kept, self.channel = (
@@ -147,6 +153,10 @@ class Table:
         self.is_reference = used >= np.uint64(_NAMES)
         self.nbytes = np.where(self.is_reference, np.uint64(0), used)
         self.kept = kept & np.uint64(_RESIDENT)
+
+    def amount(self, which: Any) -> Amount:
+        """Return how many blocks of a selection there are, and the bytes in them."""
+        return int(which.sum()), int(self.nbytes[which].sum())
 
 
 class _Words:

@@ -3,6 +3,7 @@
 import html.parser
 import multiprocessing
 import os
+import re
 
 import numpy as np
 import pytest
@@ -55,6 +56,59 @@ def test_what_was_sent_is_in_it():
     assert "all 3 large messages out of band" in text
     assert "a &lt;script&gt;.py x" in text
     assert recorder.points[-1][1].n_messages_out_of_band == 3
+
+
+def rows_of(recorder):
+    text = page(recorder.points, ["a.py"], recorder.processes)
+    table = text.partition("<h2>messages by process</h2>")[2].partition("</table>")[0]
+    rows = re.findall(r"<tr>(.*?)</tr>", table)[1:]
+    return [re.findall(r"<td>(.*?)</td>", row) for row in rows]
+
+
+def test_who_has_sent_it():
+    with oobpickle.enabled() as arena, Recorder(arena) as recorder:
+        context = multiprocessing.get_context("fork")
+        with context.Pool(1) as pool:
+            (pid,) = [process.pid for process in multiprocessing.active_children()]
+            for _ in range(3):
+                pool.apply(np.ones, (100_000,))
+            pool.apply(len, (np.ones(50_000),))
+            recorder._look()
+
+    assert rows_of(recorder) == [
+        [str(pid), "3", "2.3 MiB", "0", "0 bytes", "1"],
+        [str(os.getpid()), "1", "391 KiB", "0", "0 bytes", "3"],
+    ]
+
+
+def test_who_has_ended_before_a_look_is_in_the_sums():
+    recorder = recorded(2)
+    assert rows_of(recorder) == [[str(os.getpid()), "2", "1.5 MiB", "0", "0 bytes", "2"]]
+    ((incarnation, (pid, _)),) = recorder.processes.items()
+    recorder.processes[incarnation] = pid, [1, 800_000, 0, 0, 1]
+
+    assert rows_of(recorder)[-1] == ["ended before a look", "1", "781 KiB", "0", "0 bytes", "1"]
+
+
+def test_many_processes_are_some_rows():
+    recorder = recorded(1)
+    ((_, (_, sent)),) = recorder.processes.items()
+    recorder.processes = {n: (n, sent) for n in range(100)}
+    rows = rows_of(recorder)
+
+    assert len(rows) == 41
+    assert rows[-1][:2] == ["60 others", "60"]
+
+
+def test_a_program_that_closes_all_descriptors(monkeypatch):
+    with oobpickle.enabled() as arena:
+        recorder = Recorder(arena)
+        monkeypatch.setattr(os, "pread", lambda *_: b"")
+        with recorder:
+            pass
+
+    assert recorder.processes == {}
+    assert rows_of(recorder) == []
 
 
 def test_nothing_was_sent():
