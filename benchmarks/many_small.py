@@ -49,6 +49,43 @@ class Columns:
         self.starts = np.cumsum([0, *map(len, arrays)])
 
 
+class Entries(dict[Any, Any]):
+    """A dictionary that is sent as columns."""
+
+
+class Sorted:
+    """The same, looked up by bisection: nothing is made where it arrives."""
+
+    def __init__(self, entries: dict[str, int]) -> None:
+        keys = sorted(entries)
+        self.keys = np.array(keys)
+        self.values = np.array([entries[key] for key in keys])
+
+    def __getitem__(self, key: str) -> int:
+        at = np.searchsorted(self.keys, key)
+        if at == len(self.keys) or self.keys[at] != key:
+            raise KeyError(key)
+        return int(self.values[at])
+
+
+class Point:
+    """A small object."""
+
+    def __init__(self, x: float, y: int, name: str) -> None:
+        self.x, self.y, self.name = x, y, name
+
+
+class Cloud:
+    """Many of them."""
+
+    def __init__(self, points: list[Point]) -> None:
+        self.points = points
+
+
+class Columned(Cloud):
+    """The same, sent as columns."""
+
+
 class Counted(collections.Counter[str]):
     """A counter that is sent as columns."""
 
@@ -71,6 +108,49 @@ def reduce_counter(counter: Any) -> Any:
 
 
 oobpickle.register(Counted, reduce_counter)
+
+
+def rebuild_entries(keys: Any, values: Any) -> Any:
+    """Make a dictionary of columns."""
+    return Entries(zip(_listed(keys), values.tolist(), strict=True))
+
+
+def reduce_entries(entries: Any) -> Any:
+    """Take a dictionary apart into columns of its keys and of its values."""
+    return rebuild_entries, (_column(list(entries)), _column(list(entries.values())))
+
+
+def _column(values: list[Any]) -> Any:
+    (kind,) = set(map(type, values))
+    if kind is str:
+        text = "\0".join(values)
+        assert text.count("\0") == len(values) - 1
+        return np.frombuffer(text.encode(), np.uint8)
+    return np.fromiter(values, kind, len(values))
+
+
+def _listed(column: Any) -> list[Any]:
+    if column.dtype == np.uint8:
+        return bytes(column).decode().split("\0")
+    listed: list[Any] = column.tolist()
+    return listed
+
+
+oobpickle.register(Entries, reduce_entries)
+
+
+def rebuild_cloud(*columns: Any) -> Any:
+    """Make points of columns."""
+    return Columned(list(map(Point, *map(_listed, columns))))
+
+
+def reduce_cloud(cloud: Columned) -> Any:
+    """Take points apart into columns of their attributes."""
+    names = ("x", "y", "name")
+    return rebuild_cloud, tuple(_column([getattr(p, n) for p in cloud.points]) for n in names)
+
+
+oobpickle.register(Columned, reduce_cloud)
 
 
 def frames() -> tuple[Any, Any]:
@@ -101,7 +181,30 @@ def counters() -> tuple[Any, Any]:
     return collections.Counter(words), Counted(words)
 
 
-CASES: tuple[Callable[[], tuple[Any, Any]], ...] = (frames, forests, arrays, counters)
+def words() -> tuple[Any, Any]:
+    entries = {f"word {i}": i for i in range(2_000_000)}
+    return entries, Entries(entries)
+
+
+def kept() -> tuple[Any, Any]:
+    entries = {f"word {i}": i for i in range(2_000_000)}
+    return entries, Sorted(entries)
+
+
+def numbers() -> tuple[Any, Any]:
+    entries = {7 * i: i * 1.0 for i in range(2_000_000)}
+    return entries, Entries(entries)
+
+
+def objects() -> tuple[Any, Any]:
+    points = [Point(i * 1.0, i, f"point {i}") for i in range(500_000)]
+    return Cloud(points), Columned(points)
+
+
+CASES: tuple[Callable[[], tuple[Any, Any]], ...] = (
+    *(frames, forests, arrays, counters),
+    *(words, kept, numbers, objects),
+)
 
 
 def main() -> None:

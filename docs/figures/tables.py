@@ -328,7 +328,11 @@ _MANY_SMALL = {
     "frames": "a frame of 500,000 rows with a column of strings",
     "forests": "a forest of 50 trees, which is sent as it is",
     "arrays": "a million arrays of five numbers",
-    "counters": "a counter of 500,000 words",
+    "objects": "500,000 objects of a class with three attributes, columns made by a reducer",
+    "kept": "a dictionary of 2,000,000 words and numbers, kept as columns",
+    "words": "the same dictionary, columns made by a reducer",
+    "numbers": "a dictionary of 2,000,000 numbers and numbers, by a reducer",
+    "counters": "a `Counter` of 500,000 words, by a reducer",
 }
 
 

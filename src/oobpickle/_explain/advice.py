@@ -98,8 +98,11 @@ def _of_many(amounts: list[int]) -> str:
     return f"{n:,} objects, pickled one by one" if n > 1 else "a part of the stream"
 
 
-def advice_for(part: Part, *, is_wrapped: bool) -> str:
-    """Return what to do about a part; empty if there is nothing to gain."""
+def advice_for(part: Part, inner: Part) -> str:
+    """Return what to do about a part; empty if there is nothing to gain.
+
+    `inner` is the part whose parts are shown below it, and get advice of their own.
+    """
     amounts, obj = part.amounts, part.obj
     if part.refusal:
         return "leave it out (__getstate__), or make it anew where it arrives"
@@ -117,11 +120,11 @@ def advice_for(part: Part, *, is_wrapped: bool) -> str:
         return ""
     n_out, n_in = amounts[of.ARRAYS_OUT], amounts[of.ARRAYS_IN]
     if n_in + n_out > _MANY and part.nbytes / (n_in + n_out) < 4 * MIN_BUFFER_NBYTES:
-        if _is_below(part, of.ARRAYS_IN) or _is_below(part, of.ARRAYS_OUT):
+        if _is_below(inner, of.ARRAYS_IN) or _is_below(inner, of.ARRAYS_OUT):
             return ""
         return f"one array for all of them, and where each begins: {_COLUMNS}"
     if amounts[of.STREAM] >= _WORTH_NBYTES and amounts[of.PARTS] > _MANY:
-        return "" if _is_below(part, of.PARTS) else _of_small_objects(part, is_wrapped)
+        return "" if _is_below(inner, of.PARTS) else _of_small_objects(part, inner is not part)
     return ""
 
 
@@ -147,6 +150,10 @@ def _of_small_objects(part: Part, is_wrapped: bool) -> str:
         )
         if kinds <= {int, float, bool} and kinds:
             return "numbers in one buffer: numpy.array or array.array"
-    if amounts[of.CALLS] > _MANY or amounts[of.INSTANCES] > _MANY or part.is_own or is_wrapped:
+    are_instances = amounts[of.CALLS] > _MANY or amounts[of.INSTANCES] > _MANY
+    if isinstance(obj, dict) and not are_instances:
+        # With a reducer the receiver would make the dictionary again, which is most of the work.
+        return f"arrays of keys and of values in its place: {_COLUMNS}"
+    if are_instances or part.is_own or is_wrapped:
         return f"arrays instead of objects, or oobpickle.register for its class: {_COLUMNS}"
-    return f"columns: arrays of keys and of values, or oobpickle.register: {_COLUMNS}"
+    return f"columns: arrays in the place of its objects: {_COLUMNS}"

@@ -163,7 +163,7 @@ class Maker:
                 told, self._threshold, is_small=self._is_small, is_leaf=not inner.kept
             ),
             seconds=predict(amounts, _NEVER if self._is_small else self._threshold, self._known),
-            advice=advice_for(told, is_wrapped=inner is not part),
+            advice=advice_for(told, inner),
             children=tuple(children),
             n_parts=amounts[of.PARTS],
             nbytes_out_of_band=amounts[of.OUT],

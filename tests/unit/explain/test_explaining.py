@@ -1,5 +1,6 @@
 """Explain: what it says of an object, and that it does nothing else."""
 
+import collections
 import copy
 import gc
 import html.parser
@@ -96,7 +97,8 @@ def test_columns_of_a_frame_have_their_names():
 
 ADVICE = {
     "numpy.array": [float(i) for i in range(20_000)],
-    "columns: arrays of keys and of values": {str(i): i for i in range(20_000)},
+    "arrays of keys and of values in its place": {str(i): i for i in range(20_000)},
+    "arrays of keys and of": collections.Counter({str(i): i for i in range(20_000)}),
     "oobpickle.register": [Point(i) for i in range(20_000)],
     "one array for all of them": [np.ones(20) for _ in range(20_000)],
     "astype(float)": np.array([0.5] * 20_000, dtype=object),
