@@ -8,7 +8,9 @@ What
 
 How it works
     By turns, each time in processes of their own: once, as a program does it that does it once, and
-    again with the memory that is there by then. Medians with quartiles.
+    again with the memory that is there by then. Medians with quartiles. For the models also what
+    the ratio would be if nothing waited for anything: every step is timed by itself, and the times
+    are added up, with as many copies into fresh memory as ``reduce`` was seen to make.
 
 Lifetime
     Each process ends when it has printed its times.
@@ -23,8 +25,10 @@ import argparse
 import collections
 import contextlib
 import functools
+import mmap
 import multiprocessing
 import operator
+import os
 import statistics
 import subprocess
 import sys
@@ -66,7 +70,7 @@ def _run(side: str, row: str, n_keys: int) -> None:
     count = functools.partial(_count, n_keys)
     make: Callable[[int], Any] = _fit if row.startswith("models") else count
     block = contextlib.nullcontext() if side == "reduce-plain" else oobpickle.enabled()
-    with block, multiprocessing.Pool(_N_WORKERS) as pool:
+    with block as arena, multiprocessing.Pool(_N_WORKERS) as pool:
         pool.map(abs, range(2 * _N_WORKERS))
         for _ in ("once", "again"):
             start = time.perf_counter()
@@ -75,22 +79,63 @@ def _run(side: str, row: str, n_keys: int) -> None:
             else:
                 results = pool.imap_unordered(make, range(_N_MODELS))
                 total = functools.reduce(operator.iadd, results)
-            print(time.perf_counter() - start, flush=True)
+            used = sum(arena.statistics().nbytes.values()) if arena else 0
+            print(time.perf_counter() - start, used // (8 * _N_FLOATS), flush=True)
             assert float(total[0]) == (1 if isinstance(total, dict) else sum(range(_N_MODELS)))
             del total
 
 
+def _time_parts() -> None:
+    """Print the seconds to make a model, to add it to another, and to copy it."""
+
+    def timed(step: Callable[..., object], *arguments: object) -> float:
+        start = time.perf_counter()
+        step(*arguments)
+        return time.perf_counter() - start
+
+    total = _fit(0)
+    makes = [timed(_fit, 1) for _ in range(7)]
+    model = _fit(1)
+    adds = [timed(operator.iadd, total, model) for _ in range(7)]
+    fd = os.memfd_create("model")
+    os.ftruncate(fd, model.nbytes)
+    with mmap.mmap(fd, model.nbytes) as memory:
+        shared = np.frombuffer(memory)
+        fresh, *warm = [timed(np.copyto, shared, model) for _ in range(8)]
+        del shared
+    os.close(fd)
+    print(*map(statistics.median, (makes, adds)), fresh, statistics.median(warm))
+
+
+def _limits(parts: list[float], n_fresh: float) -> dict[str, float]:
+    """Return the time of ``reduce`` over that of ``merge`` if nobody ever waits."""
+    make, add, fresh, warm = parts
+    both = _N_MODELS * make + (_N_MODELS - 1) * add
+    return {
+        "once": (both + n_fresh * fresh + (_N_MODELS - n_fresh) * warm)
+        / (both + _N_WORKERS * fresh),
+        "again": (both + _N_MODELS * warm) / (both + _N_WORKERS * warm),
+    }
+
+
+def _printed_by(*arguments: str) -> list[float]:
+    command = [sys.executable, __file__, *arguments]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return [float(number) for number in done.stdout.split()]
+
+
 def _times_s(side: str, row: str, n_keys: int) -> dict[str, float]:
-    command = [sys.executable, __file__, "--run", side, row, str(n_keys)]
-    once, again = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-    return {"once": float(once), "again": float(again)}
+    once, n_fresh, again, _ = _printed_by("--run", side, row, str(n_keys))
+    return {"once": once, "again": again, "n_fresh": n_fresh}
 
 
 def _measure(row: str, n_passes: int, n_keys: int) -> dict[str, list[dict[str, float]]]:
-    taken: dict[str, list[dict[str, float]]] = {side: [] for side in _SIDES}
+    taken: dict[str, list[dict[str, float]]] = {side: [] for side in (*_SIDES, "limit")}
     for n in range(n_passes):
         for side in _SIDES if n % 2 else _SIDES[::-1]:
             taken[side].append(_times_s(side, row, n_keys))
+        if row.startswith("models"):
+            taken["limit"].append(_limits(_printed_by("--parts"), taken["reduce"][-1]["n_fresh"]))
     return taken
 
 
@@ -103,9 +148,14 @@ def _print(row: str, when: str, other: str, taken: dict[str, list[dict[str, floa
     ratio = statistics.median(ratios)
     first, _, third = statistics.quantiles(ratios, n=4)
     ours_s = statistics.median(one[when] for one in taken["merge"])
+    limit = ""
+    if taken["limit"] and other == "reduce":
+        n_fresh = statistics.median(one["n_fresh"] for one in taken["reduce"])
+        most = statistics.median(one[when] for one in taken["limit"])
+        limit = f", at most {most:.2f} if nobody waits, with {n_fresh:.0f} blocks of reduce"
     print(
         f"{row:15} {when:5}  over {other:12} {ratio:6.2f}  ({first:.2f} to {third:.2f}, "
-        f"{_WANTED[row, when, other]} wanted)  merge {ours_s * 1e3:.0f} ms",
+        f"{_WANTED[row, when, other]} wanted{limit})  merge {ours_s * 1e3:.0f} ms",
         flush=True,
     )
     return {**_figures.quartiles("ratio", ratios), "ours_s": ours_s}
@@ -118,7 +168,11 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--run", nargs=3, metavar=("SIDE", "ROW", "KEYS"), help="one process")
     _figures.add_option(parser)
+    parser.add_argument("--parts", action="store_true", help="each step by itself")
     options = parser.parse_args()
+    if options.parts:
+        _time_parts()
+        return 0
     if options.run:
         side, row, n_keys = options.run
         _run(side, row, int(n_keys))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 import oobpickle
 from exploring import examples
+from oobpickle._merge import merging, work
 
 few, some = examples(15), examples(60)
 
@@ -101,6 +102,15 @@ def processes():
 @given(merge=merges(), n_workers=st.integers(1, 8))
 def test_on_threads(threads, merge, n_workers):
     check(threads[n_workers - 1], *merge)
+
+
+@some
+@given(merge=merges(), n_workers=st.integers(1, 8))
+def test_where_every_call_ends_early(threads, merge, n_workers):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(merging, "_LEAST_S", 0)
+        patch.setattr(work, "_TIMES_OP", 0)
+        check(threads[n_workers - 1], *merge)
 
 
 @some

@@ -28,6 +28,7 @@ class Dask(Queued):
     """A ``distributed.Client``."""
 
     is_remote = True
+    ends_early = False
     owning = "private"
     is_sending = False  # in one process with its workers
 

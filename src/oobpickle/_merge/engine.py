@@ -48,6 +48,8 @@ class Engine:
         Whether arguments arrive as copies.
     is_remote : bool
         Whether partial results stay where they are made.
+    ends_early : bool
+        Whether a call may return a part of its chunk, to have the rest handed out anew.
     stop : Stop
         Tells calls that are under way that nobody wants their results.
     """
@@ -56,6 +58,7 @@ class Engine:
     owning_here = ""
     is_sending = True
     is_remote = False
+    ends_early = True
 
     def __init__(self, n_workers: int) -> None:
         self.n_workers = max(n_workers, 1)

@@ -30,6 +30,7 @@ class Joblib(Engine):
 
     owning = "writable"
     is_sending = False  # with a backend of threads
+    ends_early = False
 
     def __init__(self, parallel: Any) -> None:
         self._joblib: Any = sys.modules["joblib"]

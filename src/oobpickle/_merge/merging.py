@@ -2,10 +2,11 @@
 
 **What.** `merge`.
 
-**How it works.** Each call folds one chunk of pieces. When the results of two chunks are there
-that may be merged, they are: by this process, which has nothing else to do, and if there are more
-such pairs by the workers, before further chunks. The engine says who is ready (`engine`),
-`pieces` what is to do, `partials` which two may be merged, and `work` is what is done.
+**How it works.** Each call folds one chunk of pieces, and a worker has one chunk if that does not
+keep others waiting: then no more results are sent than there are workers. When the results of two
+chunks are there that may be merged, they are: by this process, which has nothing else to do, and
+if there are more such pairs by the workers, before further chunks. The engine says who is ready
+(`engine`), `pieces` what is to do, `partials` which two may be merged, and `work` is what is done.
 
 **Lifetime.** Whatever ends the merge, calls off what is under way. The engine stays the user's.
 
@@ -24,12 +25,18 @@ from oobpickle._foreign import annotate
 from oobpickle._merge.choice import engine_for
 from oobpickle._merge.engine import Engine, Ready
 from oobpickle._merge.partials import Ordered, Partial, Unordered
-from oobpickle._merge.pieces import Pieces, check_size
+from oobpickle._merge.pieces import Chunk, Pieces, check_size
 from oobpickle._merge.progress import Reporter, reporter
-from oobpickle._merge.work import NOTE, Job, Span, fold_boxes, join
+from oobpickle._merge.work import NOTE, Clock, Job, Part, Span, fold_boxes, join
 
 #: What stands in the signature for an `initial` that was not given.
 _MISSING: Final[Any] = ...
+
+#: How many chunks each worker has, where a call cannot end before its chunk is done.
+_CHUNKS_A_WORKER: Final = 2
+
+#: How long a call lasts at least that ends before. A worker without work waits about as long.
+_LEAST_S: Final = 1.0
 
 
 def merge(
@@ -69,8 +76,10 @@ def merge(
         Whether operands keep the order of the pieces. If false, any two are merged as soon as they
         are there, so `op` has to be commutative too.
     chunksize : int, optional
-        How many pieces a call folds before its result travels. Default: two chunks for each
-        worker if all iterables have a length, else 1.
+        How many pieces a call folds before its result travels. Default: if all iterables have a
+        length, each worker gets an equal share of the pieces, and returns half of it for others
+        to help if that takes longer than a second and 100 times as long as `op`; Dask, Ray and
+        joblib get two chunks for each worker. Else 1.
     buffersize : int, optional
         How many pieces may be taken from the iterables and not be done, at least 1. Default: 2 x
         workers x `chunksize`. No chunk is larger.
@@ -136,15 +145,19 @@ def merge(
     first = () if initial is _MISSING else (initial,)
     with reporter(progress) as report:
         if engine is None:
-            return _merge_here(func, op, Pieces(iterables, 1, chunksize, buffersize), first, report)
+            here = Pieces(iterables, 1, 1, chunksize, buffersize)
+            return _merge_here(func, op, here, first, report)
         with engine_for(engine) as runs:
-            pieces = Pieces(iterables, runs.n_workers, chunksize, buffersize)
-            job = Job(func, op, runs.owning, runs.stop)
+            n_shares = runs.n_workers * (1 if runs.ends_early else _CHUNKS_A_WORKER)
+            pieces = Pieces(iterables, n_shares, runs.n_workers, chunksize, buffersize)
+            least_s = _LEAST_S if runs.ends_early and chunksize is None else None
+            job = Job(func, op, runs.owning, runs.stop, least_s)
             partials = Ordered() if ordered else Unordered()
+            run = _Run(runs, job, pieces, partials, report)
             try:
-                return _Run(runs, job, pieces, partials, report).total(first)
+                return run.total(first)
             finally:
-                partials.clear()  # an error that is kept keeps no results
+                run.forget()  # an error that is kept keeps no results
 
 
 def _merge_here(
@@ -156,6 +169,7 @@ def _merge_here(
         0,
         pieces.boxes(lambda n_done: report.tell(n_done, pieces.n_all)),
         copy.deepcopy(initial),
+        Clock(),
     )
     if not pieces.n_taken:
         return _of_nothing(initial)
@@ -181,12 +195,14 @@ class _Run:
         self._pieces = pieces
         self._partials = partials
         self._report = report
-        # Results that are here or on their way. Between two that wait there is always a call; so
-        # the limit stops nothing but results that are faster than they can be joined.
+        # Of the calls that may end early, by their first pieces.
+        self._chunks: dict[int, list[tuple[Any, ...]]] = {}
+        # Results that are here or on their way. Between two that wait there is always a call, or
+        # what one has given back; so the limit stops nothing but results that are faster than they
+        # can be joined. (Without a call it stops nothing: nobody else would go on.)
         self._most = max(2 * engine.n_workers, pieces.n_chunks_ahead)
         self._n_results = 0
         self._n_calls = 0
-        self._n_under_way = 0
         self._n_done = 0
 
     def total(self, initial: tuple[Any, ...]) -> Any:
@@ -213,6 +229,11 @@ class _Run:
         self._tell()
         return total
 
+    def forget(self) -> None:
+        """Refer to no result and no piece any more."""
+        self._partials.clear()
+        self._chunks.clear()
+
     def _is_complete(self) -> bool:
         return self._pieces.is_exhausted and not self._n_calls and len(self._partials) < 2
 
@@ -231,17 +252,18 @@ class _Run:
         return is_any
 
     def _feed(self, initial: tuple[Any, ...]) -> bool:
-        if self._n_results > self._most:
+        if self._n_results > self._most and self._n_calls:
             return False
-        chunk = self._pieces.take(self._n_under_way)
-        if not chunk:
+        n_idle = self._engine.n_workers - self._n_calls
+        chunk = self._pieces.take(self._pieces.n_taken - self._n_done, n_idle)
+        if chunk is None:
             return False
-        n_taken = self._pieces.n_taken
-        span = Span(n_taken - len(chunk), n_taken)
+        start, pieces = chunk
         self._n_results += 1
         self._n_calls += 1
-        self._n_under_way += len(chunk)
-        self._engine.submit_fold(span, self._job, chunk, initial)
+        if self._job.least_s is not None:
+            self._chunks[start] = pieces[:]  # a thread empties the other
+        self._engine.submit_fold(Span(start, start + len(pieces)), self._job, pieces, initial)
         return True
 
     def _join_there(self, left: Partial, right: Partial) -> None:
@@ -266,11 +288,15 @@ class _Run:
                 annotate(error, f"{NOTE}raised for {span} (level {span.level})")
             raise
         self._n_calls -= 1
-        self._partials.add(span, value)
         if span.level == 0:
-            n_pieces = span.stop - span.start
-            self._n_under_way -= n_pieces
-            self._n_done += n_pieces
+            pieces = self._chunks.pop(span.start, [])
+            if isinstance(value, Part):
+                value, n_pieces = value
+                span = Span(span.start, span.start + n_pieces)
+                self._pieces.give_back(Chunk(span.stop, pieces[n_pieces:]))
+            self._n_done += span.stop - span.start
+            self._partials.add(span, value)
             self._tell()
         else:
             self._n_results -= 1
+            self._partials.add(span, value)

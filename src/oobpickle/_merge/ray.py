@@ -30,6 +30,7 @@ class Ray(Engine):
     """The module ``ray``."""
 
     is_remote = True
+    ends_early = False
     owning = "writable"
 
     def __init__(self, ray: Any) -> None:

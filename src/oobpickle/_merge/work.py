@@ -3,8 +3,13 @@
 **What.** `fold` calls `func` for each piece of a chunk and merges each result into the total at
 once; `join` merges two partial results. `Job` is what both have to know.
 
-**How it works.** The left operand is always one's own: what `func` has returned, what `op` has, or
-what came through a pickle. If somebody else refers to the first result of a chunk too, such as a
+**How it works.** A result is sent when its chunk is done, so the fewer chunks the better; but
+workers that have nothing left to do wait for those that have. So a call that may ends when half of
+its chunk is done, if by then it has lasted long enough for sending not to matter: `Part` is what it
+returns, and the rest is handed out anew.
+
+The left operand is always one's own: what `func` has returned, what `op` has, or what came through
+a pickle. If somebody else refers to the first result of a chunk too, such as a
 cache that `func` keeps, it is copied before an operator in place changes it.
 
 **Lifetime.** One total and one result at a time: a piece is dropped before its result is made.
@@ -17,6 +22,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -25,6 +31,10 @@ from oobpickle._merge.writing import private, writable
 
 NOTE: Final = "oobpickle.merge: "
 _NOTHING: Final = object()
+
+#: A call that ends early has lasted so many times as long as its operator. To copy a total into
+#: fresh memory, and to merge it elsewhere, takes about ten times as long.
+_TIMES_OP: Final = 100
 
 #: What has to be done before an object that an engine delivered may be changed.
 OWNING: Final[dict[str, Callable[[Any], Any]]] = {
@@ -58,6 +68,13 @@ class Span(NamedTuple):
         return Span(start, stop, 1 + max(self.level, other.level))
 
 
+class Part(NamedTuple):
+    """The total of the first pieces of a chunk, of a call that has ended early."""
+
+    total: Any
+    n_pieces: int
+
+
 class Job:
     """What each call has to know.
 
@@ -69,20 +86,28 @@ class Job:
         What has to be done before an object that an engine delivered may be changed.
     stop : Stop, optional
         Says whether the rest is called off.
+    least_s : float, optional
+        How long a call lasts at least that ends before its chunk is done; ``None`` if none may.
     """
 
-    __slots__ = ("func", "op", "owning", "stop")
+    __slots__ = ("func", "least_s", "op", "owning", "stop")
 
     def __init__(
-        self, func: Callable[..., Any], op: Any, owning: str = "", stop: Stopping | None = None
+        self,
+        func: Callable[..., Any],
+        op: Any,
+        owning: str = "",
+        stop: Stopping | None = None,
+        least_s: float | None = None,
     ) -> None:
         self.func = func
         self.op = op
         self.owning = owning
         self.stop = stop
+        self.least_s = least_s
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Job, (self.func, self.op, self.owning, self.stop)
+        return Job, (self.func, self.op, self.owning, self.stop, self.least_s)
 
     @property
     def is_off(self) -> bool:
@@ -91,7 +116,7 @@ class Job:
 
 
 def fold(job: Job, start: int, pieces: list[tuple[Any, ...]], initial: tuple[Any, ...] = ()) -> Any:
-    """Return the total of a chunk, which is emptied.
+    """Return the total of a chunk, which is emptied; or a `Part`.
 
     Parameters
     ----------
@@ -104,7 +129,13 @@ def fold(job: Job, start: int, pieces: list[tuple[Any, ...]], initial: tuple[Any
     initial : tuple
         Of what comes before the first result, if anything does.
     """
-    return fold_boxes(job, start, _emptied(pieces), initial)
+    n_pieces, clock = len(pieces), Clock()
+
+    def is_enough() -> bool:
+        return len(pieces) <= n_pieces // 2 and clock.is_late(job.least_s)
+
+    total = fold_boxes(job, start, _emptied(pieces, is_enough), initial, clock)
+    return Part(total, n_pieces - len(pieces)) if pieces and not job.is_off else total
 
 
 def fold_flat(job: Job, start: int, width: int, initial: tuple[Any, ...], *flat: Any) -> Any:
@@ -114,14 +145,34 @@ def fold_flat(job: Job, start: int, width: int, initial: tuple[Any, ...], *flat:
     return fold(job, start, pieces, initial)
 
 
-def _emptied(pieces: list[tuple[Any, ...]]) -> Iterator[list[tuple[Any, ...]]]:
+def _emptied(
+    pieces: list[tuple[Any, ...]], is_enough: Callable[[], bool]
+) -> Iterator[list[tuple[Any, ...]]]:
     pieces.reverse()
-    while pieces:
+    while pieces and not is_enough():
         yield [pieces.pop()]
 
 
+class Clock:
+    """How long a call has lasted, and its operator the last time."""
+
+    def __init__(self) -> None:
+        self._begin = time.monotonic()
+        self.op_s: float | None = None
+
+    def is_late(self, least_s: float | None) -> bool:
+        """Tell whether it costs little to send what there is."""
+        if least_s is None or self.op_s is None:
+            return False
+        return time.monotonic() - self._begin >= max(least_s, _TIMES_OP * self.op_s)
+
+
 def fold_boxes(
-    job: Job, start: int, boxes: Iterable[list[tuple[Any, ...]]], initial: tuple[Any, ...]
+    job: Job,
+    start: int,
+    boxes: Iterable[list[tuple[Any, ...]]],
+    initial: tuple[Any, ...],
+    clock: Clock,
 ) -> Any:
     """Do the work of `fold`; each box has the arguments of one call, and is emptied."""
     total = _NOTHING
@@ -139,7 +190,9 @@ def fold_boxes(
             if total is _NOTHING:
                 total = OWNING[job.owning](result)
             else:
+                begin = time.monotonic()
                 total = _apply(job.op, total, result)
+                clock.op_s = time.monotonic() - begin
             if total is result and n_references > _ALONE:
                 total = copied(total)
             where.doing, result = "", None

@@ -23,6 +23,7 @@ import numpy as np
 from inside import eventually
 
 import oobpickle
+from oobpickle._merge import merging
 
 MIB = 1 << 20
 LARGE = 300_000
@@ -150,6 +151,26 @@ def _nested(seed):
 def merge_in_a_worker(method):
     for engine in _each(method):
         assert oobpickle.merge(engine, _nested, range(5)) == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3]
+
+
+def calls_that_end_early(method):
+    merging._LEAST_S = 0
+    for engine in _each(method):
+        told = []
+        progress = functools.partial(_tell, told)
+        total = oobpickle.merge(engine, _by_itself, range(40), op=operator.iadd, progress=progress)
+        assert total == [*range(40)]
+        assert len(told) > 4, told  # the beginning, two calls, and the end
+
+
+def _tell(told, *numbers):
+    told.append(numbers)
+
+
+def _by_itself(seed):
+    """Take more than 100 times as long as to append to a list."""
+    np.full(LARGE, seed).sum()
+    return [seed]
 
 
 def inputs_are_read_ahead_by_no_more_than_was_said(method):
@@ -458,13 +479,15 @@ def _large(seed):
 
 
 def memory(method):
-    """Workers x (total + one piece) + partial results on their way."""
+    """Workers x (total + one piece) + partial results on their way: one of each worker."""
     nbytes, n_workers = 16 * MIB, 2
+    merging._LEAST_S = 1000  # no call ends early, however slow the machine
     with oobpickle.enabled() as arena, _pool(method, n_workers) as pool:
         pool.map(_number, range(20))
         pids = [process.pid for process in pool._pool]
         before = _private_nbytes(pids)
         is_over, peaks = threading.Event(), collections.Counter()
+        most = collections.Counter()  # partial results
 
         def watch():
             while not is_over.wait(0.001):
@@ -477,12 +500,14 @@ def memory(method):
         for options in ({}, {"chunksize": 1}):
             total = oobpickle.merge(pool, _large, range(40), op=operator.iadd, **options)
             assert total[0] == sum(range(40))
+            most["chunksize" in options] = peaks["arena"]
             del total
         is_over.set()
         thread.join()
     assert nbytes < peaks["workers"] <= n_workers * 2 * nbytes + 8 * MIB, peaks
+    assert nbytes < most[False] <= n_workers * nbytes + 2 * MIB, most
     # Two more while this process sends a pair, which it has until it is copied.
-    assert nbytes < peaks["arena"] <= (2 * n_workers + 1 + 2) * nbytes + 2 * MIB, peaks
+    assert nbytes < most[True] <= (2 * n_workers + 1 + 2) * nbytes + 2 * MIB, most
 
 
 def _private_nbytes(pids):

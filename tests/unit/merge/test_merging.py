@@ -14,6 +14,7 @@ import pytest
 
 import oobpickle
 from conftest import eventually
+from oobpickle._merge import merging, partials, work
 
 
 class Pickling(concurrent.futures.Executor):
@@ -241,6 +242,64 @@ def test_idle_workers_join_too():
     with ThreadPool(4) as pool:
         total = oobpickle.merge(pool, func, range(4), op=op, chunksize=1, progress=all_are_here)
     assert total == [0, 1, 2, 3]
+
+
+def test_a_worker_has_one_chunk():
+    """So that no more results are sent than there are workers."""
+    threads = []
+
+    class Recording(concurrent.futures.ThreadPoolExecutor):
+        def submit(self, function, /, *arguments):
+            threads.append(function)
+            return super().submit(function, *arguments)
+
+    for options, n_calls in (({}, 3), ({"chunksize": 5}, 6), ({"buffersize": 4}, 8)):
+        threads.clear()
+        with Recording(3) as executor:
+            total = oobpickle.merge(executor, listed, range(30), op=operator.iadd, **options)
+        assert total == [*range(30)]
+        assert n_calls == sum(function is work.fold for function in threads)
+
+
+def test_those_who_are_done_help_the_others(monkeypatch):
+    """The second half of what the slow one has is done by both: the two wait for each other."""
+    monkeypatch.setattr(merging, "_LEAST_S", 0)
+    monkeypatch.setattr(work, "_TIMES_OP", 0)
+    is_first_done, both = threading.Event(), threading.Barrier(2, timeout=20)
+
+    def func(n):
+        if n == 23:
+            assert is_first_done.wait(20)
+        if n in (24, 28):
+            both.wait()
+        return [n]
+
+    def progress(n_done, n_all):
+        if n_done == 16:
+            is_first_done.set()
+
+    with ThreadPool(2) as pool:
+        assert oobpickle.merge(pool, func, range(32), progress=progress) == [*range(32)]
+
+
+def test_parts_that_wait_are_bounded(monkeypatch):
+    """Also where every call ends early."""
+    monkeypatch.setattr(merging, "_LEAST_S", 0)
+    monkeypatch.setattr(work, "_TIMES_OP", 0)
+    most = 0
+
+    class Counting(partials.Ordered):
+        def add(self, span, value):
+            nonlocal most
+            super().add(span, value)
+            most = max(most, len(self))
+
+    monkeypatch.setattr(merging, "Ordered", Counting)
+    for n_workers in (1, 2, 5):
+        most = 0
+        with ThreadPool(n_workers) as pool:
+            assert oobpickle.merge(pool, listed, range(500)) == [*range(500)]
+        assert 1 < most <= 2 * n_workers + 1
 
 
 def test_the_rest_is_called_off():

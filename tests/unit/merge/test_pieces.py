@@ -4,13 +4,18 @@ import itertools
 
 import pytest
 
-from oobpickle._merge.pieces import Pieces, check_size
+from oobpickle._merge import pieces as module
+from oobpickle._merge.pieces import Chunk, check_size
+
+
+def Pieces(iterables, n_workers, chunksize, buffersize):
+    return module.Pieces(iterables, 2 * n_workers, n_workers, chunksize, buffersize)
 
 
 def chunks_of(pieces):
     found = []
-    while chunk := pieces.take(0):
-        found.append(chunk)
+    while chunk := pieces.take(0, 1):
+        found.append(chunk.pieces)
     return found
 
 
@@ -26,7 +31,7 @@ def chunks_of(pieces):
         (7, 1, [4, 3]),
     ],
 )
-def test_two_chunks_a_worker_where_the_length_is_known(n, n_workers, sizes):
+def test_equal_shares_where_the_length_is_known(n, n_workers, sizes):
     pieces = Pieces((range(n),), n_workers, None, None)
     chunks = chunks_of(pieces)
 
@@ -67,14 +72,67 @@ def test_no_more_is_taken_than_may_be_under_way(buffersize, chunksize):
     taken = []
     pieces = Pieces((map(taken.append, range(100)),), 2, chunksize, buffersize)
     n_under_way = 0
-    while chunk := pieces.take(n_under_way):
-        n_under_way += len(chunk)
+    while chunk := pieces.take(n_under_way, 0):
+        n_under_way += len(chunk.pieces)
 
     assert buffersize - (chunksize or 1) < n_under_way <= buffersize
     assert n_under_way == len(taken)
-    assert pieces.take(n_under_way) == []
+    assert pieces.take(n_under_way, 9) is None
     assert not pieces.is_exhausted
-    assert pieces.take(0)
+    assert pieces.take(0, 0)
+
+
+def given_back(*sizes):
+    """Pieces of which nothing is left but runs with gaps, out of order."""
+    pieces = Pieces((range(100),), 1, 101, None)
+    start, everything = pieces.take(0, 1)
+    chunks = []
+    for size in sizes:
+        chunks.append(Chunk(start, everything[start : start + size]))
+        start += size + 1
+    for chunk in chunks[::-1]:
+        pieces.give_back(chunk)
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("sizes", "n_idle", "taken"),
+    [
+        ([6], 1, [(0, 6)]),
+        ([6], 2, [(0, 3), (3, 3)]),
+        ([7], 3, [(0, 3), (3, 2), (5, 2)]),
+        ([2], 5, [(0, 1), (1, 1)]),
+        ([4, 4], 2, [(0, 4), (5, 4)]),
+        ([4, 4], 3, [(0, 4), (5, 2), (7, 2)]),
+        ([4, 4], 4, [(0, 2), (2, 2), (5, 2), (7, 2)]),
+        ([4, 4, 4], 2, [(0, 4), (5, 4)]),
+    ],
+)
+def test_what_is_given_back_is_shared_by_those_who_have_nothing_to_do(sizes, n_idle, taken):
+    pieces, found = given_back(*sizes), []
+    while n_idle > len(found) and (chunk := pieces.take(0, n_idle - len(found))):
+        assert [(chunk.start + i,) for i in range(len(chunk.pieces))] == chunk.pieces
+        found.append((chunk.start, len(chunk.pieces)))
+
+    assert found == taken
+    assert pieces.is_exhausted == (sum(sizes) == sum(n for _, n in taken))
+
+
+def test_what_is_given_back_waits_for_a_worker():
+    pieces = given_back(4)
+
+    assert pieces.take(0, 0) is None
+    assert not pieces.is_exhausted
+
+
+def test_what_is_given_back_comes_before_what_was_not_taken():
+    pieces = Pieces((range(100),), 1, 4, None)
+    start, chunk = pieces.take(0, 1)
+    pieces.give_back(Chunk(start + 2, chunk[2:]))
+
+    assert pieces.take(4, 0) is None
+    assert pieces.take(4, 1) == (2, [(2,), (3,)])
+    assert pieces.take(4, 0) == (4, [(4,), (5,), (6,), (7,)])
 
 
 def test_boxes_are_told_when_they_are_done():
@@ -96,9 +154,9 @@ def test_an_iterable_that_raises():
         raise ValueError("no")
 
     pieces = Pieces((fails(),), 1, 1, None)
-    assert pieces.take(0) == [(1,)]
+    assert pieces.take(0, 1) == (0, [(1,)])
     with pytest.raises(ValueError, match="no") as raised:
-        pieces.take(0)
+        pieces.take(0, 1)
 
     assert raised.value.__notes__ == ["oobpickle.merge: raised by an iterable, after piece 0"]
 

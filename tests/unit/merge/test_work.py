@@ -6,8 +6,9 @@ import pickle
 import numpy as np
 import pytest
 
+from oobpickle._merge import work
 from oobpickle._merge.stopping import Stop
-from oobpickle._merge.work import Job, Span, copied, fold, fold_flat, join
+from oobpickle._merge.work import Job, Part, Span, copied, fold, fold_flat, join
 
 KEPT = [[0], [1], [2]]
 
@@ -25,6 +26,45 @@ def test_a_chunk_is_folded_from_the_left_and_emptied():
 
     assert fold(Job(str.upper, operator.add), 0, pieces) == "ABC"
     assert pieces == []
+
+
+@pytest.mark.parametrize(("n", "n_folded"), [(1, 1), (2, 2), (3, 2), (4, 2), (5, 3), (9, 5)])
+def test_a_call_that_lasts_ends_when_half_is_done(monkeypatch, n, n_folded):
+    monkeypatch.setattr(work, "_TIMES_OP", 0)
+    pieces = args(*range(n))
+    total = fold(Job(listed, operator.iadd, least_s=0), 0, pieces)
+    if n_folded == n:
+        assert total == [*range(n)]
+    else:
+        assert total == Part([*range(n_folded)], n_folded)
+
+
+def test_a_call_does_not_end_early_that_has_not_lasted_long_enough(monkeypatch):
+    now = 0.0
+
+    def func(n):
+        nonlocal now
+        now += 1
+        return [n]
+
+    def op(left, right):
+        nonlocal now
+        now += op_s
+        return left + right
+
+    monkeypatch.setattr(work.time, "monotonic", lambda: now)
+    found = {}
+    for least_s in (None, 6.5, 90):
+        for op_s in (0.001, 0.07):
+            total = fold(Job(func, op, least_s=least_s), 0, args(*range(10)))
+            found[least_s, op_s] = len(total.total) if isinstance(total, Part) else len(total)
+
+    # 100 operators of 0.07 are 7; when seven pieces are done 7.42 have passed.
+    assert found == {
+        **{(least_s, op_s): 10 for least_s in (None, 90) for op_s in (0.001, 0.07)},
+        (6.5, 0.001): 7,
+        (6.5, 0.07): 7,
+    }
 
 
 def test_initial_comes_first():
@@ -119,14 +159,14 @@ def test_errors_are_noted_with_piece_and_level():
 
 
 def test_errors_of_the_boxes_are_not_those_of_func():
-    from oobpickle._merge.work import fold_boxes
+    from oobpickle._merge.work import Clock, fold_boxes
 
     def boxes():
         yield [("a",)]
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no") as raised:
-        fold_boxes(Job(str, operator.add), 0, boxes(), ())
+        fold_boxes(Job(str, operator.add), 0, boxes(), (), Clock())
 
     assert not hasattr(raised.value, "__notes__")
 
@@ -169,6 +209,7 @@ def test_nothing_is_done_when_it_is_called_off():
 
 
 def test_a_job_survives_pickling():
-    job = pickle.loads(pickle.dumps(Job(listed, operator.iadd, "private")))
+    job = pickle.loads(pickle.dumps(Job(listed, operator.iadd, "private", None, 2.5)))
+    found = job.func, job.op, job.owning, job.stop, job.least_s
 
-    assert (job.func, job.op, job.owning, job.stop) == (listed, operator.iadd, "private", None)
+    assert found == (listed, operator.iadd, "private", None, 2.5)
