@@ -148,17 +148,18 @@ def _print(row: str, when: str, other: str, taken: dict[str, list[dict[str, floa
     ratio = statistics.median(ratios)
     first, _, third = statistics.quantiles(ratios, n=4)
     ours_s = statistics.median(one[when] for one in taken["merge"])
-    limit = ""
+    limit, found = "", {**_figures.quartiles("ratio", ratios), "ours_s": ours_s}
     if taken["limit"] and other == "reduce":
         n_fresh = statistics.median(one["n_fresh"] for one in taken["reduce"])
         most = statistics.median(one[when] for one in taken["limit"])
+        found["most"] = most
         limit = f", at most {most:.2f} if nobody waits, with {n_fresh:.0f} blocks of reduce"
     print(
         f"{row:15} {when:5}  over {other:12} {ratio:6.2f}  ({first:.2f} to {third:.2f}, "
         f"{_WANTED[row, when, other]} wanted{limit})  merge {ours_s * 1e3:.0f} ms",
         flush=True,
     )
-    return {**_figures.quartiles("ratio", ratios), "ours_s": ours_s}
+    return found
 
 
 def main() -> int:

@@ -102,7 +102,8 @@ def merge(
     ValueError
         If `chunksize` or `buffersize` is below 1.
     concurrent.futures.process.BrokenProcessPool
-        If a worker of a ``Pool`` dies, which alone would wait for ever. For a worker of another
+        If a worker of a ``Pool`` dies, which alone would wait for ever. If it had waited for work
+        at that moment, ``Pool.terminate`` waits for ever: see Notes. For a worker of another
         engine, what that engine raises.
     Exception
         The first error of `func`, `op` or an iterable, unchanged, with a note that names the piece
@@ -120,6 +121,9 @@ def merge(
     are on their way or wait in this process for a neighbour. Those are no more than 2 x workers +
     1, or ``buffersize // chunksize + 1`` if that is more, and two while a pair is sent to a
     worker; as a rule one or two wait.
+
+    A ``Pool`` whose worker is killed while it waits for work cannot be terminated, nor its ``with``
+    block be left: nobody gets the lock that the worker had. An executor can.
 
     Sums of floats are put together in another order than by ``reduce``, which may depend on which
     worker is ready first; with `engine` ``None`` it is the order of ``reduce``.

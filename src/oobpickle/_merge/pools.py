@@ -12,7 +12,7 @@ which would take them from the pool, but looks whether the pool has them.
 **When it cannot.** With ``maxtasksperchild`` an exit code of 0 is taken for a worker's planned
 end: so ``os._exit(0)`` in `func` is not seen there. A worker that is killed while it waits for work
 may have the lock of the pool's queue: the error is raised, but ``terminate`` of that pool waits for
-ever then.
+ever then, as it does without us. Nobody can tell who has that lock, so it is not released here.
 """
 
 from __future__ import annotations

@@ -293,6 +293,36 @@ def a_worker_dies(method):
                 assert threading.active_count() <= 4  # the pool's
 
 
+def a_worker_dies_that_waits_for_work(method):
+    """It has the lock of the pool's queue, for which `terminate` of the pool waits then."""
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        multiprocessing.get_context(method).Pool(2) as pool,
+    ):
+        lock = pool._inqueue._rlock
+        killer = threading.Thread(target=_kill_who_waits, args=(pool, lock, folder))
+        killer.start()
+        error = _raised(BrokenProcessPool, pool, functools.partial(_says_who, folder), [0])
+        killer.join()
+        assert "signal 9, SIGKILL" in str(error), error
+        assert not lock.acquire(timeout=0)
+        lock.release()
+
+
+def _kill_who_waits(pool, lock, folder):
+    eventually(lambda: os.listdir(folder))
+    eventually(lambda: not (lock.acquire(block=False) and lock.release() is None))
+    (busy,) = map(int, os.listdir(folder))
+    (other,) = {process.pid for process in pool._pool} - {busy}
+    os.kill(other, signal.SIGKILL)
+    eventually(lambda: other not in {process.pid for process in list(pool._pool)})
+
+
+def _says_who(folder, _):
+    Path(folder, str(os.getpid())).touch()
+    eventually(lambda: not os.path.exists(folder))  # until the merge has failed
+
+
 class _NotLoaded:
     def __reduce__(self):
         return _raise_when_loaded, ()
