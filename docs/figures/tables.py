@@ -41,7 +41,7 @@ SOURCES = {
     "transfer-prepared": "python benchmarks/transfer.py --check --rows '*-prepared-1G'",
     "joblib": "python benchmarks/with_joblib.py",
     "sharing": "python benchmarks/sharing.py --passes 12",
-    "merging": "python benchmarks/merging.py --quick --passes 5",
+    "merging": "python benchmarks/merging.py --quick --passes 7",
     "broadcasting": "python benchmarks/broadcasting.py --nbytes 2.56e8 --passes 5",
     "many-small": "python benchmarks/many_small.py",
     "forking": "python benchmarks/forking.py",
