@@ -340,9 +340,11 @@ def test_program_merges_at_the_workers(text: Path, start_method: str, order: int
     assert table["crc32 of the table"] == [crc32, crc32]
     assert table["fallbacks"] == ["0", "0"]
     assert table["transfer of a model, sum"][1] == table["bytes moved"][1] == "n/a"
-    # Five models are sent by one, and the sums of three chunks by the other.
-    nbytes = 4 * 64 ** (order + 1) / 1e6
-    assert table["bytes moved out of band"] == [f"{n * nbytes:.1f} MB" for n in (5, 3)]
+    # Five models are sent by one, and a sum of each worker by the other; one more if a worker was
+    # so slow that it gave pieces back.
+    sent = [f"{n * 4 * 64 ** (order + 1) / 1e6:.1f} MB" for n in (2, 3, 5)]
+    assert table["bytes moved out of band"][0] == sent[2]
+    assert table["bytes moved out of band"][1] in sent[:2]
     assert output.endswith(f"The table is right: crc32 {crc32} by a serial count.\n")
 
 
