@@ -309,7 +309,7 @@ def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memor
         raise EnvelopeError(f"{len(indices)} blocks for buffers that need {len(needs)}")
     if len(set(indices)) != len(indices):
         raise EnvelopeError("an envelope names a block twice")
-    parts = core.spread(claim(pairs, needs), sizes, True)
+    parts = core.spread(claim(pairs, needs, sizes), sizes, True)
     return arena.receiving.within_limit(parts), stream
 
 

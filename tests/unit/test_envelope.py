@@ -1,5 +1,6 @@
 """The envelope: pickle meets memory."""
 
+import errno
 import pickle
 import struct
 import subprocess
@@ -10,10 +11,11 @@ import numpy as np
 import pytest
 
 import oobpickle
-from messages import envelope_of
-from oobpickle import EnvelopeError, StaleEnvelopeError, _envelope
+from messages import envelope_of, message_of
+from oobpickle import EnvelopeError, StaleEnvelopeError, _envelope, _published
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
+from oobpickle._memory.sending import Lease
 from oobpickle._native import core
 from table import Table
 
@@ -71,6 +73,57 @@ def test_the_array_is_the_block(arena):
 
     assert type(array.base) is core.Block
     assert 0 == array.ctypes.data % 64
+
+
+def test_of_what_cannot_be_mapped_only_the_part_is_copied(arena):
+    data = np.arange(1_000_000)
+    view = _published.store(data, arena, readonly=True).value
+    sent = {"one": view[10_000:20_000], "other": view[-30_000:], "own": np.ones(50_000)}
+    n_references = arena.statistics().n_references
+    envelope = pack(arena, [sent, view])
+    core.arm("mapping.view", 1, -errno.ENOMEM)
+    try:
+        arrived, whole = pickle.loads(envelope)
+    finally:
+        core.arm(None, 0, 0)
+
+    assert [10_000 * 8, 30_000 * 8, 50_000 * 8, 1_000_000 * 8] == [
+        memoryview(array.base).nbytes for array in (*arrived.values(), whole)
+    ]
+    for name, array in sent.items():
+        np.testing.assert_array_equal(array, arrived[name])
+        arrived[name][:] = 0
+    np.testing.assert_array_equal(data, whole)
+    np.testing.assert_array_equal(data, view)
+    assert arena.statistics().n_references == n_references
+
+
+def test_of_what_is_mapped_the_part_is_a_view(arena):
+    view = _published.store(np.arange(1_000_000), arena, readonly=True).value
+    part = pickle.loads(pack(arena, view[10_000:20_000]))
+
+    assert part.base.is_reference
+    assert not part.base.is_copy
+    assert part.tolist() == [*range(10_000, 20_000)]
+
+
+@pytest.mark.parametrize(("at", "nbytes"), [(8_000_000 - 79_999, 80_000), (0, 8_000_001)])
+@pytest.mark.parametrize("maps", [True, False])
+def test_a_part_that_is_not_there_is_refused(arena, at, nbytes, maps):
+    view = _published.store(np.arange(1_000_000), arena, readonly=True).value
+    message = message_of(view[:10_000], arena.blocks)
+    lease = Lease(arena.blocks, message.references)
+    lease.seal(0)
+    lease.settle()
+    if not maps:
+        core.arm("mapping.view", 1, -errno.ENOMEM)
+    try:
+        with pytest.raises(EnvelopeError, match="smaller than what lies in it"):
+            arena.receiving.claim(lease.pairs, [0], struct.pack("<2Q", 1 << 63 | nbytes, at))
+    finally:
+        core.arm(None, 0, 0)
+
+    assert arena.statistics().n_references == 1
 
 
 def test_the_same_array_twice_is_one_array(arena):

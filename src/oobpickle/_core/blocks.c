@@ -441,20 +441,22 @@ static bool claim_one(struct block *block)
     return true;
 }
 
-/* Read a block into ordinary memory. */
+/* Read a block into ordinary memory; of what a reference names, what the message has of it. */
 static int copy_out(struct block *block, bool keep)
 {
     struct blocks *blocks = block->blocks;
     u32 index = block->is_reference ? block->named : block->index;
-    u64 offset = blocks->table.known[index].place.offset, n = block->nbytes;
+    u64 offset = blocks->table.known[index].place.offset;
+    u64 at = block->is_reference ? block->part_at : 0;
+    u64 n = block->is_reference ? block->part_nbytes : block->nbytes;
     char *copy = malloc(n ? n : 1);
     if (copy == NULL) {
         PyErr_NoMemory();
         return -1;
     }
     if (block->address)
-        memcpy(copy, block->address, n);
-    else if (mapping_read(&blocks->mapping, offset, copy, n) != 0) {
+        memcpy(copy, block->address + at, n);
+    else if (mapping_read(&blocks->mapping, offset + at, copy, n) != 0) {
         PyErr_SetFromErrno(PyExc_OSError);
         free(copy);
         return -1;
@@ -474,6 +476,7 @@ static int copy_out(struct block *block, bool keep)
         munmap(block->address, block->mapped);
     block->is_using = block->is_apart = false;
     block->address = copy;
+    block->nbytes = n;
     block->is_copy = true;
     if (!keep)
         block_release(block);
@@ -492,16 +495,31 @@ static int receive_one(struct block *block, bool keep)
     return 0;
 }
 
-/* claim(pairs, [nbytes], keep): [Block] of the message whose blocks are given as index and
+/* Each reference has the part that the sizes say, in their order. */
+static bool narrow_all(PyObject *list, const Py_buffer *sizes)
+{
+    Py_ssize_t i = 0;
+    for (Py_ssize_t k = 0; k < PyList_Size(list); k++) {
+        struct block *block = (struct block *)PyList_GetItem(list, k);
+        u64 at, nbytes;
+        if (block->is_reference &&
+            (!plan_next_reference(sizes, &i, &at, &nbytes) || !reference_narrow(block, at, nbytes)))
+            return false;
+    }
+    return true;
+}
+
+/* claim(pairs, [nbytes], keep, sizes): [Block] of the message whose blocks are given as index and
    generation, or the position of the first one that is not in flight like that. `keep`: further
-   blocks of the same message are claimed before these are dropped. */
+   blocks of the same message are claimed before these are dropped. `sizes`, those of its buffers: of
+   what a reference names no more is copied, if it has to be. */
 static PyObject *claim(PyObject *self, PyObject *arguments)
 {
     struct blocks *blocks = of(self);
-    Py_buffer pairs;
+    Py_buffer pairs, sizes = {0};
     PyObject *needs, *list = NULL;
     int keep;
-    if (!PyArg_ParseTuple(arguments, "y*O!p", &pairs, &PyList_Type, &needs, &keep))
+    if (!PyArg_ParseTuple(arguments, "y*O!p|y*", &pairs, &PyList_Type, &needs, &keep, &sizes))
         return NULL;
     Py_ssize_t n = pairs.len / 16;
     u64 total = 0;
@@ -537,6 +555,10 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
         total += nbytes;
         PyList_SetItem(list, i, (PyObject *)block);
     }
+    if (list && sizes.len && !narrow_all(list, &sizes)) {
+        PyErr_SetString(PyExc_ValueError, "a published block is smaller than what lies in it");
+        Py_CLEAR(list);
+    }
     /* All have an address before the GIL can go: a fork in another thread makes them private then. */
     for (Py_ssize_t i = 0; list && i < n; i++) {
         struct block *block = (struct block *)PyList_GetItem(list, i);
@@ -554,6 +576,8 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
         leave_others(blocks, total);
 done:
     PyBuffer_Release(&pairs);
+    if (sizes.obj)
+        PyBuffer_Release(&sizes);
     return list;
 }
 

@@ -265,6 +265,7 @@ struct block {
     bool is_frozen;   /* nobody here can write to its view */
     bool is_shared;   /* what is written to its view, all see; or a reference that will be such a view */
     u32 named;        /* that block */
+    u64 part_at, part_nbytes; /* what the message has of it: all that there is of a copy */
     struct block *view_before, *view_after; /* of a reference with an address */
 };
 
@@ -318,6 +319,7 @@ bool is_blocks(PyObject *object);
 /* --- published.c: one object for many readers */
 
 bool reference_look(struct block *block);
+bool reference_narrow(struct block *block, u64 at, u64 nbytes);
 int view_map(struct block *block);
 int reference_read(const struct block *block, u64 at, char *to, u64 nbytes);
 void view_forget(struct block *block);
@@ -396,6 +398,7 @@ struct placed {
 #define REFERRED ((u64)1 << 63) /* beside the size of a buffer that is a reference; its offset follows */
 
 struct placed plan_next(struct plan *plan, u64 nbytes);
+bool plan_next_reference(const Py_buffer *sizes, Py_ssize_t *i, u64 *at, u64 *nbytes);
 PyObject *plan_needs(PyObject *module, PyObject *arguments);
 PyObject *plan_spread(PyObject *module, PyObject *arguments);
 

@@ -90,6 +90,20 @@ static Py_ssize_t references_in(const Py_buffer *view, Py_ssize_t n)
     return n_references;
 }
 
+/* The range of the next reference among the sizes from `*i` on; false: there is none. */
+bool plan_next_reference(const Py_buffer *sizes, Py_ssize_t *i, u64 *at, u64 *nbytes)
+{
+    const Py_ssize_t n = sizes->len / (Py_ssize_t)sizeof(u64);
+    for (; *i + 1 < n; ++*i)
+        if (size_at(sizes, *i) & REFERRED) {
+            *nbytes = size_at(sizes, *i) & ~REFERRED;
+            *at = size_at(sizes, *i + 1);
+            *i += 2;
+            return true;
+        }
+    return false;
+}
+
 /* plan(sizes, before, coarse): [bytes used of each block, and 0 of each reference]; or before the message is there, what is leased */
 PyObject *plan_needs(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
@@ -192,6 +206,8 @@ PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
                     block = NULL;
                 }
             }
+            if (block && is_reference && nbytes == (u64)memory.len)
+                placed.at = 0; /* it could not be mapped: `claim` has copied this part, and no more */
             if (block && (nbytes > (u64)memory.len || placed.at > (u64)memory.len - nbytes))
                 PyErr_SetString(PyExc_ValueError, "a block is smaller than what lies in it");
             else if (block)

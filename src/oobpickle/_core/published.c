@@ -21,7 +21,8 @@ its row says that it inherits, and all that is published lives as long as it doe
 be known (no descriptor for its proof of life) makes it live as long as the arena; one of a raw clone(2)
 runs no handler and must not use what it inherited.
 
-When it cannot. Without a mapping the bytes are copied, and the reference is released at once. */
+When it cannot. Without a mapping the bytes that the message has are copied, no others, and the reference is
+released at once. */
 
 #include "core.h"
 
@@ -49,6 +50,18 @@ bool reference_look(struct block *block)
     block->is_reference = true;
     block->named = named;
     block->nbytes = nbytes <= place_of(block)->nbytes ? nbytes : 0;
+    block->part_at = 0;
+    block->part_nbytes = block->nbytes;
+    return true;
+}
+
+/* The message has only this of what the reference names; false: that has no such part. */
+bool reference_narrow(struct block *block, u64 at, u64 nbytes)
+{
+    if (nbytes > block->nbytes || at > block->nbytes - nbytes)
+        return false;
+    block->part_at = at;
+    block->part_nbytes = nbytes;
     return true;
 }
 

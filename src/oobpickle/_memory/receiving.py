@@ -48,7 +48,9 @@ class Receiving:
         self._most_held = _max_map_count() // 4
         self._look_again_at = 0.0
 
-    def claim(self, pairs: bytes, needs: list[int], *, is_index: bool = False) -> list[memoryview]:
+    def claim(
+        self, pairs: bytes, needs: list[int], sizes: bytes = b"", *, is_index: bool = False
+    ) -> list[memoryview]:
         """Take over the blocks of one message.
 
         Parameters
@@ -57,6 +59,8 @@ class Receiving:
             Index and generation of each block, from the envelope; 64-bit words.
         needs : list of int
             Bytes used of each.
+        sizes : bytes
+            Those of the buffers, with the parts of published blocks that references are for.
         is_index : bool
             Whether this block only tells where the others are, which are claimed next.
 
@@ -64,7 +68,7 @@ class Receiving:
         -------
         list of memoryview
             Writable bytes of each block: the block itself, released when the last view of it is
-            collected, or a private copy.
+            collected, or a private copy; of what a reference names, a copy of its part.
 
         Raises
         ------
@@ -79,7 +83,7 @@ class Receiving:
         # Until the others are claimed the index has to be held: they are lost with it.
         copies = not is_index and self._copies_out(sum(needs), len(needs))
         try:
-            claimed = blocks.claim(pairs, needs, is_index)
+            claimed = blocks.claim(pairs, needs, is_index, sizes)
         except (OSError, ValueError) as error:
             pass_on_foreign(error)
             raise EnvelopeError(f"the arena cannot be read in this process: {error}") from error
@@ -93,7 +97,7 @@ class Receiving:
                 if not is_index:
                     blocks.count(
                         *(_statistics.N_COPIED_ON_RECEIVE, 1),
-                        *(_statistics.NBYTES_COPIED_ON_RECEIVE, nbytes),
+                        *(_statistics.NBYTES_COPIED_ON_RECEIVE, views[-1].nbytes),
                     )
             else:
                 views.append(memoryview(block))

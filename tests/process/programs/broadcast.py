@@ -8,6 +8,7 @@ import gc
 import multiprocessing
 import os
 import pickle
+import resource
 import signal
 import subprocess
 import sys
@@ -371,6 +372,34 @@ def slices_are_references(method):
         assert int(read.recv()[5]) == 6
         assert int(view[0]) == 0
         assert arena.statistics().n_fallbacks == 0
+
+
+def slices_where_the_whole_cannot_be():
+    """A process that can neither map nor copy what is published gets the part that it is sent."""
+    data = np.arange(8 * MIB)
+    with oobpickle.enabled() as arena:
+        view = oobpickle.broadcast(data, readonly=True).value
+        part = view[5 * MIB :][: len(data) // 100]
+        read, write = multiprocessing.Pipe(duplex=False)
+
+        def child():
+            there = []
+            with open("/proc/self/statm") as file:
+                limit = int(file.read().split()[0]) * resource.getpagesize() + 16 * MIB
+            resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+            for _ in range(3):
+                there.append(read.recv())
+                assert not _is_view(there[-1])
+                assert there[-1].flags.writeable
+                assert (there[-1] == data[5 * MIB :][: len(data) // 100]).all()
+                there[-1][:] = 0
+            assert arena.statistics().nbytes_copied_on_receive == 3 * part.nbytes
+
+        pid = fork(child)
+        for _ in range(3):
+            write.send(part)
+        reap(pid)
+        assert part[0] == 5 * MIB
 
 
 # --- when it ends
