@@ -4,7 +4,7 @@ What
     `worker` starts it, `timed` sends it something.
 
 How it works
-    It answers each message with one of nothing.
+    It answers each message with the CPU seconds that it took.
 
 Lifetime
     It ends when the connection to it is closed.
@@ -24,11 +24,12 @@ from typing import Any
 def serve(connection: Connection) -> None:
     """Load messages until there are none."""
     while True:
+        start_s = time.process_time()
         try:
             message = connection.recv()
         except EOFError:
             return
-        connection.send(None)
+        connection.send(time.process_time() - start_s)
         del message
 
 
@@ -46,10 +47,17 @@ def timed(connection: Connection, obj: object, *, is_plain: bool = False) -> flo
 
     With `is_plain` it is pickled as without a hook, also by a process that has one.
     """
-    start_s = time.perf_counter()
+    return timed_both(connection, obj, is_plain=is_plain)[0]
+
+
+def timed_both(
+    connection: Connection, obj: object, *, is_plain: bool = False
+) -> tuple[float, float]:
+    """Return the same, and the CPU seconds of both sides."""
+    start_s, start_cpu_s = time.perf_counter(), time.process_time()
     if is_plain:
         connection.send_bytes(multiprocessing.reduction.ForkingPickler.dumps(obj))
     else:
         connection.send(obj)
-    connection.recv()
-    return time.perf_counter() - start_s
+    other_s: float = connection.recv()
+    return time.perf_counter() - start_s, time.process_time() - start_cpu_s + other_s

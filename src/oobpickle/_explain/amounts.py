@@ -29,6 +29,7 @@ from typing import Any, Final
     TUPLES,
     LISTS,
     DICTS,
+    ENTRIES,  # of dictionaries, and attributes
     SETS,
     INSTANCES,  # of ordinary classes, with their __dict__
     CALLS,
@@ -36,7 +37,7 @@ from typing import Any, Final
     ARRAYS_OUT,
     NS_REDUCERS,  # nanoseconds that reducers took
     END,
-) = range(17)
+) = range(18)
 KINDS: Final = range(ATOMS, NS_REDUCERS)
 #: Types of which the pickler does not remember the objects.
 NUMBERS: Final = frozenset({int, float, bool, type(None)})

@@ -47,7 +47,7 @@ def explain(obj: object, *, name: str = "$") -> Explanation:
     -----
     Reducers (``__reduce__``, ``__getstate__``) run once, as when it is pickled; nothing else of
     the object runs, and nothing is loaded. Seconds are predicted from a measurement of this
-    machine, which takes about a second in the first call. The threshold is that of the arena
+    machine, which takes a second or two in the first call. The threshold is that of the arena
     in use, or the default.
 
     Examples

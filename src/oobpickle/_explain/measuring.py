@@ -1,13 +1,14 @@
-"""Measuring: what a byte and an object of each kind cost on this machine, in a second.
+"""Measuring: what a byte and an object of each kind cost on this machine, in a second or two.
 
 **What.** `costs` returns `Costs`: seconds for each kind of `amounts` and each byte, for pickling
 and loading, as the pickler of multiprocessing does it and as this library does. `predict` adds
 them up.
 
 **How it works.** Some thousands of objects of each kind are pickled and loaded; an array goes
-through a pipe to a thread, and is copied between two places that have pages. The shortest of some
-times counts. What one message costs beside its bytes follows from the threshold: it is where both
-ways take the same time.
+through a pipe to a thread, and is copied between two places that have pages, so much that it is in
+no cache. The shortest of some times counts. Of many objects each takes longer: to pickle one that
+the pickler remembers, and to load an entry of a dictionary. What one message costs beside its bytes
+follows from the threshold: it is where both ways take the same time.
 
 **Lifetime.** Measured once in a process.
 
@@ -19,7 +20,6 @@ had first, takes longer; so does one that waits for room or for its receiver."""
 from __future__ import annotations
 
 import datetime
-import math
 import multiprocessing.connection as mp_connection
 import multiprocessing.reduction as mp_reduction
 import pickle
@@ -32,14 +32,18 @@ from typing import Any, Final
 from oobpickle._copying import copy_bytes
 from oobpickle._envelope import tables
 from oobpickle._explain import amounts as of
+from oobpickle._memory import headroom
 from oobpickle._native import core
 from oobpickle._pickling.serializer import serialize, take_apart
 
 _N: Final = 5000
+_N_ARRAYS: Final = 20_000  # a small array takes twice as long among so many as among few
 _MANY: Final = 100_000
+_CROWDING: Final = 0.7  # how it grows with their number, as measured from 20,000 to 2,000,000
 _N_TIMES: Final = 3
 _LARGE: Final = 16 << 20
-_SMALL: Final = 256
+_COLD: Final = 64 << 20
+_ROOM: Final = 1 << 30
 _NEVER: Final = 1 << 60
 _LEAST_S: Final = 5e-9
 
@@ -62,7 +66,8 @@ class Costs:
     kinds : dict of int to Rates
         For an object of each of `amounts.KINDS`.
     crowded : Rates
-        For each object that the pickler remembers, besides, if there are `_MANY`.
+        Besides, if there are `_MANY`: to dump each object that the pickler remembers, and to load
+        each entry of a dictionary.
     plain_byte, copied_byte : float
         For a byte from sender to receiver: through a pipe, and copied once.
     message : float
@@ -104,10 +109,11 @@ def predict(amounts: list[int], threshold: int, known: Costs) -> Seconds:
                 sums[i] += amounts[kind] * rate
     n_arrays = amounts[of.ARRAYS_IN] + amounts[of.ARRAYS_OUT]
     n_remembered = sum(amounts[kind] for kind in _REMEMBERED) + _MORE_OF_ARRAYS * n_arrays
-    if n_remembered > _N:  # the more there are, the more of them are in no cache
-        share = math.log(n_remembered / _N) / math.log(_MANY / _N)
-        for i, rate in enumerate(known.crowded):
-            sums[i] += n_remembered * share * rate
+    n_entries = amounts[of.ENTRIES]
+    crowds = n_remembered, n_remembered, n_entries, n_entries
+    for i, (n, rate) in enumerate(zip(crowds, known.crowded, strict=True)):
+        if n > _N:  # the more there are, the more of them are in no cache
+            sums[i] += n * rate * (n / _MANY) ** _CROWDING
     reducers = amounts[of.NS_REDUCERS] * 1e-9
     stream, out = amounts[of.STREAM], amounts[of.OUT]
     plain = reducers + sums[0] + sums[2] + (stream + out) * known.plain_byte + known.message
@@ -121,7 +127,8 @@ def predict(amounts: list[int], threshold: int, known: Costs) -> Seconds:
     return Seconds(reducers + sums[1] + copying, loading, plain, ours + known.message + more)
 
 
-_REMEMBERED: Final = tuple(kind for kind in of.KINDS if kind not in (of.ATOMS, of.AGAIN))
+_FORGOTTEN: Final = (of.ATOMS, of.AGAIN, of.ENTRIES)
+_REMEMBERED: Final = tuple(kind for kind in of.KINDS if kind not in _FORGOTTEN)
 _MORE_OF_ARRAYS: Final = 3  # shape, strides, and what rebuilds it
 _known: Costs | None = None
 
@@ -137,10 +144,9 @@ def costs() -> Costs:
 def _measured() -> Costs:
     import numpy as np
 
-    array = np.ones(_LARGE // 8)
-    target = np.ones(_LARGE // 8)
-    source, destination = memoryview(array).cast("B"), memoryview(target).cast("B")
-    copied = _shortest(lambda: copy_bytes(destination, source)) / _LARGE
+    array = np.ones((_COLD if headroom.available_nbytes() > _ROOM else _LARGE) // 8)
+    copied = _copied(memoryview(array).cast("B"), memoryview(bytearray(_LARGE)))
+    array = array[: _LARGE // 8]
     reader, writer = mp_connection.Pipe(duplex=False)
     try:
         through = _shortest(lambda: _through_a_pipe(array, reader, writer)) / _LARGE
@@ -149,15 +155,32 @@ def _measured() -> Costs:
         reader.close()
         writer.close()
     kinds = _kinds(np)
-    many = {f"key {i}": float(i) for i in range(_MANY)}
-    whole = _rates([many], n=_MANY)
-    crowded = _less(whole, kinds[of.ATOMS], kinds[of.STRINGS])
+    whole = _rates([_dictionary(_MANY)], n=_MANY, n_times=2)
+    crowded = _less(whole, kinds[of.ATOMS], kinds[of.STRINGS], kinds[of.ENTRIES])
     return Costs(kinds, crowded, through, min(copied, through), message)
 
 
-def _shortest(call: Callable[[], object], clock: Callable[[], float] = perf_counter) -> float:
+def _copied(source: memoryview, target: memoryview) -> float:
+    """Return what it takes to copy a byte; the source is copied over and over the target."""
+
+    def copy() -> None:
+        for at in range(0, len(source), len(target)):
+            copy_bytes(target, source[at : at + len(target)])
+
+    return _shortest(copy) / len(source)
+
+
+def _dictionary(n: int) -> dict[str, float]:
+    return {f"key {i}": float(i) for i in range(n)}
+
+
+def _shortest(
+    call: Callable[[], object],
+    clock: Callable[[], float] = perf_counter,
+    n_times: int = _N_TIMES,
+) -> float:
     times = []
-    for _ in range(_N_TIMES):
+    for _ in range(n_times):
         start = clock()
         result = call()
         times.append(clock() - start)
@@ -185,7 +208,9 @@ def _taken_apart(obj: object, threshold: int) -> Any:
     return message
 
 
-def _rates(objects: list[Any], threshold: int = _NEVER, n: int | None = None) -> Rates:
+def _rates(
+    objects: list[Any], threshold: int = _NEVER, n: int | None = None, n_times: int = _N_TIMES
+) -> Rates:
     """Return what one of the objects takes, of which there are `n`."""
     n = n or len(objects)
     plain, ours = _dumps(objects), serialize(objects, threshold)
@@ -197,7 +222,9 @@ def _rates(objects: list[Any], threshold: int = _NEVER, n: int | None = None) ->
         lambda: pickle.loads(plain),
         lambda: pickle.loads(stream, buffers=buffers),
     ]
-    one, two, three, four = (max(_LEAST_S, _shortest(call, thread_time) / n) for call in calls)
+    one, two, three, four = (
+        max(_LEAST_S, _shortest(call, thread_time, n_times) / n) for call in calls
+    )
     return one, two, three, four
 
 
@@ -214,15 +241,18 @@ def _kinds(np: Any) -> dict[int, Rates]:
         of.ATOMS: _rates(numbers),
         of.STRINGS: _rates([f"string {i}" for i in range(_N)]),
         of.AGAIN: _rates([again] * _N),
-        of.ARRAYS_IN: _rates([np.full(10, x) for x in numbers[: _N // 2]]),
+        of.ARRAYS_IN: _rates([np.full(10, float(i)) for i in range(_N_ARRAYS)], n_times=1),
         of.ARRAYS_OUT: _rates([np.full(100, x) for x in numbers[: _N // 2]], 0),
     }
     number, get = found[of.ATOMS], found[of.AGAIN]
+    entry = _less(_rates([_dictionary(_N)], n=_N), number, found[of.STRINGS])
+    found[of.ENTRIES] = entry
     found[of.TUPLES] = _less(_rates([(x,) for x in numbers]), number)
     found[of.LISTS] = _less(_rates([[x] for x in numbers]), number)
     found[of.SETS] = _less(_rates([{x} for x in numbers]), number)
-    found[of.DICTS] = _less(_rates([{"value": x} for x in numbers]), number, get)
-    found[of.INSTANCES] = _less(_rates([Sample(x) for x in numbers]), number, get, get)
+    found[of.DICTS] = _less(_rates([{"value": x} for x in numbers]), number, get, entry)
+    samples = _rates([Sample(x) for x in numbers])
+    found[of.INSTANCES] = _less(samples, number, get, get, entry)
     deltas = [datetime.timedelta(i) for i in range(_N)]
     found[of.CALLS] = _less(_rates(deltas), number, number, number, found[of.TUPLES], get)
     return found

@@ -214,6 +214,7 @@ class Walk:
         self._memo.add_few(total, values)
         total[of.PARTS] -= 1
         total[of.INSTANCES] += 1
+        total[of.ENTRIES] += len(state)
         nbytes = 6 + of.nbytes_of_batches(len(state)) + self._memo.nbytes_again(id(kind))
         total[of.STREAM] += nbytes
         memo[id(obj)] = obj
@@ -298,6 +299,7 @@ class Walk:
     def _open_dict(self, part: Part, obj: dict[Any, Any], style: int = ENTRY) -> None:
         total = part.amounts
         total[of.DICTS] += 1
+        total[of.ENTRIES] += len(obj)
         total[of.STREAM] += 2 + of.nbytes_of_batches(len(obj))
         items = self._entries(part, obj, style)
         part.items = items if part.items is None else itertools.chain(part.items, items)
