@@ -144,8 +144,7 @@ class _Shown:
             if one.state == "DEAD" and one.seen.nbytes:
                 yield (
                     f"process {pid} has ended and had {had}, which come back when somebody needs "
-                    "room. If it was killed, a Pool waits for its result for ever; an executor of "
-                    "concurrent.futures raises BrokenProcessPool."
+                    "room."
                 )
         for channel, n, nbytes, readers in self._unread:
             if channel and readers == []:
@@ -170,15 +169,26 @@ class _Shown:
         yield ""
         yield from self._rows()
         yield ""
-        for channel, n, nbytes, readers in self._unread[:_MOST_CHANNELS]:
-            yield from _wrapped(f"unread   {_messages(n, nbytes)} in {_where(channel, readers)}")
-        if n_more := len(self._unread[_MOST_CHANNELS:]):
-            yield f"         and in {n_more} more"
-        for line in str(seen.statistics).splitlines():
+        verdict, *others = str(seen.statistics).splitlines()
+        for line in (verdict, *self._ended(n_dead), *self._waiting(), *others):
             yield from _wrapped(line)
         for text in self.worth_a_look:
             yield ""
             yield from textwrap.wrap(f"look: {text}", WIDTH, subsequent_indent="  ")
+
+    def _ended(self, n_dead: int) -> Iterator[str]:
+        if n := self._seen.n_gone + n_dead:
+            yield (
+                f"  ended    {n:,} process{'es' * (n != 1)} that had joined. A Pool replaces a "
+                "worker that was killed, and waits for its result for ever; an executor of "
+                "concurrent.futures raises BrokenProcessPool"
+            )
+
+    def _waiting(self) -> Iterator[str]:
+        for channel, n, nbytes, readers in self._unread[:_MOST_CHANNELS]:
+            yield f"  unread   {_messages(n, nbytes)} in {_where(channel, readers)}"
+        if n_more := len(self._unread[_MOST_CHANNELS:]):
+            yield f"  unread   and in {n_more} more channels"
 
     def _rows(self) -> list[str]:
         first = sorted(self._processes, key=lambda one: -one.seen.nbytes)[:_MOST_ROWS]
@@ -199,6 +209,7 @@ class _Shown:
         return {
             "identity": seen.identity.hex(),
             "is_closed": seen.is_closed,
+            "n_gone": seen.n_gone,
             "participants": [one.as_json() for one in self._processes],
             "unread": [
                 {
@@ -237,4 +248,5 @@ def _messages(n: int, nbytes: int) -> str:
 
 
 def _wrapped(line: str) -> list[str]:
+    """Return a line of `Statistics` in several, if it is too long."""
     return textwrap.wrap(line, WIDTH, subsequent_indent=" " * 11) or [""]

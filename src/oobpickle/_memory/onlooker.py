@@ -97,6 +97,8 @@ class Seen:
         16 bytes that name it.
     is_closed : bool
         Whether its block was left.
+    n_gone : int
+        How many have joined and ended, besides those of `participants` that are dead.
     participants : tuple of Participant
         By slot.
     unread : dict of int to (int, int)
@@ -108,6 +110,7 @@ class Seen:
 
     identity: bytes
     is_closed: bool
+    n_gone: int
     participants: tuple[Participant, ...]
     unread: dict[int, Amount]
     statistics: Statistics
@@ -174,7 +177,8 @@ def _seen(path: int, found: Found) -> Seen:
             os.close(fd)
     resident = table.resident if data is None else data[1].st_blocks * 512
     statistics = _statistics_of(table, rows, resident)
-    return Seen(table.identity, table.is_closed, participants, unread, statistics)
+    n_gone = max(0, table.n_ever - len(table.joined))
+    return Seen(table.identity, table.is_closed, n_gone, participants, unread, statistics)
 
 
 def _opened(path: int) -> int:

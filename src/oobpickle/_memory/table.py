@@ -69,6 +69,8 @@ class Table:
         Who had the lock.
     resident : int
         Bytes that blocks may occupy.
+    n_ever : int
+        How many have joined so far.
     joined : list of Joined
         By slot.
     """
@@ -86,6 +88,7 @@ class Table:
         self.data_inode, self.locks_inode = words[7:]
         self.is_closed = bool(self._word("closed"))
         self.resident = self._word("resident")
+        self.n_ever = self._word("incarnation")
         holder = self._word("lock") & _LOCK_SLOT
         self.lock_slot = holder - 1 if holder else None
         self.joined = self._joined()

@@ -90,6 +90,8 @@ def test_a_pool_with_results_and_one_that_died(tmp_path, command, case, start_me
     assert arena["statistics"]["n_messages_out_of_band"] == 4
     assert len(arena["look"]) == 1
     assert f"look: process {dead} has ended and had 1.5 MiB" in text.stdout
+    assert "\n  ended    1 process that had joined. A Pool replaces" in text.stdout
+    assert "\n  unread   1 message (391 KiB) in pipe:[" in text.stdout
     assert max(map(len, text.stdout.splitlines())) <= 80
     assert "all 4 large messages out of band" in text.stdout
     assert f"\n{child.pid:<7}  alive" in text.stdout

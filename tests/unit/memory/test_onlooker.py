@@ -128,6 +128,10 @@ def test_a_participant_that_died_is_dead_with_what_it_had(arena, pipe):
         os.getpid(): (True, 0),
         pid: (False, LARGE.nbytes),
     }
+    assert seen.n_gone == 0
+    inner(arena).reclaim.reap()
+    assert seen_of(arena).n_gone == 1
+    assert len(seen_of(arena).participants) == 1
     ready.close()
     say.close()
 
