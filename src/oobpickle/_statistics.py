@@ -162,6 +162,8 @@ class Statistics:
 
     def _lines(self) -> list[str]:
         lines = []
+        if self.n_messages_out_of_band + self.n_fallbacks == 0:
+            lines.append('  why      see docs/reference/troubleshooting.md, "It is not faster"')
         if self.n_messages_out_of_band:
             lines.append(
                 f"  sent     {format_nbytes(self.nbytes_out_of_band)}: "

@@ -14,6 +14,7 @@ broken is a finding.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -150,6 +151,8 @@ def _dev_shm() -> Finding:
     text = f"{_size(free)} free of {_size(status.f_blocks * status.f_frsize)}"
     if not os.access("/dev/shm", os.W_OK):
         return Finding(WARNING, f"{text}, not writable; multiprocessing's locks need it")
+    if free < _MIB:
+        return Finding(WARNING, f"{text}; multiprocessing's locks need some KiB of it")
     return Finding(OK, f"{text} (for multiprocessing's locks; the arena is not there)")
 
 
@@ -264,17 +267,14 @@ def _libraries() -> Finding:
     from importlib.metadata import PackageNotFoundError, version
 
     found = {}
-    for name in ("joblib", "loky", "multiprocess", "billiard", "torch", "rich"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    served = [f"{name} {found[name]}" for name in ("joblib", "loky") if name in found]
-    not_served = [f"{name} {found[name]}" for name in ("multiprocess", "billiard") if name in found]
-    text = f"served: multiprocessing, concurrent.futures{''.join(f', {one}' for one in served)}"
-    if not_served:
-        text += f"; not served: {', '.join(not_served)}"
-    return Finding(OK, text)
+    for name in ("joblib", "loky", "multiprocess", "billiard"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = f"{name} {version(name)}"
+    not_served = found.pop("billiard", "")
+    if "multiprocess" in found:
+        found["multiprocess"] += " (if it is imported before the block)"
+    text = ", ".join(["served: multiprocessing", "concurrent.futures", *found.values()])
+    return Finding(OK, text + f"; not served: {not_served}" * bool(not_served))
 
 
 def _environment() -> Finding:
@@ -285,7 +285,9 @@ def _environment() -> Finding:
 
 
 def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB"
+    from oobpickle._errors import format_nbytes
+
+    return format_nbytes(nbytes)
 
 
 CHECKS: Final[dict[str, Callable[[], Finding]]] = {

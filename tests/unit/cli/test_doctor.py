@@ -1,7 +1,9 @@
 """``oobpickle doctor``: what it finds, also of a package that is broken."""
 
+import importlib.metadata
 import json
 import shutil
+from types import SimpleNamespace
 
 import oobpickle
 from oobpickle._cli import doctor
@@ -75,3 +77,31 @@ def test_every_check_leaves_nothing_behind():
     for name, check in CHECKS.items():
         if not name.startswith("a message"):
             assert check().level in (OK, WARNING), name
+
+
+def test_a_small_dev_shm_is_said_and_a_full_one_is_a_reason_to_look(monkeypatch):
+    def of(free, size):
+        status = SimpleNamespace(f_bavail=free // 4096, f_blocks=size // 4096, f_frsize=4096)
+        monkeypatch.setattr(doctor.os, "statvfs", lambda _: status)
+        monkeypatch.setattr(doctor.os.path, "isdir", lambda _: True)
+        monkeypatch.setattr(doctor.os, "access", lambda *_: True)
+        return CHECKS["/dev/shm"]()
+
+    assert of(60 << 20, 64 << 20) == Finding(
+        OK, "60 MiB free of 64 MiB (for multiprocessing's locks; the arena is not there)"
+    )
+    assert of(8 << 10, 64 << 20).level == WARNING
+
+
+def test_which_libraries_are_served(monkeypatch):
+    def version(name):
+        if name in ("joblib", "multiprocess", "billiard"):
+            return "1.0"
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+
+    assert CHECKS["libraries"]().text == (
+        "served: multiprocessing, concurrent.futures, joblib 1.0, "
+        "multiprocess 1.0 (if it is imported before the block); not served: billiard 1.0"
+    )
