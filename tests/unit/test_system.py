@@ -30,6 +30,14 @@ def test_what_is_missing_is_said(monkeypatch, name, value, text):
     assert text in _system.lacking()
 
 
+def test_a_kernel_with_larger_pages_has_no_arena(monkeypatch):
+    monkeypatch.setattr(_system.os, "sysconf", {"SC_PAGE_SIZE": 16384}.__getitem__)
+
+    assert "this kernel have 16384 bytes" in _system.lacking()
+    with pytest.warns(oobpickle.FallbackWarning, match="16384"), oobpickle.enabled() as arena:
+        assert arena.statistics().nbytes_resident == 0
+
+
 WITHOUT = """
 import importlib, multiprocessing, sys, warnings
 import_module = importlib.import_module
