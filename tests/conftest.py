@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from contextlib import contextmanager
@@ -239,6 +240,21 @@ def _nothing_is_left(request):
     eventually(lambda: not _unexpected_children(children))
     eventually(lambda: not [t for t in set(threading.enumerate()) - threads if t.is_alive()])
     assert oobpickle.__version__
+
+
+@pytest.fixture
+def disk_folder(tmp_path):
+    """A folder on a disk, in which nothing may be left."""
+    for parent in (tmp_path, Path("/var/tmp"), HERE):
+        kind = subprocess.run(
+            ["stat", "-f", "-c", "%T", parent], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        if kind not in ("tmpfs", "ramfs", ""):
+            folder = Path(tempfile.mkdtemp(dir=parent))
+            yield folder
+            folder.rmdir()
+            return
+    pytest.skip("no folder on a disk")
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from oobpickle._pickling.payload import Payload  # noqa: F401  imported before a
 PAGE = 4096
 ROWS = 1 << 20
 SLOTS = 4096
-CLASSES = 128
+LISTS = 256  # of free blocks: 128 classes, in memory and on disk
+ON_DISK = 0x80
 NONE, FREE, LEASED, IN_FLIGHT, HELD, RELEASED, EMPTIED, QUARANTINED, PUBLISHED = range(9)
 FOLLOWS, ADOPTED, UNPROVEN, PREPARED = 1 << 62, 1 << 61, 1 << 60, 1 << 59
 NAMES = 1 << 63
@@ -66,6 +67,7 @@ def rows_word(n_rows):
 
 
 def class_nbytes(size_class):
+    size_class &= ~ON_DISK
     if size_class < 4:
         return (size_class + 1) * PAGE
     shift, step = divmod(size_class - 4, 4)
@@ -112,7 +114,7 @@ class Table:
         self.header(name)[0] = value
 
     def lists(self, name):
-        return self.header(name, "u4", CLASSES)
+        return self.header(name, "u4", LISTS)
 
     def participant(self, slot):
         at = _AT["table.participants"] + slot * 1024
@@ -146,6 +148,9 @@ class Table:
 
     def size_class(self, index):
         return int(self.rows["place"][index]) & 0xFF
+
+    def is_on_disk(self, index):
+        return bool(self.size_class(index) & ON_DISK)
 
     def offset(self, index):
         return (int(self.rows["place"][index]) & (1 << 40) - 1) >> 8 << 12
@@ -222,7 +227,7 @@ class Table:
             return [str(error)]
 
     def _problems_of_rows(self, n):
-        end = 0
+        ends = {False: 0, True: 0}
         for i in range(n):
             row, state = self.rows[i], self.state(i)
             if state in (NONE, QUARANTINED) or state > PUBLISHED:
@@ -241,11 +246,12 @@ class Table:
                 yield f"row {i}: {resident} bytes resident"
             if resident > class_stride(size_class):
                 yield f"row {i}: {resident} bytes resident of {room}"
-            if offset < end:
+            if offset < ends[self.is_on_disk(i)]:
                 yield f"row {i} overlaps the one before it"
-            end = offset + class_stride(size_class)
-        if end > self["data_nbytes"]:
-            yield f"the last block ends at {end} of {self['data_nbytes']}"
+            ends[self.is_on_disk(i)] = offset + class_stride(size_class)
+        for end, name in zip(ends.values(), ("data_nbytes", "disk_nbytes"), strict=True):
+            if end > self[name]:
+                yield f"the last block ends at {end} of {self[name]}"
         # One that is free was made by somebody who died before it was counted.
         beyond = self.rows["commit"][n : n + 4096] & 0xFF
         yield from (f"row {n + i} is in use beyond {n}" for i in np.flatnonzero(beyond > FREE))
@@ -275,14 +281,17 @@ class Table:
 
     def _problems_of_sums(self, n):
         states = [self.state(i) for i in range(n)]
-        held = sum(self.used(i) for i in range(n) if states[i] == HELD)
+        in_memory = [i for i in range(n) if not self.is_on_disk(i)]
+        held = sum(self.used(i) for i in in_memory if states[i] == HELD)
         idle = sum(
             self.resident(i)
-            for i in range(n)
+            for i in in_memory
             if states[i] in (FREE, RELEASED) and not int(self.rows["channel"][i]) & PREPARED
         )
-        resident = sum(map(self.resident, range(n)))
-        for name, expected in (("held", held), ("idle", idle), ("resident", resident)):
+        resident = sum(map(self.resident, in_memory))
+        on_disk = sum(map(self.resident, range(n))) - resident
+        sums = {"held": held, "idle": idle, "resident": resident, "on_disk": on_disk}
+        for name, expected in sums.items():
             if self[name] != expected:
                 yield f"{name} is {self[name]}, the rows add up to {expected}"
         if resident > self["capacity"]:

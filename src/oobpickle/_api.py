@@ -37,20 +37,22 @@ from oobpickle._hook.main_module import is_absent
 from oobpickle._hook.processes import is_being_started
 from oobpickle._hook.replacements import of_libraries, of_standard_library
 from oobpickle._memory import arena as inner
-from oobpickle._memory.options import Options
+from oobpickle._memory.options import Options, folder_named
 from oobpickle._nbytes import nbytes_of
 from oobpickle._statistics import Statistics
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 Nbytes = int | float | str | None
+Folder = str | bytes | os.PathLike[str] | None
 
 _declined: deque[bytes] = deque(maxlen=64)  # identities of arenas that were offered
 _absences: set[object] = set()  # of the blocks, and of an install(), that have to do without
 
 
-def _inherit(data: Any, table: Any, locks: Any, channels: bytes) -> None:
+def _inherit(*inherited: Any) -> None:
     """In a child that is being started: join the parent's arena."""
-    descriptors = [duplicate.detach() for duplicate in (data, table, locks)]
+    *duplicates, channels = inherited
+    descriptors = [duplicate.detach() for duplicate in duplicates]
     # The parent counts on us, but a process that cannot start is worse than one that cannot load.
     with ignoring(ArenaError, OSError):
         _join(inner.SharedArena.attach(*descriptors), channels, is_spawned=True)
@@ -115,10 +117,14 @@ def _start(options: Options, block: Block | None = None) -> Hook | None:
 
 
 def _options(
-    capacity: Nbytes, threshold: Nbytes, wait_timeout: float | None, copies: bool | None
+    capacity: Nbytes,
+    threshold: Nbytes,
+    wait_timeout: float | None,
+    copies: bool | None,
+    spill_dir: Folder,
 ) -> Options:
     sizes = nbytes_of("capacity", capacity), nbytes_of("threshold", threshold)
-    return Options(*sizes, wait_timeout, copies)
+    return Options(*sizes, wait_timeout, copies, folder_named("spill_dir", spill_dir))
 
 
 def install(
@@ -127,12 +133,13 @@ def install(
     threshold: Nbytes = None,
     wait_timeout: float | None = None,
     copy_on_receive: bool | None = None,
+    spill_dir: Folder = None,
 ) -> Arena:
     """Send large messages of this process and its children out of band from now on.
 
     Parameters
     ----------
-    capacity, threshold, wait_timeout, copy_on_receive
+    capacity, threshold, wait_timeout, copy_on_receive, spill_dir
         As for `enabled`.
 
     Returns
@@ -148,18 +155,27 @@ def install(
         If an option is out of range, or differs from the running arena's.
     ArenaError
         If this system cannot provide the memory.
+    OSError
+        If `spill_dir` cannot be used.
 
     See Also
     --------
     uninstall : the undo.
     """
-    options = _options(capacity, threshold, wait_timeout, copy_on_receive)
+    options = _options(capacity, threshold, wait_timeout, copy_on_receive, spill_dir)
     with installed.guard:
+        older = installed.current
         hook = _start(options)
         if hook is None:
             _absences.add(install)
             return AbsentArena(options)
         hook.installed = True
+        if hook is not older:
+            try:
+                _tell_of_memory(hook)
+            except FallbackWarning:  # where warnings are errors
+                uninstall()
+                raise
         return hook.shown
 
 
@@ -207,7 +223,12 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
         in-band. Default: as long as a pipe would take for it.
     copy_on_receive : bool, optional
         Whether receivers copy into ordinary memory and give the block back at once. Default: only
-        when held blocks pass half of `capacity`; not messages above a quarter of it that fit.
+        when held blocks pass half of `capacity`; not messages above a quarter of it that fit; and
+        with `spill_dir` never.
+    spill_dir : str or path-like, optional
+        A folder on a disk. When memory is full, messages go to a nameless file there, and come and
+        go through the page cache, so that results larger than memory can be held; room on disk
+        comes back with their arrays. Default: nothing is ever written to a disk.
 
     Yields
     ------
@@ -220,12 +241,16 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
     ------
     ValueError, TypeError
         If an option is out of range, or differs from the running arena's; before anything starts.
+    OSError
+        If `spill_dir` is missing, full, read-only, or cannot do what is needed: the kind that the
+        system gave, such as `FileNotFoundError`.
 
     Warns
     -----
     FallbackWarning
         Once, when the block is left, if messages travelled in-band although they were large enough.
         Once again if a large one goes through a pool, queue or pipe of the block after its end.
+        When it is entered, if `spill_dir` is memory as well, as a tmpfs is.
     NotServedWarning
         The same if nothing went out of band, and a library was used that is not served.
     RepeatedWarning
@@ -251,8 +276,9 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
         threshold: Nbytes = None,
         wait_timeout: float | None = None,
         copy_on_receive: bool | None = None,
+        spill_dir: Folder = None,
     ) -> None:
-        self._options = _options(capacity, threshold, wait_timeout, copy_on_receive)
+        self._options = _options(capacity, threshold, wait_timeout, copy_on_receive, spill_dir)
         self._blocks: list[Block] = []  # several if it is entered again, as by a decorated function
         self._is_used = False
 
@@ -301,7 +327,7 @@ class enabled(contextlib.ContextDecorator, metaclass=_CallMe):
 
 def _enter(options: Options, block: Block) -> Arena:
     with installed.guard:
-        hook = None
+        hook, older = None, installed.current
         try:
             hook = _start(options, block)
         except ArenaError as error:
@@ -312,9 +338,22 @@ def _enter(options: Options, block: Block) -> Arena:
                 stacklevel=3,
             )
         if hook is not None:
+            if hook is not older:
+                _tell_of_memory(hook, stacklevel=4)
             return hook.shown
         _absences.add(block)
         return AbsentArena(options)
+
+
+def _tell_of_memory(hook: Hook, stacklevel: int = 3) -> None:
+    """Warn of a folder on no disk, in which a new arena has its file."""
+    if hook.arena.blocks.disk_is_memory:
+        warnings.warn(
+            f"spill_dir={hook.said.spill_dir!r} is in memory as well (tmpfs): it adds no room. "
+            "Name a folder on a disk; `df` tells which those are.",
+            FallbackWarning,
+            stacklevel=stacklevel,
+        )
 
 
 def _leave(

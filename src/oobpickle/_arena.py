@@ -27,7 +27,7 @@ class Arena:
     identity : bytes
         16 random bytes that name the arena in its envelopes.
     options : Options
-        Capacity, threshold, wait_timeout and copy_on_receive in force.
+        Capacity, threshold, wait_timeout, copy_on_receive and spill_dir in force.
     """
 
     def __init__(self, memory: inner.SharedArena) -> None:

@@ -5,7 +5,7 @@ returns the envelope; loading it calls `unpack_envelope`.
 
 **How it works.** An envelope is an ordinary pickle with one global and one ``bytes`` argument::
 
-    magic 4 | crc32 u32 | name of the arena 32 | n_blocks u32 | n_buffers u32 | flags u32 | stream
+    magic 4 | crc32 u32 | name of the arena 36 | n_blocks u32 | n_buffers u32 | flags u32 | stream
     nbytes u64 index u64, generation u64 of each block | nbytes u64 of each buffer | stream | zeros
 
 The zeros make the whole of it `MARK` bytes long modulo `MODULUS`, as few other messages are; so
@@ -42,15 +42,16 @@ from oobpickle import _faults
 from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory.arena import SharedArena
+from oobpickle._memory.files import NAME_NBYTES
 from oobpickle._memory.options import FORCED
-from oobpickle._memory.sending import Lease
+from oobpickle._memory.sending import Lease, writing
 from oobpickle._native import core
 from oobpickle._pickling.reducers import levels, special_reducer
 from oobpickle._pickling.serializer import take_apart
 from oobpickle._statistics import N_LOADED
 
 _MAGIC: Final = b"OOBE"
-_HEADER: Final = struct.Struct("<4sI32sIIIQ")
+_HEADER: Final = struct.Struct(f"<4sI{NAME_NBYTES}sIIIQ")
 _CRC_FROM: Final = 8
 _INDIRECT: Final = 1
 _PAIR_NBYTES: Final = 16
@@ -110,19 +111,23 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
         references = message.references
         own = core.plan(sizes)[: -len(references) or None]
         blocks = arena.acquire([*index_needs, *own]).blocks
-        message.move_into(blocks[len(index_needs) :])
+        try:
+            with writing(message.nbytes):
+                message.move_into(blocks[len(index_needs) :])
+        except BaseException:
+            arena.blocks.release(blocks)  # else a stored traceback would keep them
+            raise
         blocks += references
     arena.sending.note(message.nbytes, message.nbytes_fresh)
     lease = Lease(arena.blocks, blocks)
     pairs = lease.pairs
     if is_indirect:
-        index = lease.destinations[0]
         table = pairs + sizes
-        index[: len(table)] = table
-        message.write_stream_into(index[len(table) : len(table) + n_stream])
-        start = bytes(index[len(table) : len(table) + min(START_NBYTES, n_stream)])
+        with writing(index_needs[0]):
+            blocks[0].write(0, table)
+            message.write_stream_into(blocks[0], len(table))
+        start = message.start(START_NBYTES)
         body = pairs[:_PAIR_NBYTES] + _numbers(index_needs) + start.ljust(START_NBYTES, b"\0")
-        del index
     else:
         body = pairs + sizes + message.stream
     _faults.reach("envelope.copied")

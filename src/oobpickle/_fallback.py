@@ -23,6 +23,8 @@ from oobpickle._errors import format_nbytes
 REASONS: Final[dict[str, str]] = {
     "full": "the arena was full; pass enabled(capacity=...) or drop received objects earlier",
     "memory": "the machine or the memory cgroup had too little memory left; run fewer workers",
+    "disk": "memory was full, and the disk of spill_dir was full too, or refused a write; make "
+    "room there, or drop received objects earlier",
     "space": "the system refused to reserve pages; see the limits of the mount",
     "table": "the table of blocks was full; send fewer, larger arrays",
     "busy": "the lock of the arena could not be had in time; is a worker stopped?",
@@ -34,7 +36,7 @@ REASONS: Final[dict[str, str]] = {
     "damaged": "a process of the arena has written over its table; look for a faulty extension",
 }
 
-_FIRST_COUNTER: Final = 16  # before it are those of `_statistics`
+_FIRST_COUNTER: Final = 20  # before it are those of `_statistics`
 COUNTERS_END: Final = _FIRST_COUNTER + 2 * len(REASONS)
 
 

@@ -34,6 +34,7 @@ from weakref import WeakSet
 from oobpickle._envelope import tables
 from oobpickle._errors import ArenaFullError
 from oobpickle._handle import Handle
+from oobpickle._memory.sending import writing
 from oobpickle._native import core
 from oobpickle._pickling import in_band
 from oobpickle._pickling.reducers import register_own
@@ -285,10 +286,9 @@ def store(obj: Any, arena: SharedArena | None, *, readonly: bool) -> Broadcast[A
         parts = _views(arena, blocks)
     else:
         memory = arena.acquire([index_nbytes])
-        (destination,) = memory.destinations
-        destination[: len(sizes)] = sizes
-        message.write_stream_into(destination[len(sizes) : index_nbytes])
-        del destination
+        with writing(index_nbytes):
+            memory.blocks[0].write(0, sizes)
+            message.write_stream_into(memory.blocks[0], len(sizes))
         *parts, index = _views(arena, blocks + memory.blocks)
     return Broadcast._made(kind, index, len(sizes) // 8, parts, readonly=readonly)
 
@@ -300,7 +300,8 @@ def blocks_of(message: core.Message, arena: SharedArena) -> list[core.Block]:
         return blocks
     message.leave_blocks()
     blocks = arena.acquire(core.plan(message.sizes, False, True)).blocks
-    message.move_into(blocks)
+    with writing(message.nbytes):
+        message.move_into(blocks)
     return message.blocks or []
 
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from oobpickle._envelope import tables
 from oobpickle._errors import ArenaError
 from oobpickle._hook.installed import running
+from oobpickle._memory.sending import writing
 from oobpickle._native import core
 from oobpickle._pickling.numpy_subclasses import is_made_by_new
 from oobpickle._pickling.reducers import in_memory_order, kept_strides
@@ -132,11 +133,9 @@ def _store(obj: Any, arena: SharedArena) -> Shared[Any]:
     sizes, n_stream = message.sizes, message.stream_nbytes
     blocks = blocks_of(message, arena)
     memory = arena.acquire([CONTROL_NBYTES + len(sizes) + n_stream])
-    (index,) = memory.destinations
-    index[:CONTROL_NBYTES] = bytes(CONTROL_NBYTES)  # the lock is free
-    index[CONTROL_NBYTES:][: len(sizes)] = sizes
-    message.write_stream_into(index[CONTROL_NBYTES + len(sizes) :][:n_stream])
-    del index
+    with writing(message.nbytes):
+        memory.blocks[0].write(0, bytes(CONTROL_NBYTES) + sizes)  # the lock is free
+        message.write_stream_into(memory.blocks[0], CONTROL_NBYTES + len(sizes))
     views = publish(arena, memory.blocks + blocks)
     shared = Shared._made(kind, (len(sizes) // 8, n_stream), as_shared(views))
     if not shared._local().n_arrays:

@@ -41,7 +41,10 @@ from oobpickle._fallback import (
     NS_PICKLING,
     NS_WAITING,
     NS_LOADING,
-) = range(14)
+    N_SPILLED,
+    NBYTES_SPILLED,
+    NS_SPILLING,
+) = range(17)
 _MOSTLY: Final = 0.5
 
 #: Of blocks, in the order in which the core counts them.
@@ -66,6 +69,8 @@ class Statistics:
         Blocks that receivers copied into ordinary memory and gave back at once.
     n_copied_at_fork, nbytes_copied_at_fork : int
         Blocks turned into ordinary memory because their holder forked.
+    n_spilled, nbytes_spilled : int
+        Messages of which something went to ``spill_dir``, as memory was full, and the bytes of it.
     n_reclaimed : int
         Blocks taken back because nobody can read their message any more.
     n_shared_after_fork : int
@@ -82,13 +87,15 @@ class Statistics:
         room, and the moving of what had found none at first.
     seconds_loading : float
         Loading messages that came through the arena.
+    seconds_spilling : float
+        Of those two, writing to ``spill_dir``: by it a slow disk is known.
     n_participants : int
         Processes that have joined; a dead one counts until somebody has needed what it left.
     fallbacks : mapping of str to Fallback
         Messages at or above the threshold that travelled in-band, by reason.
     n_blocks, nbytes : mapping of str to int
-        Blocks, and bytes in use in them, by state: ``"free"`` (bytes that are kept for the next
-        message), ``"leased"``, ``"in_flight"``, ``"held"``.
+        Blocks, in memory or on disk, and bytes in use in those in memory, by state: ``"free"``
+        (bytes that are kept for the next message), ``"leased"``, ``"in_flight"``, ``"held"``.
     n_published, nbytes_published : int
         Blocks in which `broadcast` has stored something, and the bytes in them.
     n_references : int
@@ -98,7 +105,9 @@ class Statistics:
         How often the process that asks has sent the same array (or other buffer) unchanged, ten
         times or more, and its bytes; the one that was most. `broadcast` stores it once.
     nbytes_resident : int
-        Bytes of the arena that have pages now.
+        Bytes of the arena that have pages in memory now.
+    nbytes_on_disk : int
+        Bytes that blocks have in ``spill_dir`` now, whatever of that the page cache has too.
     nbytes_huge : int
         Bytes of it that the process that asks has mapped in huge pages; 0 where the system gives
         none for shared memory.
@@ -115,11 +124,14 @@ class Statistics:
     nbytes_copied_on_receive: int
     n_copied_at_fork: int
     nbytes_copied_at_fork: int
+    n_spilled: int
+    nbytes_spilled: int
     n_reclaimed: int
     n_shared_after_fork: int
     seconds_pickling: float
     seconds_waiting: float
     seconds_loading: float
+    seconds_spilling: float
     n_quarantined: int
     n_participants: int
     fallbacks: Mapping[str, Fallback]
@@ -130,6 +142,7 @@ class Statistics:
     n_references: int
     repeated: tuple[int, int] | None
     nbytes_resident: int
+    nbytes_on_disk: int
     nbytes_huge: int
     capacity: int
 
@@ -178,8 +191,9 @@ class Statistics:
         if hint := describe_repeated(self.repeated, self.nbytes_out_of_band):
             lines.append(f"  {hint}")
         if self.n_published:
+            by = "broadcast, share or a fork" if self.n_spilled else "broadcast or share"
             lines.append(
-                f"  stored   {format_nbytes(self.nbytes_published)} by broadcast or share, "
+                f"  stored   {format_nbytes(self.nbytes_published)} by {by}, "
                 f"with {self.n_references:,} references"
             )
         lines += [
@@ -190,6 +204,7 @@ class Statistics:
             "pickling and copying": self.seconds_pickling,
             "waiting": self.seconds_waiting,
             "loading": self.seconds_loading,
+            "of these writing to disk": self.seconds_spilling,
         }
         shown = [f"{format_seconds(seconds)} {what}" for what, seconds in spent.items() if seconds]
         lines += [f"  spent    {', '.join(shown)}"] if shown else []
@@ -206,6 +221,11 @@ class Statistics:
             lines.append(
                 f"           {format_nbytes(self.nbytes_resident)} with pages, of at most "
                 f"{format_nbytes(self.capacity)}"
+            )
+        if self.n_spilled:
+            lines.append(
+                f"  disk     {format_nbytes(self.nbytes_on_disk)} now; {self.n_spilled:,} messages "
+                f"({format_nbytes(self.nbytes_spilled)}) went there, as memory was full"
             )
         counted = {
             "copied by receivers": self.n_copied_on_receive,
@@ -234,6 +254,7 @@ def summed(
     n_references: int = 0,
     repeated: tuple[int, int] | None = None,
     nbytes_resident: int,
+    nbytes_on_disk: int = 0,
     nbytes_huge: int,
     capacity: int,
 ) -> Statistics:
@@ -248,11 +269,14 @@ def summed(
         nbytes_copied_on_receive=counters[NBYTES_COPIED_ON_RECEIVE],
         n_copied_at_fork=counters[N_COPIED_AT_FORK],
         nbytes_copied_at_fork=counters[NBYTES_COPIED_AT_FORK],
+        n_spilled=counters[N_SPILLED],
+        nbytes_spilled=counters[NBYTES_SPILLED],
         n_reclaimed=counters[N_RECLAIMED],
         n_shared_after_fork=counters[N_SHARED_AFTER_FORK],
         seconds_pickling=counters[NS_PICKLING] / 1e9,
         seconds_waiting=counters[NS_WAITING] / 1e9,
         seconds_loading=counters[NS_LOADING] / 1e9,
+        seconds_spilling=counters[NS_SPILLING] / 1e9,
         n_quarantined=n_quarantined,
         n_participants=n_participants,
         fallbacks=fallbacks_of(counters),
@@ -263,6 +287,7 @@ def summed(
         n_references=n_references,
         repeated=repeated,
         nbytes_resident=nbytes_resident,
+        nbytes_on_disk=nbytes_on_disk,
         nbytes_huge=nbytes_huge,
         capacity=capacity,
     )

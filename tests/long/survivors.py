@@ -19,7 +19,9 @@ import gc
 import multiprocessing
 import os
 import random
+import tempfile
 import time
+import warnings
 
 import inside
 from inside import eventually, message, verify
@@ -73,7 +75,11 @@ class Survivors:
             self.context.set_forkserver_preload(["numpy", "oobpickle", "victims"])
         # Long enough for others to finish what they do with idle blocks: nobody reads from a victim
         # that sends to itself in-band.
-        self.arena = oobpickle.install(capacity=CAPACITY, wait_timeout=WAIT_S)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", oobpickle.FallbackWarning)  # it may be a tmpfs
+            self.arena = oobpickle.install(
+                capacity=CAPACITY, wait_timeout=WAIT_S, spill_dir=tempfile.gettempdir()
+            )
         self.n_verified = 0
         there, back = self.pipe(), self.pipe()
         self.workers = [
@@ -117,7 +123,7 @@ class Survivors:
         leases = []
         try:
             while True:
-                leases.append(inner(self.arena).acquire([1 << 20], wait_timeout=0))
+                leases.append(inner(self.arena).sending.lease([1 << 20], 0, may_spill=False))
         except oobpickle.ArenaFullError as error:
             reason = error.reason
         assert reason == "full", reason

@@ -72,7 +72,7 @@ def no_core():
 
 
 def live(fault, from_owner, to_owner, clogged):
-    """Send, receive, hold, drop, prepare, trim and fork, until the kill.
+    """Send, receive, hold, drop, spill, prepare, trim and fork, until the kill.
 
     Parameters
     ----------
@@ -108,6 +108,7 @@ REACHED_BY = {
     "send_on": {"receiving.sent_on"},
     "load": {"victim.loading"},
     "finalize": {"victim.finalizing"},
+    "spill": {"block.spilled"},
     "trim": {"block.reserved", "block.emptied", "row.emptied"},
     "fork_and_go_on": {
         "birth.in_child",
@@ -168,6 +169,7 @@ class Victim:
             self.prepare,
             self.copy_on_receive,
             self.send_on,
+            self.spill,
             self.broadcast,
             self.fork_and_go_on,
             self.drop,
@@ -231,6 +233,17 @@ class Victim:
         self.own_write.send(message(11, 200_000))
         self.own_write.send_bytes(self.own_read.recv_bytes())
         verify(self.own_read.recv(), 11)
+
+    def spill(self):
+        """Find no room in memory: what is held from then on, in forks too, is partly on disk."""
+        hook, sending = installed.current, inner(self.arena).sending
+        hook.destination, sending._in_memory = None, _no_room
+        try:
+            self.seed += 1
+            self.own_write.send([message(self.seed, 300_000), message(self.seed, 100_000)])
+        finally:
+            del sending._in_memory
+        self.held += [verify(part, self.seed) for part in self.own_read.recv()]
 
     def broadcast(self):
         self.seed += 1
@@ -364,6 +377,10 @@ class Victim:
 
     def _strike(self, pid):
         os.kill(pid, _faults._signal)
+
+
+def _no_room(*_):
+    raise oobpickle.ArenaFullError("said so", "full")
 
 
 class Finalized:

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,7 @@ from conftest import eventually
 
 HERE = Path(__file__).parent
 PROGRAMS = HERE / "programs"
+CGROUPS = Path("/sys/fs/cgroup/memory")
 SOURCE = Path(oobpickle.__file__).parents[1]  # as installed, if it is
 
 #: Warnings are errors, but for the one that CPython gives about what these tests are about, and the
@@ -223,6 +225,33 @@ def kill_session(session):
 def _signal(pid, number):
     with contextlib.suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+@contextlib.contextmanager
+def memory_cgroup(nbytes):
+    """Make a memory cgroup of our own; only programs of the test go into it."""
+    parent = CGROUPS / _own_cgroup()
+    group = parent / f"oobpickle-test-{uuid.uuid4().hex[:8]}"
+    try:
+        group.mkdir()
+    except OSError as error:
+        pytest.skip(f"no memory cgroup (version 1) can be made below {parent}: {error}")
+    try:
+        (group / "memory.limit_in_bytes").write_text(str(nbytes))
+        yield group
+        assert "oom_kill 0" in (group / "memory.oom_control").read_text()
+    finally:
+        eventually(lambda: not (group / "cgroup.procs").read_text())
+        group.rmdir()
+
+
+def _own_cgroup():
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, path = line.split(":", 2)
+        if "memory" in controllers.split(","):
+            inside = os.path.join(CGROUPS, path.lstrip("/"))
+            return path.lstrip("/") if os.path.isdir(inside) else "."
+    return "."
 
 
 def shared_nbytes():

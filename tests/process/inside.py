@@ -318,7 +318,7 @@ def assert_empty(arena):
         arena.trim()
         statistics = arena.statistics()
         used = any(statistics.nbytes.values()) or statistics.n_published
-        return not used and not statistics.nbytes_resident
+        return not used and not statistics.nbytes_resident and not statistics.nbytes_on_disk
 
     gc.collect()
     eventually(is_empty)

@@ -2,11 +2,12 @@
 
 Each participant is an arena of its own over the same files, in this one process; one that dies is
 abandoned, which is what the others see of a death. Deaths in the middle of a step are the business
-of ``tests/long/kills.py``.
+of ``tests/long/kills.py``. The same with a file on disk, for what finds no room in memory.
 """
 
 import gc
 import os
+import tempfile
 from pickle import PickleBuffer
 
 from hypothesis import strategies as st
@@ -40,28 +41,26 @@ class Process:
         self.blocks = arena.blocks
         self.slot = arena.blocks.slot
         self.incarnation = int(Table.of(arena).participant(self.slot).incarnation[0])
-        self.leases = []  # (lease, seeds)
-        self.held = []  # (index, generation, view, seed)
+        self.leases = []  # (lease, sizes, seeds)
+        self.held = []  # (view, seed)
         self.views = []  # frozen, of what is published: (block, seed)
         self.keeps = set()
 
 
 class Message:
-    def __init__(self, lease, seeds, channel):
-        self.pairs, self.needs, self.seeds = (
-            lease.pairs,
-            [len(view) for view in lease.destinations],
-            seeds,
-        )
+    def __init__(self, lease, sizes, seeds, channel):
+        self.pairs, self.needs, self.seeds = lease.pairs, sizes, seeds
         self.source = channel
         numbers = memoryview(self.pairs).cast("Q").tolist()
         self.blocks = list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 class TableMachine(RuleBasedStateMachine):
+    spill_dir = None
+
     @initialize()
     def begin(self):
-        self.first = SharedArena.create(Options(capacity=CAPACITY))
+        self.first = SharedArena.create(Options(capacity=CAPACITY, spill_dir=self.spill_dir))
         self.table = Table.of(self.first)
         self.living = [Process(self.first)]
         self._dead, self.gone = [], []
@@ -101,25 +100,24 @@ class TableMachine(RuleBasedStateMachine):
             reason = error.reason
         else:
             reason = ""
-        assert reason in ("", "full")
+        assert reason == "" or (reason == "full" and not self.spill_dir)
         if reason:
             return
         seeds = []
-        for block, need in zip(lease.blocks, map(len, lease.destinations), strict=True):
+        for block, need in zip(lease.blocks, sizes, strict=True):
             self.seed += 1
             seeds.append(self.seed)
-            start = content(self.seed, need)
-            memoryview(block)[: len(start)] = start
-        process.leases.append((lease, seeds))
+            block.write(0, content(self.seed, need))
+        process.leases.append((lease, sizes, seeds))
 
     @rule(who=WHO, keep=st.booleans(), channel=CHANNELS)
     def send_or_give_back(self, who, keep, channel):
         process = self.one(who)
         if not process.leases:
             return
-        lease, seeds = process.leases.pop()
+        lease, sizes, seeds = process.leases.pop()
         if keep:
-            message = Message(lease, seeds, channel)
+            message = Message(lease, sizes, seeds, channel)
             lease.seal(channel)
             lease.depart()
             lease.settle()
@@ -158,10 +156,8 @@ class TableMachine(RuleBasedStateMachine):
             return
         message = self.in_flight.pop(0)
         claimed = process.blocks.claim(message.pairs, message.needs, False)
-        for (index, generation), block, seed in zip(
-            message.blocks, claimed, message.seeds, strict=True
-        ):
-            process.held.append((index, generation, memoryview(block), seed))
+        process.held += zip(map(memoryview, claimed), message.seeds, strict=True)
+        del claimed
         if twice:
             assert process.blocks.claim(message.pairs, message.needs, False) == 0
 
@@ -170,7 +166,7 @@ class TableMachine(RuleBasedStateMachine):
         process = self.one(who)
         if not process.leases:
             return
-        lease, seeds = process.leases.pop()
+        lease, _, seeds = process.leases.pop()
         views = process.blocks.publish(lease.blocks)
         process.views += zip(views, seeds, strict=True)
 
@@ -184,8 +180,7 @@ class TableMachine(RuleBasedStateMachine):
         assert len(referred) == len(message.references)
         if referred:
             lease = Lease(process.blocks, message.references)
-            sent = Message(lease, [seed for _, seed in referred], channel)
-            sent.needs = [0] * len(referred)
+            sent = Message(lease, [0] * len(referred), [seed for _, seed in referred], channel)
             lease.seal(channel)
             lease.depart()
             lease.settle()
@@ -201,18 +196,18 @@ class TableMachine(RuleBasedStateMachine):
             self.seed += 1
             start = content(self.seed, memoryview(again).nbytes)
             memoryview(again)[: len(start)] = start
-            process.held.append((again.index, again.generation, memoryview(again), self.seed))
+            process.held.append((memoryview(again), self.seed))
 
     @rule(who=WHO)
     def freeze(self, who):
         process = self.one(who)
-        references = [one for one in process.held if one[2].obj.is_reference]
+        references = [one for one in process.held if one[0].obj.is_reference]
         if references:
             one = references[0]
             process.held.remove(one)
-            _, _, view, seed = one
+            view, seed = one
             block = view.obj
-            del one, references[:], view, _
+            del one, references[:], view
             # What was written to is this process's own, and may not be sent as what is published.
             if bytes(memoryview(block)[:4]) == self.content_of(block):
                 assert block.freeze()
@@ -245,7 +240,10 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(who=WHO)
     def fork(self, who):
-        """What its parent holds is the parent's; the child ends without giving anything back."""
+        """What its parent holds is the parent's; the child ends without giving anything back.
+
+        What is on disk is published by it.
+        """
         process = self.one(who)
         pid = os.fork()
         if pid == 0:
@@ -318,24 +316,23 @@ class TableMachine(RuleBasedStateMachine):
     @invariant()
     def every_process_has_what_it_believes(self):
         for process in getattr(self, "living", ()):
-            for lease, seeds in process.leases:
-                for block, need, seed in zip(
-                    lease.blocks, map(len, lease.destinations), seeds, strict=True
-                ):
-                    self.is_his(process, LEASED, block.index, block.generation)
-                    self.holds(memoryview(block), need, seed)
+            for lease, sizes, seeds in process.leases:
+                for block, need, seed in zip(lease.blocks, sizes, seeds, strict=True):
+                    self.is_his(process, LEASED, block)
+                    if not block.is_on_disk:
+                        self.holds(memoryview(block), need, seed)
             for block, seed in process.views:
-                self.is_his(process, HELD, block.index, block.generation)
+                self.is_his(process, HELD, block)
                 self.holds(memoryview(block), memoryview(block).nbytes, seed)
-            for index, generation, view, seed in process.held:
-                self.is_his(process, HELD, index, generation)
+            for view, seed in process.held:
+                self.is_his(process, HELD, view.obj)
                 self.holds(view, view.nbytes, seed)
 
-    def is_his(self, process, state, index, generation):
-        assert (state, process.slot, generation) == (
-            self.table.state(index),
-            self.table.owner(index),
-            self.table.generation(index),
+    def is_his(self, process, state, block):
+        assert (state, process.slot, block.generation) == (
+            self.table.state(block.index),
+            self.table.owner(block.index),
+            self.table.generation(block.index),
         )
 
     def holds(self, view, nbytes, seed):
@@ -380,6 +377,9 @@ class TableMachine(RuleBasedStateMachine):
         named = {self.table.named(index) for index in range(self.table.n_rows)}
         assert states <= {FREE, IN_FLIGHT, *([PUBLISHED] if named - {None} else [])}
         self.table.assert_in_order()
+        survivor.arena.reclaim.punch_idle()
+        if self.spill_dir and states == {FREE}:
+            assert os.fstat(self.first.descriptors[3]).st_blocks == self.table["on_disk"] == 0
         for process in [*self.living[1:], *self.gone]:
             process.arena._files.close()
         del self.table
@@ -387,5 +387,11 @@ class TableMachine(RuleBasedStateMachine):
         survivor.arena._files.close()
 
 
+class SpillingMachine(TableMachine):
+    spill_dir = os.path.realpath(tempfile.gettempdir())
+
+
 TestTableMachine = TableMachine.TestCase
 TestTableMachine.settings = examples(20, stateful_step_count=40)
+TestSpillingMachine = SpillingMachine.TestCase
+TestSpillingMachine.settings = examples(10, stateful_step_count=40)

@@ -30,6 +30,9 @@ SHOWN = {
     "NS_PICKLING": "seconds_pickling",
     "NS_WAITING": "seconds_waiting",
     "NS_LOADING": "seconds_loading",
+    "N_SPILLED": "n_spilled",
+    "NBYTES_SPILLED": "nbytes_spilled",
+    "NS_SPILLING": "seconds_spilling",
 }
 #: What the arena adds.
 KNOWN = {
@@ -42,6 +45,7 @@ KNOWN = {
     "n_references": 5,
     "repeated": (10, 300),
     "nbytes_resident": 100,
+    "nbytes_on_disk": 70,
     "nbytes_huge": 50,
     "capacity": 1 << 20,
 }

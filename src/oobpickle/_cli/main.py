@@ -68,6 +68,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run a program with oobpickle installed")
     run.add_argument("--capacity", help="the most that the arena may occupy: 4GB")
     run.add_argument("--threshold", help="what is smaller travels as ever: 64KB")
+    run.add_argument("--spill-dir", metavar="DIR", help="where messages go when memory is full")
     run.add_argument("--report", metavar="FILE.html", type=Path, help="write what was sent")
     run.add_argument("-m", dest="is_module", action="store_true", help="PROGRAM is a module")
     run.add_argument("program", metavar="PROGRAM", help="a script, or with -m a module")
@@ -106,6 +107,10 @@ def _run(given: argparse.Namespace) -> int:
         given.program,
         given.arguments,
         is_module=given.is_module,
-        options={"capacity": given.capacity, "threshold": given.threshold},
+        options={
+            "capacity": given.capacity,
+            "threshold": given.threshold,
+            "spill_dir": given.spill_dir,
+        },
         report=given.report,
     )

@@ -152,6 +152,7 @@ _PLOTS: Final[tuple[tuple[str, Callable[[Statistics], int], Callable[[int], str]
     ("bytes out of band", lambda one: one.nbytes_out_of_band, format_nbytes),
     ("messages in-band", lambda one: one.n_fallbacks, "{:,}".format),
     ("memory with pages", lambda one: one.nbytes_resident, format_nbytes),
+    ("bytes on disk", lambda one: one.nbytes_on_disk, format_nbytes),
 )
 
 

@@ -53,10 +53,10 @@ def run(
     arena = None
     try:
         arena = install(**options)
-    except (TypeError, ValueError) as error:
-        raise CommandError(str(error)) from error
     except ArenaError as error:
         warnings.warn(f"oobpickle is not in use: {error}", FallbackWarning, stacklevel=1)
+    except (TypeError, ValueError, OSError) as error:
+        raise CommandError(str(error)) from error
     sys.argv[:] = [str(main.__file__) if is_module else program, *arguments]
     if not sys.flags.safe_path:
         sys.path[0] = os.getcwd() if is_module else os.path.dirname(os.path.realpath(program))

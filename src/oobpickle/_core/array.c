@@ -16,9 +16,11 @@ When it cannot. Arrays with Python objects in them go NumPy's way. */
 #include "core.h"
 
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 
 #define MOST_AXES 64
+#define PIECE ((size_t)1 << 20)
 #define MIN_BUFFER 512 /* below this a buffer of its own costs more than its bytes in the stream */
 #define MOST_OWNED 1000 /* NumPy copies up to here when it loads */
 
@@ -106,23 +108,88 @@ static char *copy_axes(char *to, const char *from, const struct layout *axes, in
     return to;
 }
 
+/* In which order memory with gaps is copied, and how much of it has none; false: it has none at all. */
+static bool axes_to_copy(const Py_buffer *view, struct layout *axes, size_t *run)
+{
+    if (view->strides == NULL || view->ndim == 0 || !has_gaps(view))
+        return false;
+    *axes = (struct layout){0};
+    for (int i = 0; i < view->ndim; i++) {
+        axes->shape[axes->n_axes] = view->shape[i];
+        axes->strides[axes->n_axes] = view->strides[i];
+        axes->n_axes += view->shape[i] != 1;
+    }
+    *run = (size_t)view->itemsize;
+    while (axes->n_axes && axes->strides[axes->n_axes - 1] == (Py_ssize_t)*run)
+        *run *= (size_t)axes->shape[--axes->n_axes];
+    return true;
+}
+
 /* Copy all of it, in the order of its memory if that has no gaps, else in C order. */
 void memory_copy(char *to, const Py_buffer *view)
 {
-    if (view->strides == NULL || view->ndim == 0 || !has_gaps(view)) {
+    struct layout axes;
+    size_t run;
+    if (axes_to_copy(view, &axes, &run))
+        copy_axes(to, view->buf, &axes, 0, run);
+    else
         copy_now(to, view->buf, (size_t)view->len);
-        return;
+}
+
+/* What is written piece by piece to a block on disk. */
+struct writing {
+    struct block *block;
+    u64 at;
+    char *memory; /* for what has gaps: PIECE bytes */
+};
+
+static int write_piece(struct writing *to, const char *from, u64 nbytes)
+{
+    int result = block_write(to->block, to->at, from, nbytes, true);
+    to->at += nbytes;
+    return result;
+}
+
+/* From one axis on: as many of its items at a time as fit into a piece. */
+static int write_axes(struct writing *to, const char *from, const struct layout *axes, int axis, size_t run)
+{
+    if (axis == axes->n_axes)
+        return write_piece(to, from, run);
+    size_t each = run;
+    for (int i = axis + 1; i < axes->n_axes; i++)
+        each *= (size_t)axes->shape[i];
+    Py_ssize_t at_once = each > PIECE ? 1 : (Py_ssize_t)(PIECE / each);
+    for (Py_ssize_t i = 0; i < axes->shape[axis]; i += at_once, from += at_once * axes->strides[axis]) {
+        int result;
+        if (each > PIECE) {
+            result = write_axes(to, from, axes, axis + 1, run);
+        } else {
+            struct layout some = *axes;
+            some.shape[axis] = axes->shape[axis] - i < at_once ? axes->shape[axis] - i : at_once;
+            result = write_piece(to, to->memory,
+                                 (u64)(copy_axes(to->memory, from, &some, axis, run) - to->memory));
+        }
+        if (result != 0)
+            return -1;
     }
-    struct layout axes = {0};
-    for (int i = 0; i < view->ndim; i++) {
-        axes.shape[axes.n_axes] = view->shape[i];
-        axes.strides[axes.n_axes] = view->strides[i];
-        axes.n_axes += view->shape[i] != 1;
+    return 0;
+}
+
+/* The same into a leased block, wherever it is, with the GIL kept; -1 with errno: the disk refuses. */
+int memory_write(struct block *block, u64 at, const Py_buffer *view)
+{
+    if (block->address) {
+        memory_copy(block->address + at, view);
+        return 0;
     }
-    size_t run = (size_t)view->itemsize;
-    while (axes.n_axes && axes.strides[axes.n_axes - 1] == (Py_ssize_t)run)
-        run *= (size_t)axes.shape[--axes.n_axes];
-    copy_axes(to, view->buf, &axes, 0, run);
+    struct layout axes;
+    size_t run;
+    if (!axes_to_copy(view, &axes, &run))
+        return block_write(block, at, view->buf, (u64)view->len, true);
+    struct writing to = {.block = block, .at = at, .memory = malloc(PIECE)};
+    int result = to.memory ? write_axes(&to, view->buf, &axes, 0, run) : -1;
+    free(to.memory);
+    return result;
 }
 
 /* --- dtypes */

@@ -50,6 +50,11 @@ struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nb
     return block;
 }
 
+struct mapping *mapping_of(struct blocks *blocks, u32 index)
+{
+    return is_on_disk(&blocks->table, index) ? &blocks->disk : &blocks->mapping;
+}
+
 static struct known *known_of(const struct block *block)
 {
     return &block->blocks->table.known[block->index];
@@ -62,23 +67,24 @@ int block_map(struct block *block, u64 nbytes)
 {
     struct blocks *blocks = block->blocks;
     struct known *known = known_of(block);
+    struct mapping *mapping = mapping_of(blocks, block->index);
     const struct place *place = &known->place;
     if (nbytes == 0) /* it has an address all the same */
         nbytes = 1;
-    if (known->is_private && known->n_users == 1 && place->offset / WINDOW < blocks->mapping.n_windows) {
-        char *address = mapping_at(&blocks->mapping, place->offset, place->stride, nbytes);
-        if (address && mapping_share(&blocks->mapping, place->offset, address, place->nbytes) == 0)
+    if (known->is_private && known->n_users == 1 && place->offset / WINDOW < mapping->n_windows) {
+        char *address = mapping_at(mapping, place->offset, place->stride, nbytes);
+        if (address && mapping_share(mapping, place->offset, address, place->nbytes) == 0)
             known->is_private = false;
     }
     if (!known->is_private)
-        block->address = mapping_at(&blocks->mapping, place->offset, place->stride, nbytes);
+        block->address = mapping_at(mapping, place->offset, place->stride, nbytes);
     if (block->address == NULL) { /* or there is no address space for a whole window */
         block->mapped = round_up(nbytes, PAGE);
-        block->address = mapping_again(&blocks->mapping, place->offset, block->mapped);
+        block->address = mapping_again(mapping, place->offset, block->mapped);
         block->is_apart = block->address != NULL;
         return block->address ? 0 : -1;
     }
-    mapping_use(&blocks->mapping, place->offset);
+    mapping_use(mapping, place->offset);
     block->is_using = true;
     return 0;
 }
@@ -96,11 +102,12 @@ static void populate_for(struct blocks *blocks, char *address, u64 nbytes)
     blocks->n_inside--;
 }
 
-/* Have the first bytes, which have pages, in our page tables. */
+/* Have the first bytes, which have pages, in our page tables; not what is on disk: all of it might have
+   to be read. */
 void block_enter(struct block *block, u64 nbytes)
 {
     struct blocks *blocks = block->blocks;
-    if (block->is_apart || block->address == NULL)
+    if (block->is_apart || block->address == NULL || is_on_disk(&blocks->table, block->index))
         return;
     struct known *known = known_of(block);
     u32 punches = get_half(&table_row(&blocks->table, block->index)->punches);
@@ -146,7 +153,7 @@ void leave_others(struct blocks *blocks, u64 nbytes)
 static u64 kept_pages(const struct block *block)
 {
     u64 nbytes = block->nbytes ? block->nbytes : 1;
-    return table_pages(&block->blocks->table, nbytes + nbytes / 8);
+    return table_pages(&block->blocks->table, known_of(block)->place.size_class, nbytes + nbytes / 8);
 }
 
 /* Note a block that was claimed, if it has one. Most are dropped soon, and the next message needs the
@@ -189,11 +196,9 @@ static int64_t tail_uncount(struct block *block, u64 kept)
         return -1;
     if (taken == TAKEN_DIRTY)
         table_rebuild(&blocks->table, NULL, NULL);
-    struct header *header = &blocks->table.shared->header;
     if (resident > kept && row_is(&blocks->table, block->index, HELD, block->generation)) {
         left = resident - kept;
-        put(&row->resident, resident_word(block->index, kept));
-        put(&header->resident, get(&header->resident) - left);
+        table_count_pages(&blocks->table, block->index, resident, kept);
     }
     lock_give(&blocks->lock);
     return (int64_t)left;
@@ -209,11 +214,12 @@ static void tail_punch(struct block *block, u64 kept, u64 nbytes)
         known->entered = kept;
     }
     u64 offset = known->place.offset + kept;
+    const struct mapping *mapping = mapping_of(blocks, block->index);
     char *address = block->address + kept;
     Py_INCREF((PyObject *)block); /* it may be dropped while the GIL is gone */
     blocks->n_inside++;
     Py_BEGIN_ALLOW_THREADS
-    mapping_punch(&blocks->mapping, offset, address, nbytes);
+    mapping_punch(mapping, offset, address, nbytes);
     Py_END_ALLOW_THREADS
     blocks->n_inside--;
     Py_DECREF((PyObject *)block);
@@ -249,6 +255,7 @@ static void punch(struct block *block, bool keeps_gil)
 {
     struct blocks *blocks = block->blocks;
     const struct place place = known_of(block)->place; /* others may move it when the GIL is gone */
+    const struct mapping *mapping = mapping_of(blocks, block->index);
     char *address = block->is_using ? block->address : NULL;
     struct row *row = table_row(&blocks->table, block->index);
     u64 nbytes = row_resident(row, block->index);
@@ -256,11 +263,11 @@ static void punch(struct block *block, bool keeps_gil)
         nbytes = place.stride;
     tell_emptied(row);
     if (keeps_gil) {
-        mapping_punch(&blocks->mapping, place.offset, address, nbytes);
+        mapping_punch(mapping, place.offset, address, nbytes);
     } else {
         blocks->n_inside++;
         Py_BEGIN_ALLOW_THREADS
-        mapping_punch(&blocks->mapping, place.offset, address, nbytes);
+        mapping_punch(mapping, place.offset, address, nbytes);
         Py_END_ALLOW_THREADS
         blocks->n_inside--;
     }
@@ -272,7 +279,8 @@ static bool is_too_much(const struct block *block)
     const struct header *header = &block->blocks->table.shared->header;
     int64_t idle = (int64_t)get(&header->idle);
     u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
-    return get(&header->closed) || (idle > 0 ? (u64)idle : 0) + nbytes > block->blocks->keep_nbytes;
+    return get(&header->closed) || is_on_disk(&block->blocks->table, block->index) ||
+           (idle > 0 ? (u64)idle : 0) + nbytes > block->blocks->keep_nbytes;
 }
 
 /* Its pages were counted, and not all of them made. */
@@ -299,10 +307,11 @@ void block_release(struct block *block)
         get(&row->generation) != block->generation)
         return; /* damaged, or taken from us */
     u64 used = row_nbytes(row);
-    bool is_reference = is_name(get(&row->used));
+    bool is_reference = is_name(get(&row->used)), on_disk = is_on_disk(&blocks->table, block->index);
     if (!block->is_emptied && !is_reference &&
         ((state == LEASED && is_incomplete(block)) || (!block->is_kept && is_too_much(block))))
-        punch(block, true);
+        /* An array has died, and the disk may be writing what was in it: others can go on meanwhile. */
+        punch(block, state != HELD || !on_disk);
     u64 resident = row_resident(row, block->index);
     FAULT("release.begun");
     /* Ours, although the sender of a message that we give up was another: as long as we live nobody
@@ -312,14 +321,15 @@ void block_release(struct block *block)
     if (!row_change(row, block->index, seen, low))
         return;
     FAULT("release.committed");
-    if (state == HELD)
+    if (state == HELD && !on_disk)
         atomic_fetch_sub_explicit(&header->held, used, memory_order_relaxed);
     if (!block->is_emptied && !block->is_kept)
-        atomic_fetch_add_explicit(&header->idle, resident, memory_order_relaxed);
+        table_count_idle(&blocks->table, block->index, 0, resident);
     table_push(&blocks->table, block->index);
     FAULT("release.pushed");
     if (is_reference)
-        release_unheld(blocks, block->is_frozen || block->is_shared); /* a handle: seldom, and perhaps the last of all */
+        /* A handle, or what is on disk since a fork: seldom, and perhaps the last of all. */
+        release_unheld(blocks, block->is_frozen || block->is_shared || is_on_disk(&blocks->table, block->named));
 }
 
 /* What is private memory by now belongs to nothing but this object: its arena is about to end. */
@@ -343,14 +353,15 @@ static void leave_window(struct block *block)
     struct blocks *blocks = block->blocks;
     struct known *known = known_of(block);
     const struct place *place = &known->place;
+    struct mapping *mapping = mapping_of(blocks, block->index);
     /* Only the end of the object that was made private may do this, and not that of its sender, which
        has the same range: while it lives, the private pages are its value. */
     if (block->is_private && known->is_private &&
-        mapping_share(&blocks->mapping, place->offset, block->address, place->nbytes) == 0)
+        mapping_share(mapping, place->offset, block->address, place->nbytes) == 0)
         known->is_private = false;
     if (block->is_emptied && known->n_users == 1)
-        mapping_close(&blocks->mapping, place->offset, place->stride);
-    mapping_leave(&blocks->mapping, place->offset);
+        mapping_close(mapping, place->offset, place->stride);
+    mapping_leave(mapping, place->offset);
 }
 
 static void dealloc(PyObject *self)
@@ -384,6 +395,11 @@ static void dealloc(PyObject *self)
 static int getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
     struct block *block = (struct block *)self;
+    if (block->address == NULL && block->state == LEASED && is_on_disk(&block->blocks->table, block->index)) {
+        PyErr_SetString(PyExc_BufferError, "it is not mapped before it is received: write() to it");
+        view->obj = NULL;
+        return -1;
+    }
     return PyBuffer_FillInfo(view, self, block->address, (Py_ssize_t)block->nbytes, block->is_frozen,
                              flags);
 }
@@ -417,6 +433,11 @@ static PyObject *get_is_reference(PyObject *self, void *Py_UNUSED(closure))
     return PyBool_FromLong(((struct block *)self)->is_reference);
 }
 
+static PyObject *get_is_on_disk(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(is_on_disk(&((struct block *)self)->blocks->table, ((struct block *)self)->index));
+}
+
 static PyObject *get_fresh(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyLong_FromUnsignedLongLong(block_fresh(self));
@@ -440,16 +461,17 @@ static int reserve_up_to(struct block *block, u64 most)
     if (nbytes > most)
         nbytes = most;
     u64 at = known_of(block)->place.offset + block->reserved;
-    char *address = block->address + block->reserved;
-    bool by_fault = blocks->table.by_fault && counted >= HUGE;
+    const struct mapping *mapping = mapping_of(blocks, block->index);
+    char *address = block->address ? block->address + block->reserved : NULL;
+    bool by_fault = blocks->table.by_fault && counted >= HUGE && address;
     int result, error;
     if (blocks->lock.keeps_gil) {
-        result = mapping_reserve(&blocks->mapping, at, address, nbytes, by_fault);
+        result = mapping_reserve(mapping, at, address, nbytes, by_fault);
         error = errno;
     } else {
         blocks->n_inside++;
         Py_BEGIN_ALLOW_THREADS
-        result = mapping_reserve(&blocks->mapping, at, address, nbytes, by_fault);
+        result = mapping_reserve(mapping, at, address, nbytes, by_fault);
         error = errno;
         Py_END_ALLOW_THREADS
         blocks->n_inside--;
@@ -460,7 +482,7 @@ static int reserve_up_to(struct block *block, u64 most)
     }
     FAULT("block.reserved");
     block->reserved += nbytes;
-    if (!block->is_apart) {
+    if (address && !block->is_apart) {
         struct known *known = known_of(block);
         blocks->entered_nbytes += block->reserved - known->entered;
         known->entered = block->reserved;
@@ -470,15 +492,18 @@ static int reserve_up_to(struct block *block, u64 most)
 }
 
 /* All of them, in the middle of a message that has taken `total` bytes of fresh pages with these: in
-   steps, each after a look at what is left of the machine's memory. */
+   steps, each after a look at what is left of the machine's memory; the page cache is not in the way. */
 bool block_reserve_now(PyObject *self, u64 total)
 {
     struct block *block = (struct block *)self;
     struct lock *lock = &block->blocks->lock;
-    u64 left;
+    const bool is_memory = mapping_of(block->blocks, block->index)->is_memory;
+    u64 left = block_fresh(self);
+    if (is_memory && left > WINDOW && !headroom_has(left, total))
+        return false; /* rather than make what would have to go back */
     while ((left = block_fresh(self)) > 0) {
         u64 step = left < WINDOW ? left : WINDOW;
-        if (!headroom_allows(step, total))
+        if (is_memory && !headroom_allows(step, total))
             return false;
         lock->keeps_gil = true;
         int result = reserve_up_to(block, step);
@@ -502,8 +527,35 @@ static PyObject *reserve(PyObject *self, PyObject *argument)
 
 bool block_can_take(const struct block *block, u64 nbytes)
 {
-    return block->state == LEASED && block->epoch == epoch() && block->address &&
+    return block->state == LEASED && block->epoch == epoch() &&
+           (block->address || is_on_disk(&block->blocks->table, block->index)) &&
            nbytes <= block->nbytes && block->reserved >= nbytes;
+}
+
+/* Write to a leased block that can take it; -1 with errno: the disk refuses. */
+int block_write(struct block *block, u64 at, const char *from, u64 nbytes, bool keeps_gil)
+{
+    if (block->address) {
+        copy_now(block->address + at, from, nbytes);
+        return 0;
+    }
+    struct blocks *blocks = block->blocks;
+    u64 offset = known_of(block)->place.offset + at;
+    int result, error;
+    if (keeps_gil) {
+        result = mapping_write(&blocks->disk, offset, from, nbytes);
+        error = errno;
+    } else {
+        blocks->n_inside++;
+        Py_BEGIN_ALLOW_THREADS
+        result = mapping_write(&blocks->disk, offset, from, nbytes);
+        error = errno;
+        Py_END_ALLOW_THREADS
+        blocks->n_inside--;
+    }
+    FAULT("block.spilled");
+    errno = error;
+    return result;
 }
 
 /* So much of a leased block is the message's. */
@@ -520,8 +572,37 @@ void block_punch_range(struct block *block, u64 at, u64 nbytes)
 {
     u64 offset = known_of(block)->place.offset + at;
     tell_emptied(table_row(&block->blocks->table, block->index));
-    mapping_punch(&block->blocks->mapping, offset, block->address + at, round_up(nbytes, PAGE));
+    mapping_punch(mapping_of(block->blocks, block->index), offset, block->address + at,
+                  round_up(nbytes, PAGE));
     block->is_emptied = true;
+}
+
+/* The same of all of it, at once. */
+void block_empty_now(PyObject *self)
+{
+    struct block *block = (struct block *)self;
+    if (block->state == LEASED && block->epoch == epoch())
+        punch(block, true);
+}
+
+/* write(at, bytes): into a leased block, wherever it is; OSError: the disk refuses */
+static PyObject *write_bytes(PyObject *self, PyObject *arguments)
+{
+    struct block *block = (struct block *)self;
+    unsigned long long at;
+    Py_buffer from;
+    if (!PyArg_ParseTuple(arguments, "Ky*", &at, &from))
+        return NULL;
+    u64 nbytes = (u64)from.len;
+    PyObject *result = NULL;
+    if (at > block->nbytes || nbytes > block->nbytes - at || !block_can_take(block, at + nbytes))
+        PyErr_SetString(PyExc_ValueError, "the block is not leased, or too small");
+    else if (block_write(block, at, from.buf, nbytes, false) != 0)
+        PyErr_SetFromErrno(PyExc_OSError);
+    else
+        result = Py_NewRef(Py_None);
+    PyBuffer_Release(&from);
+    return result;
 }
 
 /* empty(): give the pages of a block that was leased for it back to the system */
@@ -548,6 +629,7 @@ static PyObject *refuse(PyObject *Py_UNUSED(self), PyObject *Py_UNUSED(none))
 static PyMethodDef methods[] = {
     {"reserve", reserve, METH_O, NULL},
     {"empty", empty, METH_NOARGS, NULL},
+    {"write", write_bytes, METH_VARARGS, NULL},
     {"freeze", view_freeze, METH_NOARGS, NULL},
     {"again", view_again, METH_NOARGS, NULL},
     {"share", view_share, METH_NOARGS, NULL},
@@ -561,6 +643,7 @@ static PyGetSetDef attributes[] = {
     {"generation", get_generation, NULL, NULL, NULL},
     {"is_copy", get_is_copy, NULL, NULL, NULL},
     {"is_reference", get_is_reference, NULL, NULL, NULL},
+    {"is_on_disk", get_is_on_disk, NULL, NULL, NULL},
     {"nbytes_fresh", get_fresh, NULL, NULL, NULL},
     {"nbytes_resident", get_resident, NULL, NULL, NULL},
     {0},

@@ -122,8 +122,8 @@ static PyObject *shortage(int reason, u64 need, u64 room)
 /* --- sending */
 
 /* All or none: to take room block by block while others do the same would end by the clock. */
-static int lease_all(struct blocks *blocks, const u64 *needs, Py_ssize_t n, struct leased *leased,
-                     u64 *need, u64 *room)
+static int lease_all(struct blocks *blocks, const u64 *needs, Py_ssize_t n, u32 where,
+                     struct leased *leased, u64 *need, u64 *room)
 {
     struct table_view *table = &blocks->table;
     int problem = step_begin(blocks);
@@ -135,19 +135,16 @@ static int lease_all(struct blocks *blocks, const u64 *needs, Py_ssize_t n, stru
     Py_ssize_t i = 0;
     for (; i < n && problem == ROOM; i++) {
         *need = needs[i];
-        problem = (int)table_lease(table, needs[i], blocks->lock.slot, &leased[i], room);
+        problem = (int)table_lease(table, needs[i], where, blocks->lock.slot, &leased[i], room);
     }
     if (problem != ROOM)
         for (i -= 2; i >= 0; i--) {
             struct row *row = table_row(table, leased[i].index);
-            u64 counted = row_resident(row, leased[i].index);
-            put(&table->shared->header.resident,
-                get(&table->shared->header.resident) - (counted - leased[i].counted));
-            put(&row->resident, resident_word(leased[i].index, leased[i].counted));
+            table_count_pages(table, leased[i].index, row_resident(row, leased[i].index),
+                              leased[i].counted);
             if (leased[i].present < leased[i].counted)
                 put(&row->channel, INCOMPLETE);
-            atomic_fetch_add_explicit(&table->shared->header.idle, leased[i].counted,
-                                      memory_order_relaxed);
+            table_count_idle(table, leased[i].index, 0, leased[i].counted);
             table_free(table, leased[i].index, get(&row->generation), false);
         }
     step_end(blocks);
@@ -172,12 +169,15 @@ static PyObject *fill(PyObject *list, struct blocks *blocks, const u64 *needs, P
     return list;
 }
 
+/* What is on disk is not mapped to be written. */
 static bool map_all(struct blocks *blocks, PyObject *list, const u64 *needs)
 {
     u64 total = 0;
     for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
         struct block *block = (struct block *)PyList_GetItem(list, i);
-        if (block_map(block, table_pages(&blocks->table, needs[i])) != 0)
+        if (is_on_disk(&blocks->table, block->index))
+            continue;
+        if (block_map(block, table_pages(&blocks->table, 0, needs[i])) != 0)
             return false;
         block_enter(block, needs[i] < block->reserved ? needs[i] : block->reserved);
         total += needs[i];
@@ -186,10 +186,22 @@ static bool map_all(struct blocks *blocks, PyObject *list, const u64 *needs)
     return true;
 }
 
-/* lease([nbytes]): [Block], or (shortage, bytes needed, bytes left) */
-static PyObject *lease(PyObject *self, PyObject *argument)
+/* DETACHED if the files cannot be had any more, SPACE if there is none on disk. */
+static int problem_of(const struct blocks *blocks, u32 where)
+{
+    if (has_ended(blocks) || !file_is_ours(&blocks->mapping.data))
+        return DETACHED;
+    if (where && !blocks->table.disk_nbytes)
+        return SPACE;
+    return where && !file_is_ours(&blocks->disk.data) ? DETACHED : ROOM;
+}
+
+/* lease([nbytes], on_disk): [Block], or (shortage, bytes needed, bytes left) */
+static PyObject *lease(PyObject *self, PyObject *const *arguments, Py_ssize_t n_arguments)
 {
     struct blocks *blocks = of(self);
+    PyObject *argument = n_arguments > 0 ? arguments[0] : Py_None;
+    u32 where = n_arguments > 1 && arguments[1] == Py_True ? ON_DISK : 0;
     Py_ssize_t n = length_of(argument);
     if (n < 0)
         return NULL;
@@ -204,14 +216,14 @@ static PyObject *lease(PyObject *self, PyObject *argument)
         needs[i] = PyLong_AsUnsignedLongLong(PyList_GetItem(argument, i));
         if (PyErr_Occurred())
             goto done;
-        if (needs[i] > blocks->table.data_nbytes) {
-            result = shortage(FULL, needs[i], blocks->table.capacity);
+        if (needs[i] > (where ? blocks->table.disk_nbytes : blocks->table.data_nbytes)) {
+            result = shortage(where ? SPACE : FULL, needs[i], where ? 0 : blocks->table.capacity);
             goto done;
         }
     }
-    int problem = has_ended(blocks) || !file_is_ours(&blocks->mapping.data) ? DETACHED : ROOM;
+    int problem = problem_of(blocks, where);
     if (problem == ROOM)
-        problem = lease_all(blocks, needs, n, leased, &need, &room);
+        problem = lease_all(blocks, needs, n, where, leased, &need, &room);
     if (problem != ROOM) {
         result = shortage(problem, need, room);
         goto done;
@@ -235,18 +247,25 @@ bool is_blocks(PyObject *object)
 }
 
 /* Lease a block in the middle of a message, with the GIL kept. NULL, without an exception: there is none
-   at once. */
-PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes)
+   at once; `problem` says why. */
+PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *problem)
 {
     struct leased leased = {0};
     u64 need, left;
-    if (has_ended(blocks) || get(&blocks->table.shared->header.closed) ||
-        nbytes > blocks->table.data_nbytes || !file_is_ours(&blocks->mapping.data))
+    *problem = problem_of(blocks, where);
+    if (*problem == ROOM && get(&blocks->table.shared->header.closed))
+        *problem = DETACHED;
+    else if (*problem == ROOM &&
+             nbytes > (where ? blocks->table.disk_nbytes : blocks->table.data_nbytes))
+        *problem = where ? SPACE : FULL;
+    if (*problem != ROOM)
         return NULL;
     PyObject *list = PyList_New(1), *block = NULL; /* before: this may run finalizers */
     const bool was_deaf = blocks->lock.is_deaf; /* the hook of a fork waits without the GIL */
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
-    if (list && lease_all(blocks, &nbytes, 1, &leased, &need, &left) == ROOM) {
+    if (list)
+        *problem = lease_all(blocks, &nbytes, 1, where, &leased, &need, &left);
+    if (list && *problem == ROOM) {
         list = fill(list, blocks, &nbytes, 1, &leased);
         if (list && map_all(blocks, list, &nbytes))
             block = Py_NewRef(PyList_GetItem(list, 0));
@@ -434,7 +453,7 @@ static bool claim_one(struct block *block)
     FAULT("claim.committed");
     block->state = HELD;
     blocks->n_held++;
-    if (!block->is_reference)
+    if (!block->is_reference && !is_on_disk(&blocks->table, block->index))
         atomic_fetch_add_explicit(&blocks->table.shared->header.held, block->nbytes,
                                   memory_order_relaxed);
     forget_adopted(blocks, block->index, block->generation);
@@ -456,7 +475,7 @@ static int copy_out(struct block *block, bool keep)
     }
     if (block->address)
         memcpy(copy, block->address + at, n);
-    else if (mapping_read(&blocks->mapping, offset + at, copy, n) != 0) {
+    else if (mapping_read(mapping_of(blocks, index), offset + at, copy, n) != 0) {
         PyErr_SetFromErrno(PyExc_OSError);
         free(copy);
         return -1;
@@ -470,7 +489,7 @@ static int copy_out(struct block *block, bool keep)
         }
     }
     if (block->is_using)
-        mapping_leave(&blocks->mapping, offset);
+        mapping_leave(mapping_of(blocks, index), offset);
     view_forget(block);
     if (block->is_apart)
         munmap(block->address, block->mapped);
@@ -922,8 +941,8 @@ static PyObject *counters(PyObject *self, PyObject *Py_UNUSED(none))
     return list;
 }
 
-/* census(): blocks and bytes in them, free, leased, in flight, held, published, and references; and how
-   many are damaged */
+/* census(): blocks, and bytes in them in memory: free, leased, in flight, held, published (on disk too),
+   and references; and how many are damaged */
 static PyObject *census(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct blocks *blocks = of(self);
@@ -944,6 +963,8 @@ static PyObject *census(PyObject *self, PyObject *Py_UNUSED(none))
             continue;
         n[kind]++;
         n[5] += !is_free && is_name(get(&row->used));
+        if (kind < 4 && is_on_disk(&blocks->table, i))
+            continue;
         nbytes[kind] += is_free ? (state == EMPTIED ? 0 : row_resident(row, i)) : row_nbytes(row);
     }
     return Py_BuildValue("(KKKKKK)(KKKKKK)K", n[0], n[1], n[2], n[3], n[4], n[5], nbytes[0],
@@ -952,12 +973,12 @@ static PyObject *census(PyObject *self, PyObject *Py_UNUSED(none))
 
 /* --- pages */
 
-/* take_idle(nbytes): [Block] leased, of free ones whose pages add up to that, the largest first */
-static PyObject *take_idle(PyObject *self, PyObject *argument)
+/* [Block] leased, of free ones that have pages: those on disk, where nothing is kept, and others whose
+   pages add up to so many bytes, the largest first. */
+static PyObject *take_idle_blocks(struct blocks *blocks, u64 wanted)
 {
-    struct blocks *blocks = of(self);
-    u64 wanted = PyLong_AsUnsignedLongLong(argument), taken = 0;
-    PyObject *list = PyErr_Occurred() ? NULL : PyList_New(0);
+    u64 taken = 0;
+    PyObject *list = PyList_New(0);
     if (list == NULL)
         return NULL;
     int problem = step_begin(blocks);
@@ -966,7 +987,7 @@ static PyObject *take_idle(PyObject *self, PyObject *argument)
             Py_CLEAR(list);
         return list;
     }
-    for (u32 size_class = CLASSES; size_class-- > 0 && taken < wanted;) {
+    for (u32 size_class = LISTS; size_class-- > 0 && (size_class & ON_DISK || taken < wanted);) {
         u32 index = table_take_warm(&blocks->table, size_class, blocks->lock.slot);
         if (index == ROWS)
             continue;
@@ -976,7 +997,7 @@ static PyObject *take_idle(PyObject *self, PyObject *argument)
             break; /* what has no object is lost until this process ends */
         block->state = LEASED;
         block->reserved = row_resident(row, index);
-        taken += block->reserved;
+        taken += size_class & ON_DISK ? 0 : block->reserved;
         int result = PyList_Append(list, (PyObject *)block);
         Py_DECREF((PyObject *)block);
         if (result < 0)
@@ -987,6 +1008,39 @@ static PyObject *take_idle(PyObject *self, PyObject *argument)
     if (PyErr_Occurred())
         Py_CLEAR(list);
     return list;
+}
+
+/* take_idle(nbytes) */
+static PyObject *take_idle(PyObject *self, PyObject *argument)
+{
+    u64 wanted = PyLong_AsUnsignedLongLong(argument);
+    return PyErr_Occurred() ? NULL : take_idle_blocks(of(self), wanted);
+}
+
+/* In the middle of a message: give pages of free blocks back to the system, if that leaves room for one
+   of `nbytes` bytes. */
+bool blocks_make_room_now(struct blocks *blocks, u64 nbytes)
+{
+    if (has_ended(blocks))
+        return false;
+    const struct header *header = &blocks->table.shared->header;
+    u64 resident = get(&header->resident), capacity = blocks->table.capacity;
+    u64 room = resident < capacity ? capacity - resident : 0, need = table_pages(&blocks->table, 0, nbytes);
+    int64_t idle = (int64_t)get(&header->idle);
+    if (idle <= 0 || need > room + (u64)idle)
+        return false;
+    const bool was_deaf = blocks->lock.is_deaf;
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
+    PyObject *taken = take_idle_blocks(blocks, need > room ? need - room : 0);
+    blocks->lock.keeps_gil = false;
+    blocks->lock.is_deaf = was_deaf;
+    if (taken == NULL)
+        PyErr_Clear();
+    Py_ssize_t n = taken ? PyList_Size(taken) : 0;
+    for (Py_ssize_t i = 0; i < n; i++)
+        block_empty_now(PyList_GetItem(taken, i));
+    Py_XDECREF(taken);
+    return n > 0;
 }
 
 /* punch_uncounted(): give back pages that no block has counted, if nothing is in use and none is
@@ -1005,6 +1059,8 @@ static PyObject *punch_uncounted(PyObject *self, PyObject *Py_UNUSED(none))
     }
     if (is_free && file_is_ours(&blocks->mapping.data))
         mapping_punch(&blocks->mapping, 0, NULL, blocks->table.data_nbytes);
+    if (is_free && blocks->table.disk_nbytes && file_is_ours(&blocks->disk.data))
+        mapping_punch(&blocks->disk, 0, NULL, blocks->table.disk_nbytes);
     step_end(blocks);
     Py_RETURN_NONE;
 }
@@ -1014,9 +1070,11 @@ static PyObject *unmap(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct blocks *blocks = of(self);
     mapping_unmap_unused(&blocks->mapping);
+    mapping_unmap_unused(&blocks->disk);
     for (u32 i = 0; i < blocks->table.n_known; i++) {
         struct known *known = &blocks->table.known[i];
-        if (known->place.nbytes && !blocks->mapping.windows[known->place.offset / WINDOW].address) {
+        const struct window *windows = mapping_of(blocks, i)->windows;
+        if (known->place.nbytes && !windows[known->place.offset / WINDOW].address) {
             blocks->entered_nbytes -= known->entered;
             if (!known->n_users)
                 blocks->unused_nbytes -= known->entered;
@@ -1097,15 +1155,8 @@ static void let_go(struct blocks *blocks)
     fork_unwatch(blocks);
     if (blocks->own.life.file.fd >= 0 || blocks->own.birth.life.file.fd >= 0)
         participant_leave(blocks);
-    if (blocks->mapping.windows) {
-        mapping_unmap_unused(&blocks->mapping);
-        free(blocks->mapping.windows);
-        blocks->mapping.windows = NULL;
-        blocks->mapping.n_windows = 0;
-    }
-    if (blocks->mapping.first)
-        munmap(blocks->mapping.first, PAGE);
-    blocks->mapping.first = NULL;
+    mapping_end(&blocks->mapping);
+    mapping_end(&blocks->disk);
     free(blocks->table.known);
     blocks->table.known = NULL;
     blocks->table.n_known = blocks->table.n_room = 0;
@@ -1124,7 +1175,8 @@ static bool are_held(const struct blocks *blocks, size_t *n, u64 *nbytes)
 {
     for (const struct block *block = blocks->first; block; block = block->after) {
         bool is_held = block->state == HELD && (block->is_private || block->epoch == epoch());
-        if (block->is_reference || block->address == NULL || !(is_held || block->is_copy))
+        if (block->is_reference || block->address == NULL || !(is_held || block->is_copy) ||
+            is_on_disk(&blocks->table, block->index)) /* to copy it may take more memory than there is */
             return false;
         *n += 1;
         *nbytes += block->nbytes;
@@ -1183,11 +1235,12 @@ static void blocks_dealloc(PyObject *self)
     Py_DECREF((PyObject *)type);
 }
 
-/* Blocks(data, table, locks): descriptors of an arena's files, whose header was checked */
+/* Blocks(data, table, locks, disk): descriptors of an arena's files, whose header was checked; the last
+   one may be missing */
 static PyObject *blocks_new(PyTypeObject *type, PyObject *arguments, PyObject *Py_UNUSED(keywords))
 {
-    int data, table, locks;
-    if (!PyArg_ParseTuple(arguments, "iii", &data, &table, &locks))
+    int data, table, locks, disk = -1;
+    if (!PyArg_ParseTuple(arguments, "iii|i", &data, &table, &locks, &disk))
         return NULL;
     struct blocks *blocks = PyObject_New(struct blocks, type);
     if (blocks == NULL)
@@ -1197,16 +1250,20 @@ static PyObject *blocks_new(PyTypeObject *type, PyObject *arguments, PyObject *P
     *(PyObject *)blocks = head;
     blocks->own.handle.fd = -1;
     blocks->own.life = blocks->own.birth.life = NO_LIFE;
-    if (file_note(&blocks->own.handle, locks) != 0 || mapping_start(&blocks->mapping, data) != 0)
+    blocks->disk.data.fd = -1;
+    if (file_note(&blocks->own.handle, locks) != 0 ||
+        mapping_start(&blocks->mapping, data, false) != 0 ||
+        (disk >= 0 && mapping_start(&blocks->disk, disk, true) != 0))
         goto error;
     if (file_note(&blocks->table.file, table) != 0)
         goto error;
     blocks->table.shared = (struct table *)(void *)map_quietly(table, 0, sizeof(struct table),
-                                                               PROT_READ | PROT_WRITE);
+                                                               PROT_READ | PROT_WRITE, true);
     if (blocks->table.shared == NULL)
         goto error;
     const struct header *header = &blocks->table.shared->header;
     blocks->table.data_nbytes = blocks->mapping.data_nbytes;
+    blocks->table.disk_nbytes = blocks->disk.data_nbytes;
     blocks->table.capacity = header->capacity;
     blocks->table.huge = header->huge != 0;
     blocks->table.by_fault = header->huge == 1;
@@ -1237,6 +1294,7 @@ void count_in(struct blocks *blocks, u32 counter, u64 amount)
     }
 
 HEADER_WORD(resident)
+HEADER_WORD(on_disk)
 HEADER_WORD(n_passed)
 
 static PyObject *get_held(PyObject *self, void *Py_UNUSED(closure))
@@ -1290,6 +1348,27 @@ static PyObject *get_keep(PyObject *self, void *Py_UNUSED(closure))
     return PyLong_FromUnsignedLongLong(of(self)->keep_nbytes);
 }
 
+static PyObject *get_spills(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(of(self)->spills);
+}
+
+static PyObject *get_has_disk(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(of(self)->table.disk_nbytes != 0);
+}
+
+static PyObject *get_disk_is_memory(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyBool_FromLong(of(self)->disk.is_memory);
+}
+
+static int set_spills(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
+{
+    of(self)->spills = value == Py_True && of(self)->table.disk_nbytes;
+    return 0;
+}
+
 static PyObject *get_entered_limit(PyObject *self, void *Py_UNUSED(closure))
 {
     u64 nbytes = of(self)->entered_limit;
@@ -1315,7 +1394,7 @@ static PyObject *close_arena(PyObject *self, PyObject *Py_UNUSED(none))
 }
 
 static PyMethodDef methods[] = {
-    {"lease", lease, METH_O, NULL},
+    {"lease", (PyCFunction)(void (*)(void))lease, METH_FASTCALL, NULL},
     {"pairs", pairs_of, METH_O, NULL},
     {"depart_all", depart_all, METH_NOARGS, NULL},
     {"seal", seal, METH_VARARGS, NULL},
@@ -1369,6 +1448,10 @@ static PyGetSetDef attributes[] = {
     {"is_idle", get_is_idle, NULL, NULL, NULL},
     {"held", get_held, NULL, NULL, NULL},
     {"resident", get_resident, NULL, NULL, NULL},
+    {"on_disk", get_on_disk, NULL, NULL, NULL},
+    {"has_disk", get_has_disk, NULL, NULL, NULL},
+    {"disk_is_memory", get_disk_is_memory, NULL, NULL, NULL},
+    {"spills", get_spills, set_spills, NULL, NULL},
     {"n_passed", get_n_passed, NULL, NULL, NULL},
     {"n_held", get_n_held, NULL, NULL, NULL},
     {"keep_nbytes", get_keep, set_keep, NULL, NULL},

@@ -59,6 +59,7 @@ struct window {
 
 struct mapping {
     struct file data;
+    bool is_on_disk, is_memory; /* a file on a tmpfs is both */
     char *first; /* of the data: one page, in the place of a descriptor that somebody may close */
     u64 data_nbytes;
     u32 n_windows;
@@ -72,9 +73,9 @@ struct range {
 
 bool file_is_ours(const struct file *file);
 int file_note(struct file *file, int fd);
-char *map_behind(char *first, u64 offset, u64 nbytes);
-char *map_quietly(int fd, u64 offset, u64 nbytes, int protection);
-int mapping_start(struct mapping *mapping, int fd);
+char *map_behind(char *first, u64 offset, u64 nbytes, bool huge);
+char *map_quietly(int fd, u64 offset, u64 nbytes, int protection, bool huge);
+int mapping_start(struct mapping *mapping, int fd, bool is_on_disk);
 char *mapping_at(struct mapping *mapping, u64 offset, u64 stride, u64 nbytes);
 char *mapping_again(const struct mapping *mapping, u64 offset, u64 nbytes);
 void mapping_close(struct mapping *mapping, u64 offset, u64 stride);
@@ -82,15 +83,19 @@ void mapping_use(struct mapping *mapping, u64 offset);
 void mapping_leave(struct mapping *mapping, u64 offset);
 void mapping_unmap_unused(struct mapping *mapping);
 void mapping_unmap_but(struct mapping *mapping, struct range *kept, size_t n);
-int mapping_reserve(struct mapping *mapping, u64 offset, char *address, u64 nbytes, bool by_fault);
+void mapping_end(struct mapping *mapping);
+int mapping_reserve(const struct mapping *mapping, u64 offset, char *address, u64 nbytes, bool by_fault);
 int mapping_punch(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
 int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, u64 nbytes,
-                      bool keep_file);
+                      bool is_owned, bool keep_file);
+int mapping_own(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
 char *mapping_view(const struct mapping *mapping, u64 offset, u64 nbytes, bool writable);
 int mapping_share(const struct mapping *mapping, u64 offset, char *address, u64 nbytes);
 int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes);
 void advice_start(void);
 bool advice_is_obeyed(void);
+int mapping_write(const struct mapping *mapping, u64 offset, const char *from, u64 nbytes);
+PyObject *mapping_try(PyObject *module, PyObject *fd);
 int advise(char *address, u64 nbytes, int advice);
 void populate(char *address, u64 nbytes, bool write);
 
@@ -98,7 +103,7 @@ void populate(char *address, u64 nbytes, bool write);
 
 struct place {
     u64 offset, nbytes, stride;
-    u32 size_class;
+    u32 size_class; /* and ON_DISK */
 };
 
 enum shortage { ROOM, FULL, TABLE, DAMAGED, SPACE, BUSY, DETACHED, N_SHORTAGES };
@@ -115,7 +120,7 @@ struct known {
 
 struct table_view {
     struct table *shared;
-    u64 data_nbytes, capacity;
+    u64 data_nbytes, disk_nbytes, capacity;
     bool huge, by_fault;
     struct file file;
     struct row *chunks[ROWS / CHUNK];
@@ -129,7 +134,16 @@ struct row *table_row(struct table_view *table, u32 index);
 bool table_knows(struct table_view *table, u32 index);
 u32 table_n_rows(struct table_view *table);
 bool table_reserve_rows(struct table_view *table, u32 n_more);
-u64 table_pages(const struct table_view *table, u64 nbytes);
+
+/* Of a block that is known. */
+static inline bool is_on_disk(const struct table_view *table, u32 index)
+{
+    return table->known[index].place.size_class & ON_DISK;
+}
+
+u64 table_pages(const struct table_view *table, u32 size_class, u64 nbytes);
+void table_count_pages(struct table_view *table, u32 index, u64 before, u64 after);
+void table_count_idle(struct table_view *table, u32 index, u64 less, u64 more);
 bool row_is(struct table_view *table, u32 index, enum state state, u64 generation);
 bool row_is_damaged(struct table_view *table, u32 index);
 u64 row_resident(const struct row *row, u32 index);
@@ -143,8 +157,8 @@ struct leased {
     u64 present; /* and that are there for certain */
 };
 
-enum shortage table_lease(struct table_view *table, u64 nbytes, u32 slot, struct leased *leased,
-                          u64 *room);
+enum shortage table_lease(struct table_view *table, u64 nbytes, u32 where, u32 slot,
+                          struct leased *leased, u64 *room);
 u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot);
 void table_push(struct table_view *table, u32 index);
 void table_drain(struct table_view *table);
@@ -153,7 +167,7 @@ void row_lease(struct table_view *table, u32 index, u64 nbytes, u32 slot);
 
 /* --- references.c: rows that name a published block */
 
-bool table_publish(struct table_view *table, u32 index, u64 generation, u32 reference);
+bool table_publish(struct table_view *table, u32 index, enum state state, u64 generation, u32 reference);
 bool table_name(struct table_view *table, u32 reference, u32 index);
 u32 table_named(struct table_view *table, u32 reference);
 void table_unname(struct table_view *table, u32 reference);
@@ -282,7 +296,7 @@ struct repeat { /* a buffer that was sent */
 struct blocks {
     PyObject_HEAD
     struct table_view table; /* `shared` is NULL once it has ended */
-    struct mapping mapping;
+    struct mapping mapping, disk; /* `disk`: no windows if there is none */
     struct lock lock;
     struct participation own;
     struct block *first, *first_view;
@@ -295,6 +309,7 @@ struct blocks {
     u64 drops_hurried_until; /* the same for dropped references, which wait for less than messages do */
     u64 n_copied, nbytes_copied, n_shared; /* at a fork, and not counted yet */
     u32 n_held, n_inside, n_forking, n_tails;
+    bool spills; /* a message for which memory has no room at once goes to disk */
     struct repeat repeats[REPEATS];
     struct block *tails[TAILS]; /* held, with pages of a larger message behind what is in them */
 };
@@ -303,6 +318,7 @@ extern PyTypeObject *block_type;
 
 int step_begin(struct blocks *blocks);
 void step_end(struct blocks *blocks);
+struct mapping *mapping_of(struct blocks *blocks, u32 index);
 struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nbytes);
 int block_map(struct block *block, u64 nbytes);
 void block_enter(struct block *block, u64 nbytes);
@@ -323,6 +339,7 @@ bool reference_narrow(struct block *block, u64 at, u64 nbytes);
 int view_map(struct block *block);
 int reference_read(const struct block *block, u64 at, char *to, u64 nbytes);
 void view_forget(struct block *block);
+bool view_in_place(struct block *block);
 struct block *view_at(struct blocks *blocks, const void *address, u64 nbytes);
 PyObject *refer_now(struct blocks *blocks, const struct block *view);
 void views_inherit(struct blocks *blocks);
@@ -334,10 +351,13 @@ PyObject *view_again(PyObject *self, PyObject *none);
 PyObject *view_share(PyObject *self, PyObject *none);
 PyObject *refer(PyObject *self, PyObject *list);
 struct block *block_at(PyObject *list, Py_ssize_t i);
-PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes);
+PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *problem);
+bool blocks_make_room_now(struct blocks *blocks, u64 nbytes);
 bool block_reserve_now(PyObject *block, u64 total);
 u64 block_fresh(const PyObject *block);
 bool block_can_take(const struct block *block, u64 nbytes);
+int block_write(struct block *block, u64 at, const char *from, u64 nbytes, bool keeps_gil);
+void block_empty_now(PyObject *block);
 void block_use(struct block *block, u64 nbytes);
 void block_punch_range(struct block *block, u64 at, u64 nbytes);
 
@@ -374,6 +394,7 @@ PyObject *copy_bytes(PyObject *module, PyObject *arguments);
 
 /* --- headroom.c: may so many fresh pages be made? */
 
+bool headroom_has(u64 nbytes, u64 total);
 bool headroom_allows(u64 nbytes, u64 total);
 PyObject *headroom_limits(PyObject *module, PyObject *arguments);
 
@@ -415,6 +436,7 @@ struct dtype { /* what is known of one */
 };
 
 void memory_copy(char *to, const Py_buffer *view);
+int memory_write(struct block *block, u64 at, const Py_buffer *view);
 void dtype_forget(struct dtype *known);
 int array_view(struct dtype *known, PyObject *array, Py_buffer *view);
 PyObject *array_reduce(struct message *message, PyObject *array);

@@ -1,7 +1,8 @@
 /* What this process has becomes its own at a fork.
 
 What. Before a fork each block that this process holds is turned into ordinary private memory, so
-that neither process sees the other's writes.
+that neither process sees the other's writes. What is on disk stays there, and is published: of that
+there may be more than memory has room for (`view_in_place`).
 
 How it works. Python calls these three as hooks (os.register_at_fork). They are C, so no signal
 handler runs inside, and a Ctrl-C that is pending comes afterwards. Between the hook and the fork
@@ -56,12 +57,13 @@ static bool must_become_private(const struct block *block, u64 of_epoch)
            !block->is_copy && !block->is_reference;
 }
 
-static void privatize(struct block *block, bool keep_file)
+static void privatize(struct block *block, bool is_owned, bool keep_file)
 {
     struct blocks *blocks = block->blocks;
     struct known *known = &blocks->table.known[block->index];
+    const struct mapping *mapping = mapping_of(blocks, block->index);
     u64 pages = round_up(block->nbytes, PAGE);
-    if (mapping_privatize(&blocks->mapping, known->place.offset, block->address, pages, keep_file)) {
+    if (mapping_privatize(mapping, known->place.offset, block->address, pages, is_owned, keep_file)) {
         known->is_private |= !block->is_apart; /* a part of it may be */
         blocks->n_shared++;
         return;
@@ -73,17 +75,28 @@ static void privatize(struct block *block, bool keep_file)
         return;
     u64 resident = row_resident(table_row(&blocks->table, block->index), block->index);
     if (resident > pages) /* of a larger message before */
-        mapping_punch(&blocks->mapping, known->place.offset + pages, NULL, resident - pages);
+        mapping_punch(mapping, known->place.offset + pages, NULL, resident - pages);
     block->is_emptied = true;
     blocks->n_copied++;
     blocks->nbytes_copied += block->nbytes;
+}
+
+/* What a process that is about to fork holds. */
+static void make_own(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    const struct known *known = &blocks->table.known[block->index];
+    bool is_owned = is_on_disk(&blocks->table, block->index) && !FAILS("fork.view") &&
+                    mapping_own(&blocks->disk, known->place.offset, block->address, block->nbytes) == 0;
+    if (!is_owned || !view_in_place(block))
+        privatize(block, is_owned, false);
 }
 
 /* Before its arena ends: the block is ordinary private memory. False: the system does not allow it. */
 bool block_privatize(struct block *block)
 {
     if (must_become_private(block, epoch()))
-        privatize(block, false);
+        privatize(block, false, false);
     return block->is_private || block->is_copy;
 }
 
@@ -130,7 +143,7 @@ PyObject *fork_before(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
         blocks->n_forking++;
         for (struct block *block = blocks->first; block; block = block->after)
             if (must_become_private(block, epoch()))
-                privatize(block, false);
+                make_own(block);
         bool should_reap = has_joined(blocks) && participant_should_reap(blocks);
         if ((blocks->n_copied && has_joined(blocks)) || should_reap)
             step_before(blocks, should_reap);
@@ -161,7 +174,7 @@ PyObject *fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
         if (!blocks->n_forking && parents)
             for (struct block *block = blocks->first; block; block = block->after)
                 if (must_become_private(block, parents))
-                    privatize(block, true);
+                    privatize(block, false, true);
         blocks->n_forking = blocks->n_inside = 0;
         blocks->own.is_joining = false;
         blocks->n_held = 0;

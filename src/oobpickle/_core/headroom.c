@@ -92,6 +92,23 @@ static u64 smaller(u64 one, u64 other)
     return one < other ? one : other;
 }
 
+static u64 room_for(u64 total)
+{
+    /* If the next message has to travel in-band, that takes six times its size in ordinary memory, in
+       both processes together; and those who use it take some too. */
+    u64 in_band = smaller(smaller(10 * total, 2 * MARGIN), least_limit / 2);
+    u64 margin = smaller(MARGIN, least_limit / 4), room = available();
+    if (margin < in_band)
+        margin = in_band;
+    return room > margin ? room - margin : 0;
+}
+
+/* Whether there is that much now, before the first of several steps. */
+bool headroom_has(u64 nbytes, u64 total)
+{
+    return nbytes <= allowance || nbytes <= room_for(total);
+}
+
 /* Whether `nbytes` of fresh pages may be made for a message that has had `total` so far. */
 bool headroom_allows(u64 nbytes, u64 total)
 {
@@ -101,13 +118,7 @@ bool headroom_allows(u64 nbytes, u64 total)
         allowance -= nbytes;
         return true;
     }
-    /* If the next message has to travel in-band, that takes six times its size in ordinary memory, in
-       both processes together; and those who use it take some too. */
-    u64 in_band = smaller(smaller(10 * total, 2 * MARGIN), least_limit / 2);
-    u64 margin = smaller(MARGIN, least_limit / 4), room = available();
-    if (margin < in_band)
-        margin = in_band;
-    room = room > margin ? room - margin : 0;
+    u64 room = room_for(total);
     if (nbytes > room)
         return false;
     /* Small requests need not look each time; the margin covers what others take meanwhile. */

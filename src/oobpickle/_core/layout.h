@@ -37,8 +37,14 @@ enum {
     KEPT = 64,   /* sources of messages that a participant may still load */
     PASSED = 32, /* ends of channels that were passed on last */
     CHUNK = 1 << 16, /* rows that are mapped at once */
-    VERSION = 5,
+    VERSION = 6,
 };
+
+/* Beside the size class in a row's place: the block lies in the file on disk, at that offset. Each list
+   of free blocks has as many heads more. */
+#define ON_DISK 0x80u
+#define LISTS (2 * CLASSES)
+
 
 #define HUGE ((u64)2 << 20)
 #define WINDOW ((u64)64 << 20) /* what is mapped at once; a larger block has windows of its own */
@@ -82,9 +88,9 @@ enum state {
 struct row {
     word commit;
     word generation; /* counts the leases; never reset */
-    word place;      /* check << 40 | offset in pages << 8 | size class */
+    word place;      /* check << 40 | offset in pages << 8 | ON_DISK | size class */
     word used;       /* bytes of the message in it; of a reference, what it names */
-    word resident;   /* bytes that have pages, with a check in the upper bits */
+    word resident;   /* bytes that have pages, or room on disk, with a check in the upper bits */
     word channel;    /* where the envelope waits, see above; of a published block, how many name it */
     half next;       /* link of a free list: index + 1, or 0 */
     half below;      /* link of the stack of released blocks, likewise, while it is on it */
@@ -114,18 +120,19 @@ struct participant { /* 1 KiB */
 struct header {
     /* Never change; `check` is over them. */
     u64 magic, version, identity[2], capacity, data_nbytes, threshold, wait, copy, huge;
-    u64 data_inode, locks_inode, check;
-    u64 unused_constants[3];
+    u64 data_inode, locks_inode, disk_nbytes, disk_inode, check; /* `disk`: 0 without */
+    u64 unused_constants[1];
     /* Each on a cache line of its own: who waits for one does not slow down the others. */
     _Alignas(64) half lock;     /* slot of the holder + 1, and WAITERS */
     _Alignas(64) word released; /* top of the stack: index + 1 */
-    _Alignas(64) word held;     /* bytes of messages in blocks that are held */
+    _Alignas(64) word held;     /* bytes of messages in blocks that are held, in memory */
     _Alignas(64) word idle;     /* bytes of pages of free blocks, without those that are prepared */
     _Alignas(64) word dirty;
     word draining; /* what `released` was when a holder of the lock began to empty the stack */
     word n_rows;   /* with a check */
     word n_rows_again;
-    word resident; /* bytes that blocks may occupy */
+    word resident; /* bytes that blocks may occupy, in memory ... */
+    word on_disk;  /* ... and on disk */
     word n_slots;
     word incarnation;
     word closed;
@@ -134,8 +141,8 @@ struct header {
     word unborn;    /* a child that is not known may have views: nothing published is freed */
     word n_passed;
     word passed[PASSED];
-    half warm[CLASSES]; /* heads of the free lists, index + 1: blocks with pages */
-    half empty[CLASSES];
+    half warm[LISTS]; /* heads of the free lists, index + 1: blocks with pages */
+    half empty[LISTS];
     /* Counters of the dead, twice: the sum is written into the bank that is not valid, with the
        incarnation of whom it includes, and one store makes it the valid one. */
     word bank;
@@ -245,6 +252,7 @@ static inline u32 class_of(u64 nbytes)
 
 static inline u64 class_nbytes(u32 size_class)
 {
+    size_class &= ~ON_DISK;
     if (size_class < 4)
         return ((u64)size_class + 1) * PAGE;
     u32 shift = (size_class - 4) / 4, step = (size_class - 4) % 4;

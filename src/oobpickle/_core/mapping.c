@@ -1,4 +1,4 @@
-/* The data file of an arena, and this process's windows into it.
+/* A data file of an arena, in memory or on disk, and this process's windows into it.
 
 What. A file is a descriptor that is believed only after a look at what it is. A window is a part of
 the data that is mapped: 64 MiB, or as much as a larger block takes. Ranges of it are given pages
@@ -10,6 +10,10 @@ uses. A window is mapped without access and unlocked, and units of 2 MiB become 
 in them are used: so mlockall(2) of any kind brings no hole in. Where the system allows no further
 mapping, the whole window does. A window knows how many objects have an address in it; one that
 nobody uses can be unmapped. That is done seldom: to map a touched MiB again costs 200 us.
+
+What is on disk comes and goes through the page cache: its pages are not made before they are needed,
+and what is sent is written by pwrite(2), since a disk that has no room after all refuses a write, but
+kills who touches a page.
 
 mremap(2) of a shared page with an old size of zero maps the file once more: what is left of a file
 whose descriptor somebody has closed (`mapping_again`).
@@ -26,10 +30,12 @@ When it cannot. NULL or -1, with errno. */
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/magic.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #ifndef MADV_POPULATE_READ
@@ -38,6 +44,7 @@ When it cannot. NULL or -1, with errno. */
 #endif
 
 #define STEP WINDOW
+#define MOST_WRITTEN ((u64)16 << 20)
 #define UNIT HUGE
 
 int file_note(struct file *file, int fd)
@@ -112,14 +119,15 @@ void populate(char *address, u64 nbytes, bool write)
            write ? MADV_POPULATE_WRITE : MADV_POPULATE_READ);
 }
 
-static void advise_always(char *address, u64 nbytes)
+static void advise_always(char *address, u64 nbytes, bool huge)
 {
     madvise(address, nbytes, MADV_DONTDUMP); /* a core dump would fault every hole in */
-    madvise(address, nbytes, MADV_HUGEPAGE);
+    if (huge)
+        madvise(address, nbytes, MADV_HUGEPAGE);
 }
 
 /* Map a sparse file, so that mlockall(2) of the past brings nothing in. */
-char *map_quietly(int fd, u64 offset, u64 nbytes, int protection)
+char *map_quietly(int fd, u64 offset, u64 nbytes, int protection, bool huge)
 {
     char *address =
         mmap(NULL, nbytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)offset);
@@ -132,15 +140,19 @@ char *map_quietly(int fd, u64 offset, u64 nbytes, int protection)
         errno = error;
         return NULL;
     }
-    advise_always(address, nbytes);
+    advise_always(address, nbytes, huge);
     return address;
 }
 
-int mapping_start(struct mapping *mapping, int fd)
+int mapping_start(struct mapping *mapping, int fd, bool is_on_disk)
 {
     struct stat status;
     if (file_note(&mapping->data, fd) != 0 || fstat(fd, &status) != 0)
         return -1;
+    struct statfs system;
+    mapping->is_on_disk = is_on_disk;
+    mapping->is_memory = !is_on_disk || (fstatfs(fd, &system) == 0 && (system.f_type == TMPFS_MAGIC ||
+                                                                       system.f_type == RAMFS_MAGIC));
     mapping->data_nbytes = (u64)status.st_size;
     mapping->n_windows = (u32)(mapping->data_nbytes / WINDOW + 1);
     mapping->windows = calloc(mapping->n_windows, sizeof *mapping->windows);
@@ -148,12 +160,12 @@ int mapping_start(struct mapping *mapping, int fd)
         errno = ENOMEM;
         return -1;
     }
-    mapping->first = map_quietly(fd, 0, PAGE, PROT_NONE); /* or NULL, and one thing less to fall back on */
+    mapping->first = map_quietly(fd, 0, PAGE, PROT_NONE, false); /* or NULL, and one thing less to fall back on */
     return 0;
 }
 
 /* Map a range of a file whose beginning is mapped at `first`, without its descriptor. */
-char *map_behind(char *first, u64 offset, u64 nbytes)
+char *map_behind(char *first, u64 offset, u64 nbytes, bool huge)
 {
     if (first == NULL) {
         errno = EBADF;
@@ -168,7 +180,7 @@ char *map_behind(char *first, u64 offset, u64 nbytes)
         munmap(all + offset, nbytes);
         return NULL;
     }
-    advise_always(all + offset, nbytes);
+    advise_always(all + offset, nbytes, huge);
     return all + offset;
 }
 
@@ -176,12 +188,13 @@ char *map_behind(char *first, u64 offset, u64 nbytes)
 char *mapping_again(const struct mapping *mapping, u64 offset, u64 nbytes)
 {
     if (file_is_ours(&mapping->data)) {
-        char *mapped = map_quietly(mapping->data.fd, offset, nbytes, PROT_READ | PROT_WRITE);
+        char *mapped = map_quietly(mapping->data.fd, offset, nbytes, PROT_READ | PROT_WRITE,
+                                   !mapping->is_on_disk);
         if (mapped == NULL || file_is_ours(&mapping->data))
             return mapped;
         munmap(mapped, nbytes); /* closed a moment ago, and perhaps another file was mapped */
     }
-    return map_behind(mapping->first, offset, nbytes);
+    return map_behind(mapping->first, offset, nbytes, !mapping->is_on_disk);
 }
 
 /* Map a range of the file so that what is written to it is this process's own. Without the file's
@@ -202,7 +215,7 @@ char *mapping_view(const struct mapping *mapping, u64 offset, u64 nbytes, bool w
     munlock(address, nbytes);
     /* The descriptor may have been closed a moment ago, and another file mapped. */
     if (file_is_ours(&mapping->data) && mprotect(address, nbytes, access) == 0) {
-        advise_always(address, nbytes);
+        advise_always(address, nbytes, !mapping->is_on_disk);
         return address;
     }
     munmap(address, nbytes);
@@ -214,7 +227,7 @@ char *mapping_view(const struct mapping *mapping, u64 offset, u64 nbytes, bool w
 static char *map_window(const struct mapping *mapping, u64 offset, u64 nbytes)
 {
     if (file_is_ours(&mapping->data)) {
-        char *address = map_quietly(mapping->data.fd, offset, nbytes, PROT_NONE);
+        char *address = map_quietly(mapping->data.fd, offset, nbytes, PROT_NONE, !mapping->is_on_disk);
         if (address == NULL || file_is_ours(&mapping->data))
             return address;
         munmap(address, nbytes);
@@ -348,24 +361,38 @@ void mapping_unmap_but(struct mapping *mapping, struct range *kept, size_t n)
     }
 }
 
+void mapping_end(struct mapping *mapping)
+{
+    if (mapping->windows) {
+        mapping_unmap_unused(mapping);
+        free(mapping->windows);
+        mapping->windows = NULL;
+        mapping->n_windows = 0;
+    }
+    if (mapping->first)
+        munmap(mapping->first, PAGE);
+    mapping->first = NULL;
+}
+
 /* --- pages */
 
-/* Give a range its pages, with `by_fault` where fallocate(2) would make small ones of huge ones. */
-int mapping_reserve(struct mapping *mapping, u64 offset, char *address, u64 nbytes, bool by_fault)
+/* Give a range its pages, with `by_fault` where fallocate(2) would make small ones of huge ones; or its
+   room on disk. */
+int mapping_reserve(const struct mapping *mapping, u64 offset, char *address, u64 nbytes, bool by_fault)
 {
     int result;
     if (!file_is_ours(&mapping->data)) {
         errno = EBADF;
         return -1;
     }
-    if (FAILS("mapping.reserve"))
+    if (mapping->is_on_disk ? FAILS("disk.reserve") : FAILS("mapping.reserve"))
         return -1;
     if (by_fault)
         populate(address, nbytes, true);
     do
         result = fallocate(mapping->data.fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)nbytes);
     while (again(result));
-    if (result == 0)
+    if (result == 0 && !mapping->is_on_disk)
         populate(address, nbytes, true);
     return result;
 }
@@ -403,6 +430,52 @@ int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes
             return -1;
     }
     return 0;
+}
+
+/* What has room on disk is written to. */
+int mapping_write(const struct mapping *mapping, u64 offset, const char *from, u64 nbytes)
+{
+    if (!file_is_ours(&mapping->data)) {
+        errno = EBADF;
+        return -1;
+    }
+    for (u64 done = 0; done < nbytes;) {
+        u64 step = nbytes - done < MOST_WRITTEN ? nbytes - done : MOST_WRITTEN;
+        if (FAILS("disk.write"))
+            return -1;
+        ssize_t n = pwrite(mapping->data.fd, from + done, step, (off_t)(offset + done));
+        if (n > 0)
+            done += (u64)n;
+        else if (n == 0 || !again(-1))
+            return -1;
+    }
+    return 0;
+}
+
+static const char *refused(int fd)
+{
+    if (fallocate(fd, FALLOC_FL_KEEP_SIZE, 0, PAGE) != 0)
+        return "fallocate";
+    if (pwrite(fd, "", 1, 0) != 1)
+        return "write";
+    char *page = mmap(NULL, PAGE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (page == MAP_FAILED)
+        return "mmap";
+    munmap(page, PAGE);
+    return fallocate(fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE, 0, PAGE) == 0 ? NULL : "punch";
+}
+
+/* try_disk(fd): None, or what an empty file there cannot do, and the error number */
+PyObject *mapping_try(PyObject *Py_UNUSED(module), PyObject *argument)
+{
+    long fd = PyLong_AsLong(argument);
+    if (PyErr_Occurred())
+        return NULL;
+    errno = EIO; /* of a write of less */
+    const char *what = refused((int)fd);
+    if (what == NULL)
+        Py_RETURN_NONE;
+    return Py_BuildValue("si", what, errno);
 }
 
 /* --- private memory at the same address */
@@ -444,22 +517,37 @@ static void free_step(const struct mapping *mapping, u64 offset, u64 nbytes)
     }
 }
 
+/* Map a range of the file in its place so that what is written there from now on is this process's own.
+   Pages that were not written show the file, which nobody may write any more. Nothing is copied, also
+   where mlockall(2) was called. */
+int mapping_own(const struct mapping *mapping, u64 offset, char *address, u64 nbytes)
+{
+    nbytes = round_up(nbytes, PAGE);
+    char *view = mapping_view(mapping, offset, nbytes, true);
+    if (view == NULL)
+        return -1;
+    if (mremap(view, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, address) != MAP_FAILED)
+        return 0;
+    munmap(view, nbytes);
+    return -1;
+}
+
 /* Turn a range into ordinary private memory of this process.
 
 Writes of other threads, even without the GIL, are not lost: until its page is copied a read sees
 the file, and a write copies the page first. (They can be if somebody has closed the descriptor.)
 The file's pages are punched step by step, so the peak is one step above the range, unless they are
-another process's (`keep_file`). -1: the system allows no further mapping; then the range is shared
-as before, but for the steps that are done. */
+another process's (`keep_file`). `is_owned`: `mapping_own` was called. -1: the system allows no further
+mapping; then the range is shared as before, but for the steps that are done. */
 int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, u64 nbytes,
-                      bool keep_file)
+                      bool is_owned, bool keep_file)
 {
     const int flags = MAP_PRIVATE | MAP_FIXED | MAP_NORESERVE, read_write = PROT_READ | PROT_WRITE;
-    bool is_mapped = file_is_ours(&mapping->data);
+    bool is_mapped = is_owned || file_is_ours(&mapping->data);
     nbytes = round_up(nbytes, PAGE);
     if (FAILS("mapping.privatize"))
         return -1;
-    if (is_mapped) {
+    if (is_mapped && !is_owned) {
         if (mmap(address, nbytes, read_write, flags, mapping->data.fd, (off_t)offset) == MAP_FAILED)
             return -1;
         if (!file_is_ours(&mapping->data)) { /* perhaps it was a strange file */
@@ -469,7 +557,7 @@ int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, 
         }
     }
     if (is_mapped)
-        advise_always(address, nbytes);
+        advise_always(address, nbytes, !mapping->is_on_disk);
     for (u64 at = 0; at < nbytes; at += STEP) {
         u64 n = nbytes - at < STEP ? nbytes - at : STEP;
         if (is_mapped && advise(address + at, n, MADV_POPULATE_WRITE) != 0)

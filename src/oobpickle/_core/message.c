@@ -9,7 +9,8 @@ we: each buffer is copied as the pickler hands it out, into a block of the arena
 it, and nothing between the first buffer and the last waits or lets the GIL go. A buffer leaves the
 stream once the sum of all so far reaches the threshold; what is in the stream by then stays. ::
 
-    IN_BLOCKS   the buffers are in leased blocks, laid out by plan.c
+    IN_BLOCKS   the buffers are in leased blocks, laid out by plan.c; some of them on disk, if memory has no
+                room for them and the arena has a file there
     IN_MEMORY   in ordinary memory, as an ordinary pickle has them, one after the other: there was no
                 room, or the message will not go through an arena
     NOWHERE     they are counted only
@@ -26,7 +27,7 @@ Lifetime. Blocks and memory are the message's until it is sealed; it may be drop
 forked child that goes on with a message of its parent reads the blocks, and then looks whether they
 were its parent's still.
 
-When it cannot. What finds no room is in memory; why there was none, is found out when room is waited
+When it cannot. What finds no room, or is refused by the disk, is in memory; why there was none, is found out when room is waited
 for. Without memory: MemoryError. */
 
 #include "core.h"
@@ -65,6 +66,7 @@ struct message {
     struct blocks *published; /* the same: whose published memory is sent as references */
     PyObject *tables;      /* (registered, special, general, find) */
     u64 threshold, kept_nbytes, stream_nbytes, buffers_nbytes, fresh_nbytes;
+    u64 spilled_nbytes, spilling_us; /* of buffers and stream on disk; how long that took */
     PyObject *pieces; /* of the stream: [bytes, or a bytearray that nobody else changes] */
     PyObject *leased; /* [Block] */
     PyObject *references; /* [Block], or NULL */
@@ -81,6 +83,7 @@ struct message {
     Py_ssize_t n_exports;
     bool keeps_flags; /* read-only arrays arrive read-only, as NumPy sends them */
     bool is_for_one; /* it is written once, and its memory is given back meanwhile */
+    bool is_spilling; /* memory had no room for one of its buffers: the rest goes to disk, too */
 };
 
 static PyTypeObject *message_type, *rebuild_type;
@@ -277,18 +280,37 @@ static struct block *block_of(const struct message *message, u32 i)
     return (struct block *)PyList_GetItem(message->leased, (Py_ssize_t)i);
 }
 
-/* NULL: there is no room now; or, without memory, with an exception. */
-static struct block *lease_block(struct message *message, u64 nbytes)
+static struct block *lease_in(struct message *message, u64 nbytes, u32 where, int *problem)
 {
-    PyObject *block = blocks_lease_now(message->blocks, nbytes);
+    PyObject *block = blocks_lease_now(message->blocks, nbytes, where, problem);
     if (block == NULL)
         return NULL;
     u64 fresh = block_fresh(block);
-    bool is_there = block_reserve_now(block, message->fresh_nbytes + fresh) &&
-                    PyList_Append(message->leased, block) == 0;
+    bool is_there = block_reserve_now(block, message->fresh_nbytes + fresh);
+    *problem = is_there ? ROOM : SPACE;
+    is_there = is_there && PyList_Append(message->leased, block) == 0;
     message->fresh_nbytes += fresh;
     Py_DECREF(block); /* the list has it */
     return is_there ? (struct block *)block : NULL;
+}
+
+/* NULL: there is no room now; or, without memory, with an exception. */
+static struct block *lease_block(struct message *message, u64 nbytes)
+{
+    struct block *block = NULL;
+    int problem = FULL;
+    if (!message->is_spilling) {
+        block = lease_in(message, nbytes, 0, &problem);
+        if (block || PyErr_Occurred() || !message->blocks->spills)
+            return block;
+        if (problem == FULL && blocks_make_room_now(message->blocks, nbytes))
+            block = lease_in(message, nbytes, 0, &problem);
+        if (block || PyErr_Occurred() || (problem != FULL && problem != SPACE))
+            return block;
+    }
+    block = lease_in(message, nbytes, ON_DISK, &problem);
+    message->is_spilling = block != NULL;
+    return block;
 }
 
 static void drop_blocks(struct message *message)
@@ -299,19 +321,24 @@ static void drop_blocks(struct message *message)
 }
 
 /* Copy out of a block that we need no more; of a large one the pages go as they are read, so that no
-   message is there twice. */
-static void copy_out_of(struct block *block, u64 at, char *to, u64 nbytes)
+   message is there twice. -1 with errno: it cannot be read from disk. */
+static int copy_out_of(struct block *block, u64 at, char *to, u64 nbytes)
 {
     bool is_ours = block->epoch == epoch() && block->state == LEASED;
+    struct table_view *table = &block->blocks->table;
+    if (block->address == NULL)
+        return mapping_read(&block->blocks->disk, table->known[block->index].place.offset + at, to,
+                            nbytes);
     if (nbytes < LARGE || at || !is_ours || !block->is_using) {
         copy_now(to, block->address + at, nbytes);
-        return;
+        return 0;
     }
     for (u64 done = 0; done < nbytes; done += STEP) {
         u64 step = nbytes - done < STEP ? nbytes - done : STEP;
         copy_now(to + done, block->address + done, step);
         block_punch_range(block, done, step);
     }
+    return 0;
 }
 
 /* In a child of fork the blocks are its parent's, who may have sent them by now, so that their receiver
@@ -345,10 +372,15 @@ static int leave_blocks(struct message *message)
             message->where = NOWHERE; /* half of it is gone */
             return -1;
         }
-        if (buffer->nbytes)
-            copy_out_of(block_of(message, buffer->block), buffer->at, to, buffer->nbytes);
+        if (buffer->nbytes &&
+            copy_out_of(block_of(message, buffer->block), buffer->at, to, buffer->nbytes) != 0) {
+            PyErr_SetFromErrno(PyExc_OSError);
+            message->where = NOWHERE;
+            return -1;
+        }
         buffer->at = (u64)(to - message->memory);
     }
+    message->spilled_nbytes = 0;
     bool is_sound = are_unchanged(message);
     drop_blocks(message);
     message->where = IN_MEMORY;
@@ -378,27 +410,48 @@ static struct buffer *new_buffer(struct message *message, u64 nbytes)
     return buffer;
 }
 
-/* Where the next buffer goes: an address; NULL: nowhere, or with an exception. */
-static char *place_of(struct message *message, struct buffer *buffer)
+static void note_spilled(struct message *message, const struct block *block, u64 nbytes, u64 begun_us)
+{
+    if (block->address)
+        return;
+    message->spilled_nbytes += nbytes;
+    message->spilling_us += now_us() - begun_us;
+}
+
+/* Copy the next buffer into a block; false: there is none, or the disk refuses. */
+static bool copy_into_block(struct message *message, struct buffer *buffer, const Py_buffer *view)
+{
+    struct placed placed = plan_next(&message->plan, buffer->nbytes);
+    struct block *block = placed.capacity ? lease_block(message, placed.capacity)
+                                          : block_of(message, placed.block);
+    if (block == NULL || block->epoch != epoch())
+        return false;
+    u64 begun_us = block->address ? 0 : now_us();
+    if (memory_write(block, placed.at, view) != 0)
+        return false;
+    note_spilled(message, block, buffer->nbytes, begun_us);
+    buffer->block = placed.block;
+    buffer->at = placed.at;
+    return true;
+}
+
+/* Copy the next buffer to where it goes. */
+static int copy_buffer(struct message *message, struct buffer *buffer, const Py_buffer *view)
 {
     if (message->where == IN_BLOCKS && buffer->nbytes) {
-        struct placed placed = plan_next(&message->plan, buffer->nbytes);
-        struct block *block = placed.capacity ? lease_block(message, placed.capacity)
-                                              : block_of(message, placed.block);
-        if (block && block->epoch == epoch()) {
-            buffer->block = placed.block;
-            buffer->at = placed.at;
-            return block->address + placed.at;
-        }
+        if (copy_into_block(message, buffer, view))
+            return 0;
         if (PyErr_Occurred() || leave_blocks(message) != 0)
-            return NULL;
+            return -1;
     }
     if (message->where == NOWHERE || (message->where == IN_BLOCKS && buffer->nbytes == 0))
-        return NULL;
+        return 0;
     char *to = more_for_buffer(message, buffer->nbytes);
-    if (to)
-        buffer->at = (u64)(to - message->memory);
-    return to;
+    if (to == NULL)
+        return -1;
+    buffer->at = (u64)(to - message->memory);
+    memory_copy(to, view);
+    return 0;
 }
 
 /* Whether a buffer is sent as a reference; -1 with an exception. */
@@ -433,10 +486,7 @@ static int take_memory(struct message *message, const Py_buffer *view)
     }
     if (message->published && !message->plan.is_coarse)
         repeats_note(message->published, view);
-    char *to = place_of(message, buffer);
-    if (to)
-        memory_copy(to, view);
-    else if (PyErr_Occurred())
+    if (copy_buffer(message, buffer, view) != 0)
         return -1;
     message->n_buffers++;
     message->buffers_nbytes += (u64)view->len;
@@ -639,21 +689,50 @@ static PyObject *small(PyObject *self, PyObject *Py_UNUSED(none))
     return get_stream(self, NULL);
 }
 
-/* write_stream_into(memory) */
-static PyObject *write_stream_into(PyObject *self, PyObject *argument)
+/* start(nbytes): so many bytes of the stream, or all of it if it is less */
+static PyObject *get_start(PyObject *self, PyObject *argument)
+{
+    const struct message *message = of(self);
+    u64 most = PyLong_AsUnsignedLongLong(argument), filled = 0;
+    if (PyErr_Occurred())
+        return NULL;
+    most = most < message->stream_nbytes ? most : message->stream_nbytes;
+    PyObject *start = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)most);
+    char *to = start ? PyBytes_AsString(start) : NULL;
+    for (Py_ssize_t i = 0; to && filled < most; i++) {
+        Py_ssize_t n;
+        const char *content = content_of(PyList_GetItem(message->pieces, i), &n);
+        u64 step = (u64)n < most - filled ? (u64)n : most - filled;
+        memcpy(to + filled, content, step);
+        filled += step;
+    }
+    return start;
+}
+
+/* write_stream_into(block, at): OSError: the disk refuses */
+static PyObject *write_stream_into(PyObject *self, PyObject *arguments)
 {
     struct message *message = of(self);
-    Py_buffer view;
-    if (PyObject_GetBuffer(argument, &view, PyBUF_WRITABLE) != 0)
+    PyObject *given;
+    unsigned long long at;
+    if (!PyArg_ParseTuple(arguments, "O!K", block_type, &given, &at))
         return NULL;
-    bool fits = (u64)view.len == message->stream_nbytes;
-    if (fits)
-        copy_stream(message, view.buf);
-    else
-        PyErr_Format(PyExc_ValueError, "a stream of %llu bytes does not fit into %zd",
-                     (unsigned long long)message->stream_nbytes, view.len);
-    PyBuffer_Release(&view);
-    return fits ? Py_NewRef(Py_None) : NULL;
+    struct block *block = (struct block *)given;
+    u64 nbytes = message->stream_nbytes, begun_us = now_us();
+    if (at > block->nbytes || nbytes > block->nbytes - at || !block_can_take(block, at + nbytes)) {
+        PyErr_Format(PyExc_ValueError, "a stream of %llu bytes does not fit into %llu from %llu on",
+                     (unsigned long long)nbytes, (unsigned long long)block->nbytes, at);
+        return NULL;
+    }
+    for (Py_ssize_t i = 0; i < PyList_Size(message->pieces); i++) {
+        Py_ssize_t n;
+        const char *content = content_of(PyList_GetItem(message->pieces, i), &n);
+        if (block_write(block, at, content, (u64)n, false) != 0)
+            return PyErr_SetFromErrno(PyExc_OSError);
+        at += (u64)n;
+    }
+    note_spilled(message, block, nbytes, begun_us);
+    Py_RETURN_NONE;
 }
 
 /* --- where reducers are found */
@@ -820,7 +899,23 @@ static PyObject *get_blocks(PyObject *self, void *Py_UNUSED(closure))
     return all;
 }
 
-/* move_into([Block]): from ordinary memory into blocks that were leased for the plan of its sizes */
+/* Copy a buffer out of ordinary memory, which goes as it is copied; but the disk may refuse the rest. */
+static int move_one(struct message *message, const struct buffer *buffer, struct block *block, u64 at)
+{
+    u64 begun_us = now_us();
+    for (u64 done = 0; done < buffer->nbytes; done += STEP) {
+        u64 step = buffer->nbytes - done < STEP ? buffer->nbytes - done : STEP;
+        if (block_write(block, at + done, message->memory + buffer->at + done, step, false) != 0)
+            return -1;
+        if (block->address)
+            give_back(message, buffer->at + done, step);
+    }
+    note_spilled(message, block, buffer->nbytes, begun_us);
+    return 0;
+}
+
+/* move_into([Block]): from ordinary memory into blocks that were leased for the plan of its sizes, all in
+   memory or all on disk; OSError: the disk refuses, and the message is where it was */
 static PyObject *move_into(PyObject *self, PyObject *list)
 {
     struct message *message = of(self);
@@ -829,7 +924,8 @@ static PyObject *move_into(PyObject *self, PyObject *list)
         PyErr_SetString(PyExc_ValueError, "not in memory of its own, or that is in use");
         return NULL;
     }
-    for (int is_real = 0; is_real < 2; is_real++) {
+    enum { CHECK, COPY, PLACE, DONE };
+    for (int step = CHECK; step < DONE; step++) {
         plan = (struct plan){.is_coarse = message->plan.is_coarse};
         for (size_t i = 0; i < message->n_buffers; i++) {
             struct buffer *buffer = &message->buffers[i];
@@ -843,16 +939,14 @@ static PyObject *move_into(PyObject *self, PyObject *list)
                 PyErr_SetString(PyExc_ValueError, "a block is not leased, or too small");
                 return NULL;
             }
-            if (!is_real)
+            if (step == CHECK)
                 continue;
-            char *to = block->address + placed.at;
-            for (u64 done = 0; done < buffer->nbytes; done += STEP) {
-                u64 step = buffer->nbytes - done < STEP ? buffer->nbytes - done : STEP;
-                copy_now(to + done, message->memory + buffer->at + done, step);
-                give_back(message, buffer->at + done, step);
+            if (step == COPY && move_one(message, buffer, block, placed.at) != 0)
+                return PyErr_SetFromErrno(PyExc_OSError); /* all of it is where it was */
+            if (step == PLACE) {
+                buffer->block = placed.block;
+                buffer->at = placed.at;
             }
-            buffer->block = placed.block;
-            buffer->at = placed.at;
         }
         if (PyList_Size(list) != (Py_ssize_t)plan.n_blocks) {
             PyErr_SetString(PyExc_ValueError, "not as many blocks as the message needs");
@@ -989,7 +1083,8 @@ static void forget(struct message *message)
     free_memory(message);
     message->n_buffers = 0;
     message->kept_nbytes = message->stream_nbytes = message->buffers_nbytes = 0;
-    message->fresh_nbytes = 0;
+    message->fresh_nbytes = message->spilled_nbytes = message->spilling_us = 0;
+    message->is_spilling = false;
     message->plan = (struct plan){.is_coarse = message->plan.is_coarse};
     message->where = message->begun;
 }
@@ -1073,6 +1168,8 @@ NUMBER(stream_nbytes, of(self)->stream_nbytes)
 NUMBER(nbytes, of(self)->stream_nbytes + of(self)->buffers_nbytes)
 NUMBER(n_buffers, of(self)->n_buffers)
 NUMBER(nbytes_fresh, of(self)->fresh_nbytes)
+NUMBER(nbytes_spilled, of(self)->spilled_nbytes)
+NUMBER(us_spilling, of(self)->spilling_us)
 
 static size_t n_references(const struct message *message)
 {
@@ -1154,7 +1251,8 @@ static PyMethodDef methods[] = {
     {"reduce_array", reduce_exact_array, METH_O, NULL},
     {"get", get_reducer, METH_VARARGS, NULL},
     {"small", small, METH_NOARGS, NULL},
-    {"write_stream_into", write_stream_into, METH_O, NULL},
+    {"start", get_start, METH_O, NULL},
+    {"write_stream_into", write_stream_into, METH_VARARGS, NULL},
     {"move_into", move_into, METH_O, NULL},
     {"leave_blocks", leave, METH_NOARGS, NULL},
     {"to_pickle", to_pickle, METH_VARARGS, NULL},
@@ -1171,6 +1269,8 @@ static PyGetSetDef attributes[] = {
     {"nbytes", get_nbytes, NULL, NULL, NULL},
     {"n_buffers", get_n_buffers, NULL, NULL, NULL},
     {"nbytes_fresh", get_nbytes_fresh, NULL, NULL, NULL},
+    {"nbytes_spilled", get_nbytes_spilled, NULL, NULL, NULL},
+    {"us_spilling", get_us_spilling, NULL, NULL, NULL},
     {"sizes", get_sizes, NULL, NULL, NULL},
     {"blocks", get_blocks, NULL, NULL, NULL},
     {"references", get_references, NULL, NULL, NULL},

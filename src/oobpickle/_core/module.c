@@ -24,17 +24,17 @@ static u64 check_of(const struct header *header)
     return check;
 }
 
-/* header(identity, capacity, data_nbytes, threshold, wait, copy, huge, data_inode, locks_inode):
-   the first bytes of a table file */
+/* header(identity, capacity, data_nbytes, threshold, wait, copy, huge, data_inode, locks_inode,
+   disk_nbytes, disk_inode): the first bytes of a table file; the last two are 0 without a file on disk */
 static PyObject *new_header(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     /* No '#' in formats: what it means depends on the version of the headers, not of Python. */
     struct header header;
     Py_buffer identity;
     memset(&header, 0, sizeof header);
-    unsigned long long capacity, nbytes, threshold, wait, copy, huge, data, locks;
-    if (!PyArg_ParseTuple(arguments, "y*KKKKKKKK", &identity, &capacity, &nbytes, &threshold, &wait,
-                          &copy, &huge, &data, &locks))
+    unsigned long long capacity, nbytes, threshold, wait, copy, huge, data, locks, disk_nbytes, disk;
+    if (!PyArg_ParseTuple(arguments, "y*KKKKKKKKKK", &identity, &capacity, &nbytes, &threshold, &wait,
+                          &copy, &huge, &data, &locks, &disk_nbytes, &disk))
         return NULL;
     bool is_whole = identity.len == sizeof header.identity;
     if (is_whole)
@@ -48,6 +48,7 @@ static PyObject *new_header(PyObject *Py_UNUSED(module), PyObject *arguments)
     header.capacity = capacity, header.data_nbytes = nbytes, header.threshold = threshold;
     header.wait = wait, header.copy = copy, header.huge = huge;
     header.data_inode = data, header.locks_inode = locks;
+    header.disk_nbytes = disk_nbytes, header.disk_inode = disk;
     header.check = check_of(&header);
     atomic_init(&header.n_rows, rows_word(0));
     return PyBytes_FromStringAndSize((const char *)&header, sizeof header);
@@ -82,9 +83,10 @@ static PyObject *constants(PyObject *Py_UNUSED(module), PyObject *argument)
     }
     PyObject *identity =
         PyBytes_FromStringAndSize((const char *)header.identity, sizeof header.identity);
-    return identity ? Py_BuildValue("NKKKKKKKK", identity, header.capacity, header.data_nbytes,
+    return identity ? Py_BuildValue("NKKKKKKKKKK", identity, header.capacity, header.data_nbytes,
                                     header.threshold, header.wait, header.copy, header.huge,
-                                    header.data_inode, header.locks_inode)
+                                    header.data_inode, header.locks_inode, header.disk_nbytes,
+                                    header.disk_inode)
                     : NULL;
 }
 
@@ -114,10 +116,11 @@ static PyObject *layout(void)
         const char *name;
         size_t offset;
     } words[] = {
-        WORD(header, capacity),     WORD(header, data_nbytes), WORD(header, lock),
+        WORD(header, capacity),     WORD(header, data_nbytes), WORD(header, disk_nbytes),
+        WORD(header, lock),
         WORD(header, released),     WORD(header, held),        WORD(header, idle),
         WORD(header, dirty),        WORD(header, draining),    WORD(header, n_rows),
-        WORD(header, n_rows_again), WORD(header, resident),    WORD(header, n_slots),
+        WORD(header, n_rows_again), WORD(header, resident),    WORD(header, on_disk),     WORD(header, n_slots),
         WORD(header, incarnation),  WORD(header, closed),      WORD(header, strangers),
         WORD(header, n_passed),     WORD(header, passed),      WORD(header, warm),
         WORD(header, empty),        WORD(header, bank),        WORD(header, totals),
@@ -149,6 +152,7 @@ static PyMethodDef functions[] = {
     {"headroom", headroom_limits, METH_VARARGS, NULL},
     {"plan", plan_needs, METH_VARARGS, NULL},
     {"spread", plan_spread, METH_VARARGS, NULL},
+    {"try_disk", mapping_try, METH_O, NULL},
     {"fork_before", fork_before, METH_NOARGS, NULL},
     {"fork_in_parent", fork_in_parent, METH_NOARGS, NULL},
     {"fork_in_child", fork_in_child, METH_NOARGS, NULL},

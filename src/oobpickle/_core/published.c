@@ -21,6 +21,9 @@ its row says that it inherits, and all that is published lives as long as it doe
 be known (no descriptor for its proof of life) makes it live as long as the arena; one of a raw clone(2)
 runs no handler and must not use what it inherited.
 
+A block on disk that is held when its process forks becomes a published one, and the array over it a
+view, in its place (`view_in_place`).
+
 When it cannot. Without a mapping the bytes that the message has are copied, no others, and the reference is
 released at once. */
 
@@ -80,8 +83,8 @@ static void remember(struct block *block)
 int view_map(struct block *block)
 {
     u64 nbytes = round_up(block->nbytes ? block->nbytes : 1, PAGE);
-    block->address = mapping_view(&block->blocks->mapping, place_of(block)->offset, nbytes,
-                                  !block->is_frozen);
+    block->address = mapping_view(mapping_of(block->blocks, block->named), place_of(block)->offset,
+                                  nbytes, !block->is_frozen);
     if (block->address == NULL)
         return -1;
     block->mapped = nbytes;
@@ -92,7 +95,18 @@ int view_map(struct block *block)
 /* Copy what a reference names: also where nothing more can be mapped. */
 int reference_read(const struct block *block, u64 at, char *to, u64 nbytes)
 {
-    return mapping_read(&block->blocks->mapping, place_of(block)->offset + at, to, nbytes);
+    return mapping_read(mapping_of(block->blocks, block->named), place_of(block)->offset + at, to, nbytes);
+}
+
+/* A view that lies in a window, see `view_in_place`: the range is the file's again. */
+static void leave_place(struct block *block)
+{
+    struct known *known = &block->blocks->table.known[block->named];
+    struct mapping *mapping = mapping_of(block->blocks, block->named);
+    if (mapping_share(mapping, known->place.offset, block->address, known->place.nbytes) == 0)
+        known->is_private = false;
+    mapping_leave(mapping, known->place.offset);
+    block->is_using = false;
 }
 
 void view_forget(struct block *block)
@@ -107,7 +121,10 @@ void view_forget(struct block *block)
     if (block->view_after)
         block->view_after->view_before = block->view_before;
     block->view_before = block->view_after = NULL;
-    munmap(block->address, block->mapped);
+    if (block->is_using)
+        leave_place(block);
+    else
+        munmap(block->address, block->mapped);
     block->address = NULL;
 }
 
@@ -142,7 +159,7 @@ static enum shortage lease_reference(struct blocks *blocks, u32 *index)
 {
     struct leased leased = {0};
     u64 room;
-    enum shortage shortage = table_lease(&blocks->table, 0, blocks->lock.slot, &leased, &room);
+    enum shortage shortage = table_lease(&blocks->table, 0, 0, blocks->lock.slot, &leased, &room);
     *index = leased.index;
     return shortage;
 }
@@ -208,11 +225,11 @@ PyObject *view_again(PyObject *self, PyObject *Py_UNUSED(none))
 PyObject *view_share(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct block *block = (struct block *)self;
-    struct mapping *mapping = &block->blocks->mapping;
     if (block->is_shared && block->address)
         Py_RETURN_TRUE;
     if (!block->is_reference || block->is_copy || block->address == NULL || FAILS("view.share") ||
-        mapping_share(mapping, place_of(block)->offset, block->address, block->mapped) != 0)
+        mapping_share(mapping_of(block->blocks, block->named), place_of(block)->offset, block->address,
+                      block->mapped) != 0)
         Py_RETURN_FALSE;
     FAULT("view.shared");
     block->is_frozen = false;
@@ -330,6 +347,46 @@ void views_inherit(struct blocks *blocks)
 
 /* --- publishing */
 
+static void become_view(struct block *block, u32 reference)
+{
+    struct table_view *table = &block->blocks->table;
+    table->known[block->index].is_private |= block->is_using;
+    table->known[block->index].n_users--;
+    table->known[reference].n_users++;
+    block->named = block->index;
+    block->index = reference;
+    block->generation = get(&table_row(table, reference)->generation);
+    block->is_reference = true;
+    block->is_apart = false;
+    block->mapped = round_up(block->nbytes, PAGE);
+    remember(block);
+}
+
+/* Before a fork: publish a block that this process holds, and make it a view of that, where it is mapped
+   privately already. So parent and child have it, neither sees what the other writes, and nothing is
+   copied. False: it is still held. */
+bool view_in_place(struct block *block)
+{
+    struct blocks *blocks = block->blocks;
+    const bool was_deaf = blocks->lock.is_deaf;
+    u32 reference;
+    bool is_view = false;
+    blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
+    if (step_begin(blocks) == ROOM) {
+        if (lease_reference(blocks, &reference) == ROOM) {
+            struct row *row = table_row(&blocks->table, reference);
+            is_view = table_publish(&blocks->table, block->index, HELD, block->generation, reference) &&
+                      row_change(row, reference, get(&row->commit), low_of(HELD, blocks->lock.slot));
+            if (is_view)
+                become_view(block, reference);
+        }
+        step_end(blocks);
+    }
+    blocks->lock.keeps_gil = false;
+    blocks->lock.is_deaf = was_deaf;
+    return is_view;
+}
+
 /* Make a reference to each of the blocks, and publish it: under one lock. */
 static bool publish_all(struct blocks *blocks, PyObject *list, PyObject *views)
 {
@@ -344,7 +401,7 @@ static bool publish_all(struct blocks *blocks, PyObject *list, PyObject *views)
             return false;
         view->state = LEASED;
         PyList_SetItem(views, i, (PyObject *)view);
-        if (!table_publish(&blocks->table, block->index, block->generation, index))
+        if (!table_publish(&blocks->table, block->index, LEASED, block->generation, index))
             return false;
         block->state = NONE; /* nobody's, from now on */
         reference_look(view);

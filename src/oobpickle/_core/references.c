@@ -53,12 +53,13 @@ static u64 counted(struct table_view *table, u32 index)
     return packed == counted_word(index, n) ? n : count_again(table, index);
 }
 
-/* Step: a leased block, complete, is published, and named by a block of no bytes that was leased too. */
-bool table_publish(struct table_view *table, u32 index, u64 generation, u32 reference)
+/* Step: a block that is leased, complete, or held is published, and named by a block of no bytes that
+   was leased. */
+bool table_publish(struct table_view *table, u32 index, enum state state, u64 generation, u32 reference)
 {
     struct row *row = table_row(table, index);
     u64 seen = get(&row->commit);
-    if (!row_is(table, index, LEASED, generation))
+    if (!row_is(table, index, state, generation))
         return false;
     put(&table_row(table, reference)->used, name_word(reference, index, generation));
     set_count(table, index, 1);

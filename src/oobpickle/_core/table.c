@@ -29,10 +29,27 @@ When it cannot. `table_lease` says why not; a damaged row has no place, and nobo
 
 enum { AFFINITY = 8, CLASSES_UP = 4, ROWS_AHEAD = 1024 };
 
-/* Bytes of the pages under the first `nbytes` bytes of a block. */
-u64 table_pages(const struct table_view *table, u64 nbytes)
+/* Bytes of the pages under the first `nbytes` bytes of a block of such a class. */
+u64 table_pages(const struct table_view *table, u32 size_class, u64 nbytes)
 {
-    return round_up(nbytes, table->huge && nbytes >= HUGE ? HUGE : PAGE);
+    return round_up(nbytes, table->huge && !(size_class & ON_DISK) && nbytes >= HUGE ? HUGE : PAGE);
+}
+
+/* Step: a block has more pages than before, or less. */
+void table_count_pages(struct table_view *table, u32 index, u64 before, u64 after)
+{
+    struct header *header = &table->shared->header;
+    word *total = is_on_disk(table, index) ? &header->on_disk : &header->resident;
+    u64 others = get(total) > before ? get(total) - before : 0;
+    put(&table_row(table, index)->resident, resident_word(index, after));
+    put(total, others + after);
+}
+
+/* The pages of a block are free, or are no more. What is on disk is not kept, and no memory. */
+void table_count_idle(struct table_view *table, u32 index, u64 less, u64 more)
+{
+    if (!is_on_disk(table, index))
+        atomic_fetch_add_explicit(&table->shared->header.idle, more - less, memory_order_relaxed);
 }
 
 static struct row *map_chunk(struct table_view *table, u32 chunk)
@@ -40,8 +57,8 @@ static struct row *map_chunk(struct table_view *table, u32 chunk)
     static struct row unmapped[CHUNK]; /* no address space: none of its rows is in order */
     u64 nbytes = CHUNK * sizeof(struct row), offset = sizeof(struct table) + chunk * nbytes;
     char *mapped = file_is_ours(&table->file)
-                       ? map_quietly(table->file.fd, offset, nbytes, PROT_READ | PROT_WRITE)
-                       : map_behind((char *)table->shared, offset, nbytes);
+                       ? map_quietly(table->file.fd, offset, nbytes, PROT_READ | PROT_WRITE, true)
+                       : map_behind((char *)table->shared, offset, nbytes, true);
     if (mapped == NULL)
         return unmapped;
     return table->chunks[chunk] = (struct row *)(void *)mapped;
@@ -66,12 +83,12 @@ static bool read_place(struct table_view *table, u32 index, struct place *place)
     place->size_class = packed & 0xFF;
     place->offset = (packed & PLACE_MASK) >> 8;
     place->offset *= PAGE;
-    if (place->size_class >= CLASSES || packed != place_word(index, place->offset, place->size_class))
+    if (packed != place_word(index, place->offset, place->size_class))
         return false;
+    u64 file_nbytes = place->size_class & ON_DISK ? table->disk_nbytes : table->data_nbytes;
     place->nbytes = class_nbytes(place->size_class);
     place->stride = class_stride(place->size_class);
-    return place->stride <= table->data_nbytes &&
-           place->offset <= table->data_nbytes - place->stride;
+    return place->stride <= file_nbytes && place->offset <= file_nbytes - place->stride;
 }
 
 /* Where the word with the check was overwritten, the other one counts if it is that of a last row. */
@@ -150,6 +167,19 @@ bool table_reserve_rows(struct table_view *table, u32 n_more)
     return end >= needed || table_reserve_rows(table, n_more);
 }
 
+/* The last block in the same file, or NULL; false: one of those that may be it is damaged. */
+static bool find_last(struct table_view *table, u32 n_rows, u32 size_class, const struct place **last)
+{
+    *last = NULL;
+    for (u32 i = n_rows; i-- > 0 && *last == NULL;) {
+        if (!table_knows(table, i))
+            return false;
+        if (is_on_disk(table, i) == ((size_class & ON_DISK) != 0))
+            *last = &table->known[i].place;
+    }
+    return true;
+}
+
 /* Where the next block of a class goes: none lies in two windows, a large one has its own. */
 static u64 offset_after(const struct place *last, u32 size_class)
 {
@@ -171,15 +201,16 @@ static enum shortage make_row(struct table_view *table, u32 size_class, u32 *mad
     u32 index = count_rows(table, &is_certain);
     if (index >= ROWS)
         return TABLE;
-    if (!is_certain || (index && !table_knows(table, index - 1)))
+    const struct place *last;
+    if (!is_certain || !find_last(table, index, size_class, &last))
         return DAMAGED;
     if (FAILS("row.make"))
         return errno == ENOSPC ? TABLE : DAMAGED;
     if (!table_reserve_rows(table, 1))
         return SPACE;
-    u64 offset = offset_after(index ? &table->known[index - 1].place : NULL, size_class);
-    if (offset + class_stride(size_class) > table->data_nbytes)
-        return TABLE;
+    u64 offset = offset_after(last, size_class);
+    if (offset + class_stride(size_class) > (size_class & ON_DISK ? table->disk_nbytes : table->data_nbytes))
+        return size_class & ON_DISK ? SPACE : TABLE;
     struct row *row = table_row(table, index);
     put(&row->generation, 0);
     put(&row->channel, 0);
@@ -264,11 +295,8 @@ bool row_change(struct row *row, u32 index, u64 seen, u64 low)
 /* Step: the pages of a block have gone back to the system. */
 void row_emptied(struct table_view *table, u32 index)
 {
-    struct header *header = &table->shared->header;
     struct row *row = table_row(table, index);
-    u64 nbytes = row_resident(row, index), all = get(&header->resident);
-    put(&header->resident, all > nbytes ? all - nbytes : 0);
-    put(&row->resident, resident_word(index, 0));
+    table_count_pages(table, index, row_resident(row, index), 0);
     put_half(&row->punches, get_half(&row->punches) + 1);
     FAULT("row.emptied");
 }
@@ -316,7 +344,9 @@ static half *find_free(struct table_view *table, u32 size_class, u64 nbytes, u32
     /* A reference takes no pages: nobody would know any more which of them were made. */
     if (nbytes && get_half(&header->warm[size_class]))
         return nearest(table, &header->warm[size_class], nbytes, slot);
-    for (u32 up = size_class + 1; nbytes && up <= size_class + CLASSES_UP && up < CLASSES; up++) {
+    for (u32 up = size_class + 1; nbytes && up <= size_class + CLASSES_UP && up < LISTS; up++) {
+        if ((up ^ size_class) & ON_DISK)
+            break;
         u32 index = get_half(&header->warm[up]) - 1;
         if (index < ROWS && row_resident(table_row(table, index), index) >= nbytes)
             return &header->warm[up];
@@ -349,17 +379,17 @@ static half *find_sound(struct table_view *table, u32 size_class, u64 nbytes, u3
     return link && is_free_for(table, get_half(link) - 1, nbytes) ? link : NULL;
 }
 
-/* Step: lease a block of `nbytes` bytes. */
-enum shortage table_lease(struct table_view *table, u64 nbytes, u32 slot, struct leased *leased,
-                          u64 *room)
+/* Step: lease a block of `nbytes` bytes; `where`: 0, or ON_DISK. How much the disk has, it says itself. */
+enum shortage table_lease(struct table_view *table, u64 nbytes, u32 where, u32 slot,
+                          struct leased *leased, u64 *room)
 {
-    struct header *header = &table->shared->header;
-    u32 size_class = class_of(nbytes);
+    const struct header *header = &table->shared->header;
+    u32 size_class = class_of(nbytes) | where;
     half *link = find_sound(table, size_class, nbytes, slot);
     u32 found = link ? get_half(link) - 1 : 0;
     struct row *row = table_row(table, found);
-    u64 have = link ? row_resident(row, found) : 0, want = table_pages(table, nbytes);
-    if (want > have) {
+    u64 have = link ? row_resident(row, found) : 0, want = table_pages(table, where, nbytes);
+    if (want > have && !where) {
         u64 resident = get(&header->resident);
         *room = resident < table->capacity ? table->capacity - resident : 0;
         if (want - have > *room)
@@ -369,17 +399,15 @@ enum shortage table_lease(struct table_view *table, u64 nbytes, u32 slot, struct
         put_half(link, get_half(&row->next));
         FAULT("lease.unlinked");
         if (have && !(get(&row->channel) & PREPARED))
-            atomic_fetch_sub_explicit(&header->idle, have, memory_order_relaxed);
+            table_count_idle(table, found, have, 0);
     } else {
         enum shortage shortage = make_row(table, size_class, &found);
         if (shortage != ROOM)
             return shortage;
         row = table_row(table, found);
     }
-    if (want > have) {
-        put(&row->resident, resident_word(found, want));
-        put(&header->resident, get(&header->resident) + want - have);
-    }
+    if (want > have)
+        table_count_pages(table, found, have, want);
     *leased = (struct leased){
         .index = found, .counted = have, .present = get(&row->channel) & INCOMPLETE ? 0 : have};
     row_lease(table, found, nbytes, slot);
@@ -399,7 +427,7 @@ u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot)
     struct row *row = table_row(table, index);
     put_half(head, get_half(&row->next));
     if (!(get(&row->channel) & PREPARED))
-        atomic_fetch_sub_explicit(&header->idle, row_resident(row, index), memory_order_relaxed);
+        table_count_idle(table, index, row_resident(row, index), 0);
     row_lease(table, index, 0, slot);
     return index;
 }
@@ -484,7 +512,7 @@ static void mend_row(struct table_view *table, u32 index)
 void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void *with)
 {
     struct header *header = &table->shared->header;
-    u64 resident = 0, held = 0, idle = 0;
+    u64 resident = 0, on_disk = 0, held = 0, idle = 0;
     u64 held_before = get(&header->held), idle_before = get(&header->idle);
     bool is_certain;
     u32 n_rows = count_rows(table, &is_certain);
@@ -497,7 +525,7 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
     put(&header->draining, 0);
     table_drain(table);
     table_forget_counts(table, n_rows);
-    for (u32 i = 0; i < CLASSES; i++) {
+    for (u32 i = 0; i < LISTS; i++) {
         put_half(&header->warm[i], 0);
         put_half(&header->empty[i], 0);
     }
@@ -518,11 +546,14 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
             state = FREE;
         }
         u64 pages = row_resident(row, i);
-        resident += pages;
-        if (state == HELD)
-            held += row_nbytes(row);
-        if (state == RELEASED || (state == FREE && !(get(&row->channel) & PREPARED)))
-            idle += pages;
+        bool is_idle = state == RELEASED || (state == FREE && !(get(&row->channel) & PREPARED));
+        if (table_knows(table, i) && is_on_disk(table, i)) {
+            on_disk += pages;
+        } else {
+            resident += pages;
+            held += state == HELD ? row_nbytes(row) : 0;
+            idle += is_idle ? pages : 0;
+        }
         if (state == FREE) {
             put(&row->used, 0);
             link_free(table, i);
@@ -531,6 +562,7 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
         }
     }
     put(&header->resident, resident);
+    put(&header->on_disk, on_disk);
     /* Others hold and release meanwhile. */
     atomic_fetch_add_explicit(&header->held, held - held_before, memory_order_relaxed);
     atomic_fetch_add_explicit(&header->idle, idle - idle_before, memory_order_relaxed);

@@ -244,6 +244,12 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
         *(_statistics.NBYTES, message.nbytes),
         *(_statistics.NBYTES_STREAM, message.stream_nbytes),
     )
+    if message.nbytes_spilled:
+        arena.count(
+            *(_statistics.N_SPILLED, 1),
+            *(_statistics.NBYTES_SPILLED, message.nbytes_spilled),
+            *(_statistics.NS_SPILLING, 1000 * message.us_spilling),
+        )
     return envelope
 
 

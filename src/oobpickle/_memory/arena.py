@@ -4,6 +4,7 @@
 memory ready, says what it did, and ends.
 
 **How it works.** Over three nameless files (`files`), and the blocks in them (`oobpickle._core`).
+With `spill_dir` there is a fourth, on disk, for blocks for which memory has no room.
 Memory that was used is kept for the next message: fresh pages cost ten times more than a copy. A
 receiver's block comes back when the last array over it is dropped.
 
@@ -64,6 +65,8 @@ class SharedArena:
         ------
         ArenaError
             If the system cannot provide it; the text says why.
+        OSError
+            If nothing can be spilled to the folder that was named.
         """
         if lacking := _system.lacking():
             raise ArenaError(lacking)
@@ -82,6 +85,8 @@ class SharedArena:
             pass_on_foreign(error)
             if not isinstance(error, OSError) or isinstance(error, ArenaError):
                 raise
+            if options.spill_dir is not None and error.filename == options.spill_dir:
+                raise  # what was said cannot be done
             raise ArenaError(f"the arena cannot be created: {error}") from error
         return arena
 
@@ -90,7 +95,7 @@ class SharedArena:
         self._files.kept = True
 
     @classmethod
-    def attach(cls, data: int, table: int, locks: int) -> SharedArena:
+    def attach(cls, *descriptors: int) -> SharedArena:
         """Join the arena behind inherited descriptors.
 
         Raises
@@ -100,7 +105,7 @@ class SharedArena:
         OSError
             If there is no address space for its table.
         """
-        arena = cls(Files.inherited(data, table, locks))
+        arena = cls(Files.inherited(*descriptors))
         _faults.reach("arena.mapped")
         arena.try_join()
         return arena
@@ -132,12 +137,12 @@ class SharedArena:
 
     @property
     def name(self) -> bytes:
-        """32 bytes: the identity, and where this process has the files."""
+        """`NAME_NBYTES` bytes: the identity, and where this process has the files."""
         return name_of(self.identity, self._files.descriptors)
 
     @property
-    def descriptors(self) -> tuple[int, int, int]:
-        """What a child must inherit to attach: data, table, locks."""
+    def descriptors(self) -> tuple[int, ...]:
+        """What a child must inherit to attach: data, table, locks, and the data on disk."""
         return self._files.descriptors
 
     def can_be_inherited(self) -> bool:
@@ -199,7 +204,8 @@ class SharedArena:
         blocks = self.blocks
         try:
             counters, census = blocks.counters(), blocks.census()
-            n_participants, resident = len(blocks.participants()), blocks.resident
+            n_participants = len(blocks.participants())
+            resident, on_disk = blocks.resident, blocks.on_disk
         except ValueError:  # it has ended in this process, perhaps a moment ago
             if self._final is None:
                 raise
@@ -216,6 +222,7 @@ class SharedArena:
             n_references=n_blocks[5],
             repeated=blocks.repeated(),
             nbytes_resident=resident if in_file is None else in_file,
+            nbytes_on_disk=on_disk,
             nbytes_huge=self._files.huge_nbytes(),
             capacity=self.options.capacity or 0,
             n_quarantined=n_quarantined,
@@ -231,7 +238,8 @@ class SharedArena:
         needs = self.needs_of(like) if nbytes is None else [operator.index(nbytes)]
         leases = []  # all at the same time, so that each has memory of its own
         for _ in range(count):
-            leases.append(self.acquire(needs, wait_timeout=0))
+            self.check_open()
+            leases.append(self.sending.lease(needs, 0, may_spill=False))
             self.blocks.prepare(leases[-1].blocks)
             _faults.reach("arena.preallocated")
 

@@ -1,7 +1,7 @@
 """The nameless files of this system: which kinds there are, and how large one may be.
 
-**What.** `open_nameless` opens one, `seal` fixes its size, `largest_file_nbytes` says how large a
-sparse one may be here.
+**What.** `open_nameless` opens one, `open_unlinked` one in a given folder; `set_size` and `seal`
+give it a size and fix it, `largest_file_nbytes` says how large a sparse one may be here.
 
 **How it works.** A memfd, else a file in ``/dev/shm``, else one in the temporary folder, which is
 unlinked before anybody uses it. The environment can ask for one of them (`BACKING_VARIABLE`).
@@ -12,6 +12,7 @@ unlinked before anybody uses it. The environment can ask for one of them (`BACKI
 
 from __future__ import annotations
 
+import errno
 import os
 import resource
 import tempfile
@@ -22,6 +23,7 @@ from oobpickle._foreign import pass_on_foreign
 
 BACKING_VARIABLE: Final = "OOBPICKLE_BACKING"
 
+MIN_DATA_NBYTES: Final = 64 << 20
 _ALIGN_NBYTES: Final = 2 << 20
 _MFD_CLOEXEC: Final = 0x1
 _MFD_ALLOW_SEALING: Final = 0x2
@@ -64,14 +66,15 @@ def _open_memfd(name: str) -> int:
 
 
 def _open_shm(name: str) -> int:
-    return _open_unlinked("/dev/shm")
+    return open_unlinked("/dev/shm")
 
 
 def _open_tmp(name: str) -> int:
-    return _open_unlinked(tempfile.gettempdir())
+    return open_unlinked(tempfile.gettempdir())
 
 
-def _open_unlinked(directory: str) -> int:
+def open_unlinked(directory: str) -> int:
+    """Open an empty file in a folder, without a name there."""
     try:
         return os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
     except OSError as error:  # O_TMPFILE is not for every file system
@@ -80,6 +83,20 @@ def _open_unlinked(directory: str) -> int:
         os.unlink(path)
         os.set_inheritable(fd, False)
         return fd
+
+
+def set_size(fd: int, nbytes: int) -> None:
+    """Give a file so many bytes, all holes, or as many as its file system takes."""
+    while True:
+        try:
+            os.ftruncate(fd, nbytes)
+        except OSError as error:
+            # What a file system takes as a sparse file can be less.
+            if error.errno != errno.EFBIG or nbytes // 4 < MIN_DATA_NBYTES:
+                raise
+            nbytes //= 4
+        else:
+            return
 
 
 def seal(fd: int) -> bool:

@@ -1,7 +1,7 @@
-"""The three files of an arena: made by its owner, opened by everybody else who joins.
+"""The files of an arena: made by its owner, opened by everybody else who joins.
 
-**What.** `Files` has the data, the table and the locks. A *name* tells another process of the same
-user where it finds them.
+**What.** `Files` has the data, the table and the locks, and the data on disk if a folder for it was
+named (`disk`). A *name* tells another process of the same user where it finds them.
 
 **How it works.** Apart, so that a write past the end of an array cannot reach the table. The
 table's header says which the two others are and carries a check; it is read and compared before
@@ -17,7 +17,6 @@ it."""
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import struct
@@ -26,17 +25,24 @@ from typing import Final
 
 from oobpickle._errors import ArenaError, format_nbytes
 from oobpickle._foreign import ignoring, pass_on_foreign
-from oobpickle._memory import huge_pages
-from oobpickle._memory.backing import largest_file_nbytes, open_nameless, seal
+from oobpickle._memory import disk, huge_pages
+from oobpickle._memory.backing import (
+    MIN_DATA_NBYTES,
+    largest_file_nbytes,
+    open_nameless,
+    seal,
+    set_size,
+)
 from oobpickle._memory.descriptors import File, close_if, file_of, is_file
 from oobpickle._memory.options import Options
 from oobpickle._native import core
 
 _DATA_NBYTES: Final = 1 << 44
-_MIN_DATA_NBYTES: Final = 64 << 20
 _LOCKS_NBYTES: Final = 4096
-_ADDRESS: Final = struct.Struct("<4I")
+_ADDRESS: Final = struct.Struct("<5I")
+_NO_DISK: Final = 0xFFFF_FFFF
 _IDENTITY_NBYTES: Final = 16
+NAME_NBYTES: Final = _IDENTITY_NBYTES + _ADDRESS.size
 
 
 class Files:
@@ -45,7 +51,7 @@ class Files:
     Attributes
     ----------
     descriptors : tuple of int
-        Of data, table and locks: what a child must inherit.
+        Of data, table, locks, and of the data on disk if there is any: what a child must inherit.
     identity : bytes
         16 random bytes that name the arena.
     options : Options
@@ -58,14 +64,15 @@ class Files:
 
     __slots__ = ("_status", "descriptors", "huge", "identity", "kept", "options")
 
-    def __init__(self, descriptors: tuple[int, int, int], head: bytes, *, kept: bool) -> None:
+    def __init__(self, descriptors: tuple[int, ...], head: bytes, *, kept: bool) -> None:
         self.kept = True
         self.descriptors = descriptors
         self._status: list[File] = [file_of(fd) for fd in descriptors]
         self.kept = kept
         words = _constants(head)
         self.identity, self.huge = words[0], words[6]
-        self.options = Options.read(words[1], words[3], words[4], words[5])
+        folder = disk.folder_of(descriptors[3]) if len(descriptors) > 3 else None
+        self.options = Options.read(words[1], words[3], words[4], words[5], folder)
 
     @classmethod
     def create(cls, options: Options) -> Files:
@@ -78,18 +85,20 @@ class Files:
         """
         made: list[int] = []
         try:
-            nbytes = largest_file_nbytes(_DATA_NBYTES)
-            if nbytes < _MIN_DATA_NBYTES:
+            most_nbytes = largest_file_nbytes(_DATA_NBYTES)
+            if most_nbytes < MIN_DATA_NBYTES:
                 raise ArenaError(
-                    f"the limits of this process leave {format_nbytes(nbytes)} of file size, need "
-                    f"{format_nbytes(_MIN_DATA_NBYTES)}. See ulimit -f."
+                    f"the limits of this process leave {format_nbytes(most_nbytes)} of file size, "
+                    f"need {format_nbytes(MIN_DATA_NBYTES)}. See ulimit -f."
                 )
-            is_memfd = _create(made, "data", nbytes)
+            is_memfd = _create(made, "data", most_nbytes)
             nbytes = os.fstat(made[0]).st_size
             if not _create(made, "table", core.TABLE_NBYTES):
                 # A mount can be full: then its pages fault fatally.
                 os.posix_fallocate(made[1], 0, core.HEADER_NBYTES + (4 << 20))
             _create(made, "locks", _LOCKS_NBYTES)
+            if options.spill_dir is not None:
+                made.append(disk.open_in(options.spill_dir, most_nbytes))
             head = core.header(
                 os.urandom(_IDENTITY_NBYTES),
                 min(options.capacity or 0, nbytes // 2),
@@ -98,30 +107,31 @@ class Files:
                 huge_pages.policy() if is_memfd else huge_pages.NEVER,
                 os.fstat(made[0]).st_ino,
                 os.fstat(made[2]).st_ino,
+                *_size_and_inode(made[3:]),
             )
             os.pwrite(made[1], head, 0)
-            return cls((made[0], made[1], made[2]), head, kept=False)
+            return cls(tuple(made), head, kept=False)
         except BaseException:
             for fd in made:
                 os.close(fd)
             raise
 
     @classmethod
-    def inherited(cls, data: int, table: int, locks: int) -> Files:
-        """Take over inherited descriptors.
+    def inherited(cls, data: int, table: int, locks: int, *on_disk: int) -> Files:
+        """Take over inherited descriptors; the last one if there is data on disk.
 
         Raises
         ------
         ArenaError
             If they are no files of one arena, or of another version.
         """
-        for fd in (data, table, locks):
+        for fd in (data, table, locks, *on_disk):
             os.set_inheritable(fd, False)
         table_nbytes, data_nbytes = os.fstat(table).st_size, os.fstat(data).st_size
-        if table_nbytes != core.TABLE_NBYTES or data_nbytes < _MIN_DATA_NBYTES:
+        if table_nbytes != core.TABLE_NBYTES or data_nbytes < MIN_DATA_NBYTES:
             raise ArenaError(
                 f"these are no files of an arena: {table_nbytes} and {data_nbytes} bytes, expected "
-                f"{core.TABLE_NBYTES} and at least {_MIN_DATA_NBYTES}"
+                f"{core.TABLE_NBYTES} and at least {MIN_DATA_NBYTES}"
             )
         head = os.pread(table, core.HEADER_NBYTES, 0)
         words = _constants(head)
@@ -136,7 +146,12 @@ class Files:
                     f"descriptor {fd} is another file than the table's: inode {inode}, expected "
                     f"{expected}"
                 )
-        return cls((data, table, locks), head, kept=True)
+        if _size_and_inode(on_disk) != words[9:]:
+            raise ArenaError(
+                f"the data on disk is another file than the table's: {_size_and_inode(on_disk)}, "
+                f"expected {words[9:]} (bytes, inode)"
+            )
+        return cls((data, table, locks, *on_disk), head, kept=True)
 
     def are_ours(self) -> bool:
         """Tell whether the descriptors are still those files: others may have closed them."""
@@ -164,13 +179,19 @@ class Files:
             self.close()
 
 
-def _constants(head: bytes) -> tuple[bytes, int, int, int, int, int, int, int, int]:
-    words: tuple[bytes, int, int, int, int, int, int, int, int]
+def _constants(head: bytes) -> tuple[bytes, int, int, int, int, int, int, int, int, int, int]:
     try:
-        words = core.constants(head)
+        return core.constants(head)
     except ValueError as error:
         raise ArenaError(f"the inherited file is no table of an arena: {error}") from error
-    return words
+
+
+def _size_and_inode(on_disk: Sequence[int]) -> tuple[int, int]:
+    """Of the data on disk; zeros if there is none."""
+    if not on_disk:
+        return 0, 0
+    status = os.fstat(on_disk[0])
+    return status.st_size, status.st_ino
 
 
 def _create(made: list[int], name: str, nbytes: int) -> bool:
@@ -178,7 +199,7 @@ def _create(made: list[int], name: str, nbytes: int) -> bool:
     made.append(open_nameless(name))
     try:
         os.fchmod(made[-1], 0o600)
-        _set_size(made[-1], nbytes)
+        set_size(made[-1], nbytes)
     except OSError as error:
         pass_on_foreign(error)
         raise ArenaError(
@@ -189,26 +210,13 @@ def _create(made: list[int], name: str, nbytes: int) -> bool:
     return seal(made[-1])
 
 
-def _set_size(fd: int, nbytes: int) -> None:
-    while True:
-        try:
-            os.ftruncate(fd, nbytes)
-        except OSError as error:
-            # What a file system takes as a sparse file can be less.
-            if error.errno != errno.EFBIG or nbytes // 4 < _MIN_DATA_NBYTES:
-                raise
-            nbytes //= 4
-        else:
-            return
-
-
 def name_of(identity: bytes, descriptors: Sequence[int]) -> bytes:
-    """Return 32 bytes: the identity, and where this process has the files."""
-    return identity + _ADDRESS.pack(os.getpid(), *descriptors)
+    """Return `NAME_NBYTES` bytes: the identity, and where this process has the files."""
+    return identity + _ADDRESS.pack(os.getpid(), *[*descriptors, _NO_DISK][:4])
 
 
-def open_by_name(name: bytes) -> tuple[int, int, int]:
-    """Open the files that a process of this user has; return descriptors of data, table, locks.
+def open_by_name(name: bytes) -> tuple[int, ...]:
+    """Open the files that a process of this user has; return descriptors as `Files` has them.
 
     Raises
     ------
@@ -216,24 +224,28 @@ def open_by_name(name: bytes) -> tuple[int, int, int]:
         If that process is gone, is another user's, or has not got this arena.
     """
     pid, *numbers = _ADDRESS.unpack(name[_IDENTITY_NBYTES:])
-    paths, fds = [], []
+    numbers = [number for number in numbers if number != _NO_DISK]
+    paths: list[int] = []
+    fds: list[int] = []
     try:
         for number in numbers:
             # To look is all that can be done with such a descriptor, and it disturbs nobody: the
             # sender's numbers may be other files by now.
             paths.append(os.open(f"/proc/{pid}/fd/{number}", os.O_PATH | os.O_CLOEXEC))
-        data, table, locks = (os.fstat(path) for path in paths)
-        for status in (data, table, locks):
+        data, table, locks, *on_disk = (os.fstat(path) for path in paths)
+        for status in (data, table, locks, *on_disk):
             _check_private(pid, status)
         if table.st_size != core.TABLE_NBYTES:
             raise ArenaError(f"process {pid} has something else open now")
         fds.append(_open_again(paths[1]))
         words = _constants(os.pread(fds[0], core.HEADER_NBYTES, 0))
-        found = words[0], words[7], words[8]
-        if found != (name[:_IDENTITY_NBYTES], data.st_ino, locks.st_ino):
+        found = words[0], words[7], words[8], words[10]
+        inodes = [status.st_ino for status in (data, locks, *on_disk)]
+        if found != (name[:_IDENTITY_NBYTES], *[*inodes, 0][:3]):
             raise ArenaError(f"process {pid} has not got it any more")
-        fds += [_open_again(paths[0]), _open_again(paths[2])]
-        return fds[1], fds[0], fds[2]
+        for path in (paths[0], *paths[2:]):
+            fds.append(_open_again(path))  # one by one: what is open when one fails is closed
+        return fds[1], fds[0], *fds[2:]
     except BaseException:
         for fd in fds:
             os.close(fd)

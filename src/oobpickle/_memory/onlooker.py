@@ -241,13 +241,18 @@ def _add(amounts: dict[int, Amount], key: int, n: int, nbytes: int) -> None:
 def _statistics_of(table: Table, rows: Rows, resident: int) -> Statistics:
     state = rows.state
     is_free = (state == FREE) | (state == RELEASED) | (state == EMPTIED)
-    nbytes_kept = int(rows.kept[is_free & (state != EMPTIED)].sum())
+    nbytes_kept = int(rows.kept[is_free & (state != EMPTIED) & ~rows.is_on_disk].sum())
     is_used = (state == LEASED) | (state == IN_FLIGHT) | (state == HELD)
+
+    def amount(one: int) -> Amount:
+        """Of blocks in that state, and the bytes of those in memory."""
+        return rows.amount(state == one)[0], rows.amount((state == one) & ~rows.is_on_disk)[1]
+
     amounts = {
         "free": (int(is_free.sum()), nbytes_kept),
-        "leased": rows.amount(state == LEASED),
-        "in_flight": rows.amount(state == IN_FLIGHT),
-        "held": rows.amount(state == HELD),
+        "leased": amount(LEASED),
+        "in_flight": amount(IN_FLIGHT),
+        "held": amount(HELD),
     }
     n_published, nbytes_published = rows.amount(state == PUBLISHED)
     return _statistics.summed(
@@ -260,6 +265,7 @@ def _statistics_of(table: Table, rows: Rows, resident: int) -> Statistics:
         nbytes_published=nbytes_published,
         n_references=int(((is_used | (state == PUBLISHED)) & rows.is_reference).sum()),
         nbytes_resident=resident,
+        nbytes_on_disk=table.on_disk,
         nbytes_huge=0,
         capacity=table.capacity,
     )

@@ -38,6 +38,7 @@ class Options:
     threshold: int | None = None
     wait_timeout: float | None = None
     copy_on_receive: bool | None = None
+    spill_dir: str | None = None
 
     def __post_init__(self) -> None:
         _check_int("capacity", self.capacity, _MIN_CAPACITY, _MAX_CAPACITY)
@@ -66,7 +67,7 @@ class Options:
     def resolve(self) -> Options:
         """Return the options with their defaults filled in.
 
-        `wait_timeout` and `copy_on_receive` may stay ``None``.
+        `wait_timeout`, `copy_on_receive` and `spill_dir` may stay ``None``.
         """
         capacity = self.capacity
         if capacity is None:
@@ -76,7 +77,7 @@ class Options:
             threshold = 0
         elif threshold is None:
             threshold = DEFAULT_THRESHOLD
-        return Options(capacity, threshold, self.wait_timeout, self.copy_on_receive)
+        return Options(capacity, threshold, self.wait_timeout, self.copy_on_receive, self.spill_dir)
 
     def words(self) -> tuple[int, int, int]:
         """Return threshold, wait_timeout and copy_on_receive as numbers, for the table's header."""
@@ -85,11 +86,31 @@ class Options:
         return self.threshold or 0, said, _COPY_CODES[self.copy_on_receive]
 
     @classmethod
-    def read(cls, capacity: int, threshold: int, wait: int, copies: int) -> Options:
-        """Return what was given to the header."""
+    def read(
+        cls, capacity: int, threshold: int, wait: int, copies: int, folder: str | None = None
+    ) -> Options:
+        """Return what was given to the header, and where the data on disk is."""
         said = {code: copies for copies, code in _COPY_CODES.items()}
         wait_timeout = None if wait == _NOT_SAID else struct.unpack("d", struct.pack("Q", wait))[0]
-        return cls(capacity, threshold, wait_timeout, said[copies])
+        return cls(capacity, threshold, wait_timeout, said[copies], folder)
+
+
+def folder_named(name: str, value: object) -> str | None:
+    """Return what an option of that name was given, as an absolute path without links.
+
+    Raises
+    ------
+    TypeError, ValueError
+        If it can be no path.
+    """
+    if value is None:
+        return None
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"{name} must be the path of a folder (str or Path), not {value!r}")
+    path = os.fsdecode(value)
+    if not path or "\0" in path:
+        raise ValueError(f"{name} must be the path of a folder, not {value!r}")
+    return os.path.realpath(path)
 
 
 def _check_int(name: str, value: object, low: int, high: int) -> None:

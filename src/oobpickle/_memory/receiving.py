@@ -118,6 +118,8 @@ class Receiving:
             return True  # whatever the option says: a fork could not make more of them private
         if self._options.copy_on_receive is not None:
             return self._options.copy_on_receive
+        if self._blocks.has_disk:  # what is held need not stay in memory; a copy would have to
+            return False
         capacity = self._capacity
         held_nbytes: int = blocks.held + nbytes
         if held_nbytes <= capacity // 2:

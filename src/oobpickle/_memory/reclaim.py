@@ -66,7 +66,10 @@ class Reclaim:
 
     def look(self) -> int:
         """Free what the dead have left; return how many there were."""
-        return self.reap() + self.reclaim()
+        n_freed = self.reap() + self.reclaim()
+        if self._blocks.has_disk:
+            self.punch_idle(0)  # what the dead had there
+        return n_freed
 
     def reap(self) -> int:
         """Recover what dead participants had; return how many there were."""
@@ -129,16 +132,19 @@ class Reclaim:
     # --- pages
 
     def punch_idle(self, nbytes: int = _EVERYTHING) -> bool:
-        """Give pages of free blocks back to the system; tell whether there were any."""
+        """Give pages of free blocks back to the system; tell whether there were any.
+
+        So many bytes of those in memory, and all that are on disk.
+        """
         n_taken = 0
-        while nbytes > 0:
+        while nbytes >= 0:
             taken = self._blocks.take_idle(min(nbytes, _AT_ONCE_NBYTES))
             if not taken:
                 break
             n_taken += len(taken)
             try:
                 for block in taken:
-                    nbytes -= block.nbytes_resident
+                    nbytes -= 0 if block.is_on_disk else block.nbytes_resident
                     block.empty()
             finally:
                 self._blocks.release(taken)  # else a stored traceback would keep them

@@ -13,7 +13,8 @@ refuse. ::
               \\------ dropped: blocks are free again --------/
 
 If there is no room, what nobody needs is freed (`reclaim`), then it is waited for: by default as
-long as a pipe would take for as many bytes, and once, not by every message.
+long as a pipe would take for as many bytes, and once, not by every message. With a file on disk
+nobody waits who was not told to: the blocks are leased there.
 
 **Lifetime.** A block that nobody refers to is released, whatever exception was on its way
 (`oobpickle._core.Block`). If the process dies before `seal`, the blocks come back at once; after it
@@ -23,12 +24,13 @@ they come back when the envelope turns out to be unreadable.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from oobpickle import _faults
-from oobpickle._errors import ArenaFullError, format_nbytes
+from oobpickle._errors import ArenaFullError, OobPickleError, format_nbytes
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory import headroom
 from oobpickle._memory.options import Options
@@ -45,6 +47,8 @@ _PAUSE_COUNTS: Final = 4  # what messages find full one after the other is not c
 _TELL_LIMITS_EVERY_S: Final = 1.0
 _STEP_NBYTES: Final = 64 << 20
 _MARGIN_NBYTES: Final = 256 << 20
+#: Want of memory: what has room on disk goes there.
+_SPILLED_FOR: Final = frozenset(("full", "memory", "space"))
 
 Blocks = list["core.Block"]
 
@@ -66,7 +70,7 @@ class Lease:
 
     @property
     def destinations(self) -> list[memoryview]:
-        """The memory of each block; until `seal`."""
+        """The memory of each block; until `seal`. What is on disk has none: see `Block.write`."""
         return [memoryview(block) for block in self.blocks]
 
     @property
@@ -109,6 +113,27 @@ class Lease:
         self._all.release(self.blocks)
 
 
+def disk_full(nbytes: int, why: str | None) -> ArenaFullError:
+    """Say that memory has no room, and the disk refuses."""
+    return ArenaFullError(
+        f"memory is full, and the disk of spill_dir refuses {format_nbytes(nbytes)}: {why}. Make "
+        "room there, name another folder, or drop results earlier.",
+        "disk",
+    )
+
+
+@contextlib.contextmanager
+def writing(nbytes: int) -> Iterator[None]:
+    """Within it, blocks on disk get room or bytes; a refusal is an `ArenaFullError`."""
+    try:
+        yield
+    except OSError as error:
+        pass_on_foreign(error)
+        if isinstance(error, OobPickleError):
+            raise
+        raise disk_full(nbytes, error.strerror) from error
+
+
 class _Patience(NamedTuple):
     """Until when a sender waits for room; 0: not at all, since an earlier wait found none.
 
@@ -136,11 +161,15 @@ class Sending:
         self._allowance = 0
         self._tell_limits_at = 0.0
         self._tell_limits()
+        self._has_disk = blocks.has_disk
+        blocks.spills = self._has_disk and not options.wait_timeout
 
-    def lease(self, needs: Sequence[int], wait_timeout: float | None = None) -> Lease:
+    def lease(
+        self, needs: Sequence[int], wait_timeout: float | None = None, *, may_spill: bool = True
+    ) -> Lease:
         """Lease blocks of the given nbytes; see `Arena.acquire`."""
         _faults.reach("sending.leasing")
-        return Lease(self._blocks, self.blocks_for(list(needs), wait_timeout))
+        return Lease(self._blocks, self.blocks_for(list(needs), wait_timeout, may_spill=may_spill))
 
     def note(self, nbytes: int, fresh_nbytes: int) -> None:
         """Note that a message of `nbytes` found room, and how much of that was fresh pages."""
@@ -156,14 +185,30 @@ class Sending:
         self._tell_limits_at = time.monotonic() + _TELL_LIMITS_EVERY_S
         core.headroom(headroom.limit_nbytes(), headroom.limits())
 
-    def blocks_for(self, needs: list[int], wait_timeout: float | None) -> Blocks:
-        """Return leased blocks with pages.
+    def blocks_for(
+        self, needs: list[int], wait_timeout: float | None, *, may_spill: bool = True
+    ) -> Blocks:
+        """Return leased blocks with pages, all in memory or all on disk.
 
         Raises
         ------
         ArenaFullError
             If there is no room, memory or lock; nothing stays leased.
         """
+        try:
+            return self._in_memory(needs, wait_timeout)
+        except ArenaFullError as error:
+            if not may_spill or not self._has_disk or error.reason not in _SPILLED_FOR:
+                raise
+        try:
+            return self._on_disk(needs)
+        except ArenaFullError as error:
+            # Perhaps somebody who has died had the room.
+            if error.reason != "disk" or not self._reclaim.make_room("disk", 0, again=True):
+                raise
+        return self._on_disk(needs)
+
+    def _in_memory(self, needs: list[int], wait_timeout: float | None) -> Blocks:
         found = self._blocks.lease(needs)
         if isinstance(found, tuple):
             found = self._wait_for(needs, found, wait_timeout)
@@ -182,6 +227,27 @@ class Sending:
                     else again
                 )
             self._reserve(found)
+        except BaseException:
+            self._blocks.release(found)  # else a stored traceback would keep them
+            raise
+        return found
+
+    def _on_disk(self, needs: list[int]) -> Blocks:
+        found = self._blocks.lease(needs, True)
+        if isinstance(found, tuple):
+            reason = core.SHORTAGES[found[0]]
+            if reason == "detached":
+                raise self._detached()
+            if reason != "space":
+                raise self._full(reason, *found[1:])
+            raise disk_full(found[1], "its file is as long as it can be")
+        try:
+            with writing(sum(needs)):
+                for block in found:
+                    while step := min(block.nbytes_fresh, _STEP_NBYTES):
+                        if self._blocks.disk_is_memory:
+                            self._check_headroom(step, sum(needs))
+                        block.reserve(step)
         except BaseException:
             self._blocks.release(found)  # else a stored traceback would keep them
             raise
@@ -221,6 +287,8 @@ class Sending:
             wait_timeout = self._options.wait_timeout
         if wait_timeout is not None:
             return _Patience(time.monotonic() + wait_timeout)
+        if self._has_disk:
+            return _Patience(0.0)
         nbytes = sum(needs)
         # What others hold for long is waited for once, not by every message.
         if nbytes >= self._vain_nbytes:
@@ -263,6 +331,8 @@ class Sending:
     def _reserve(self, blocks: Blocks) -> None:
         """Make the pages that blocks do not have yet."""
         total = sum(block.nbytes_fresh for block in blocks)
+        if total > _STEP_NBYTES:
+            self._check_headroom(total, total)  # rather than make what would have to go back
         for block in blocks:
             while step := min(block.nbytes_fresh, _STEP_NBYTES):
                 self._check_headroom(step, total)

@@ -29,6 +29,7 @@ _LOW: Final = (1 << 32) - 1
 _SLOT: Final = (1 << 24) - 1
 _LOCK_SLOT: Final = (1 << 31) - 1
 _PLACE_BITS: Final = 40
+_ON_DISK: Final = 0x80
 _RESIDENT: Final = (1 << 48) - 1
 _NAMES: Final = 1 << 63
 _BY_FIRST: Final = 0x9E3779B97F4A7C15
@@ -67,8 +68,8 @@ class Table:
         Whether its block was left.
     lock_slot : int or None
         Who had the lock.
-    resident : int
-        Bytes that blocks may occupy.
+    resident, on_disk : int
+        Bytes that blocks may occupy in memory, and on disk.
     n_ever : int
         How many have joined so far.
     joined : list of Joined
@@ -85,9 +86,9 @@ class Table:
         if (nbytes := os.fstat(fd).st_size) != core.TABLE_NBYTES:
             raise ArenaError(f"the table has {nbytes} bytes, expected {core.TABLE_NBYTES}")
         self.identity, self.capacity = words[:2]
-        self.data_inode, self.locks_inode = words[7:]
+        self.data_inode, self.locks_inode = words[7:9]
         self.is_closed = bool(self._word("closed"))
-        self.resident = self._word("resident")
+        self.resident, self.on_disk = self._word("resident"), self._word("on_disk")
         self.n_ever = self._word("incarnation")
         holder = self._word("lock") & _LOCK_SLOT
         self.lock_slot = holder - 1 if holder else None
@@ -134,8 +135,8 @@ class Rows:
     ----------
     state, owner, nbytes, kept, channel : ndarray of uint64
         Of each block; `nbytes` are those of messages, `kept` those that have pages.
-    is_reference : ndarray of bool
-        Whether it names a published block, if it is in use.
+    is_reference, is_on_disk : ndarray of bool
+        Whether it names a published block, if it is in use; whether it lies in ``spill_dir``.
     """
 
     def __init__(self, fd: int, n_rows: int) -> None:
@@ -146,14 +147,15 @@ class Rows:
             memory = os.pread(fd, n_rows * _ROW_NBYTES, core.LAYOUT["table.rows"])
             rows = np.frombuffer(memory, np.uint64).reshape(-1, _ROW_NBYTES // _WORD.size)
             damaged = damaged[~_are_sound(rows[damaged], damaged)]
-        commit, used, kept, self.channel = (
+        commit, used, kept, place, self.channel = (
             rows[:, core.LAYOUT[f"row.{name}"] // _WORD.size]
-            for name in ("commit", "used", "resident", "channel")
+            for name in ("commit", "used", "resident", "place", "channel")
         )
         self.state = commit & np.uint64(0xFF)
         self.state[damaged] = QUARANTINED
         self.owner = commit >> np.uint64(8) & np.uint64(_SLOT)
         self.is_reference = used >= np.uint64(_NAMES)
+        self.is_on_disk = place & np.uint64(_ON_DISK) != 0
         self.nbytes = np.where(self.is_reference, np.uint64(0), used)
         self.kept = kept & np.uint64(_RESIDENT)
 

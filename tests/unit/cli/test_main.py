@@ -26,6 +26,7 @@ from oobpickle._cli.main import main
         (["run", "-m", "nowhere"], "there is no module 'nowhere'"),
         (["run", "-m", "nowhere.at.all"], "cannot find module 'nowhere.at.all'"),
         (["run", "--capacity", "much", __file__], "capacity is no number of bytes: 'much'"),
+        (["run", "--spill-dir", "no/where", __file__], "spill_dir cannot be used"),
         (["run", "--report", "no/where.html", __file__], "there is no folder no for the report"),
     ],
 )
