@@ -90,7 +90,9 @@ class Channels:
 
     def forget(self, fd: int) -> None:
         """An end is handed to a process that may not have joined: messages stay in-band."""
-        ends = self._ends(fd)
+        ends = {*self._ends(fd)} - {0}
+        if not ends:  # a file, such as the memory of a tensor
+            return
         self._doubt(ends)
         for end in ends:
             self._handed[end] = None

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import struct
+import tempfile
 
 import pytest
 
@@ -153,6 +154,15 @@ def test_an_end_that_was_handed_out_is_forgotten_on_both_sides(channels, ends):
     channels.forget(reader.fileno())
 
     assert [0, 0] == [channels.known(end.fileno()) for end in ends]
+
+
+def test_a_file_that_is_handed_out_makes_nothing_doubtful(arena, channels, ends):
+    """As the memory of a tensor is, with each message."""
+    n_passed = arena.blocks.n_passed
+    with tempfile.TemporaryFile() as file:
+        channels.forget(file.fileno())
+
+    assert n_passed == arena.blocks.n_passed
 
 
 def test_what_a_program_inherits_is_looked_up_again(channels, ends):
