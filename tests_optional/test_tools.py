@@ -57,7 +57,12 @@ def run(folder, *command, **more):
 
 
 @pytest.mark.parametrize(
-    ("module", "page"), [("cv2", "send-camera-frames.md"), ("emcee", "use-with-emcee.md")]
+    ("module", "page"),
+    [
+        ("cv2", "send-camera-frames.md"),
+        ("emcee", "use-with-emcee.md"),
+        ("torch", "use-with-pytorch.md"),
+    ],
 )
 def test_the_program_prints_what_the_page_says(tmp_path, module, page):
     need(module)

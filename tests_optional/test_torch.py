@@ -13,3 +13,9 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 @pytest.mark.parametrize("when", ["before", "inside"])
 def test_with_torch_imported(when, start_method):
     run_program("tensors", "torch_imported", when, start_method, env=ENVIRONMENT)
+
+
+@pytest.mark.parametrize("start_method", START_METHODS)
+@pytest.mark.parametrize("case", ["arrays_of_a_loader", "tensors_of_a_loader"])
+def test_a_data_loader(case, start_method):
+    run_program("tensors", case, start_method, env=ENVIRONMENT)

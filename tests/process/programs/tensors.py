@@ -113,5 +113,67 @@ def torch_imported(when, method):
     _ways("fork")
 
 
+class _Models:
+    """A data set."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, seed):
+        return _model(seed)
+
+
+def _loaded(method, collate):
+    from torch.utils.data import DataLoader
+
+    for is_kept in (False, True):
+        loader = DataLoader(
+            _Models(),
+            batch_size=4,
+            num_workers=2,
+            collate_fn=collate,
+            multiprocessing_context=method,
+            persistent_workers=is_kept,
+        )
+        for _ in range(2):
+            yield from loader
+
+
+def _as_they_are(models):
+    return models
+
+
+def arrays_of_a_loader(method):
+    """With two tensors or three in each model: many descriptors are handed over."""
+    with oobpickle.enabled() as arena:
+        for n, models in enumerate(_loaded(method, _as_they_are)):
+            for seed, model in enumerate(models, n % 10 * 4):
+                _check(model, seed)
+                assert model["tensor"].is_shared()
+                assert model["array"].flags.writeable
+        del models, model
+        done = arena.statistics()
+        assert (done.n_messages_out_of_band, done.n_fallbacks) == (n + 1, 0), done
+        assert done.nbytes_out_of_band >= (n + 1) * 4 * LARGE
+
+
+def tensors_of_a_loader(method):
+    """`default_collate` makes tensors of all arrays, and torch shares them."""
+    import torch
+
+    with oobpickle.enabled() as arena:
+        for n, batch in enumerate(_loaded(method, None)):
+            first = n % 10 * 4
+            for i in range(4):
+                wanted = _model(first + i)
+                for name in ("tensor", "half", "view"):
+                    assert torch.equal(batch[name][i], wanted[name])
+                for name in ("array", "small"):
+                    assert np.array_equal(batch[name][i].numpy(), wanted[name])
+            assert batch["array"].is_shared()
+        done = arena.statistics()
+        assert (done.n_messages_out_of_band, done.n_fallbacks) == (0, 0), done
+
+
 if __name__ == "__main__":
     inside.main()
