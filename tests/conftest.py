@@ -50,7 +50,7 @@ BY_THIRDS = (
     *("unit/merge", "unit/files", "unit/explain", "unit/cli", "unit/test_ecosystem.py"),
     *("process/test_merging.py", "process/test_sharing.py", "process/test_files.py"),
     *("process/test_other_programs.py", "process/test_multiprocess_library.py"),
-    *("process/test_loky_and_joblib.py", "process/test_owners.py"),
+    *("process/test_loky_and_joblib.py", "process/test_owners.py", "process/test_spilling.py"),
     *("project/test_docs.py", "project/test_markov_example.py", "project/test_sharing_examples.py"),
 )
 
