@@ -39,6 +39,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import _figures
 import numpy as np
 import numpy.typing as npt
 
@@ -202,6 +203,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--pass", dest="which", choices=["written", "spilled"])
     parser.add_argument("--cgroup", type=Path)
+    _figures.add_option(parser)
     return parser.parse_args()
 
 
@@ -240,6 +242,14 @@ def main() -> int:
         sum(one[name] for one in rows["spilled"]) for name in ("wrong", "fallbacks", "left")
     )
     print(f"{wrong} wrong, {fallbacks} in-band, {left} bytes left on disk, {killed} killed")
+    figures = {
+        which: {
+            "rate": statistics.median(one["rate"] for one in found),
+            "synced": statistics.median(one["synced"] for one in found),
+        }
+        for which, found in rows.items()
+    }
+    _figures.write(arguments.json, {**figures, "ratio": {"ratio": ratio, "synced": with_sync}})
     is_bad = wrong or fallbacks or left or killed or max(ratio, with_sync) < _WANTED
     return int(bool(arguments.check and is_bad))
 

@@ -339,10 +339,10 @@ def _not_loaded(_):
 def a_result_that_cannot_be_loaded(method):
     with multiprocessing.get_context(method).Pool(2) as pool:
         with contextlib.redirect_stderr(io.StringIO()):  # where the pool's thread complains
-            error = _raised(BrokenProcessPool, pool, _not_loaded, range(3))
+            error = _raised(BrokenProcessPool, pool, _not_loaded, range(3), chunksize=1)
         assert "a result could not be loaded" in str(error)
     with oobpickle.enabled(), _pool(method) as pool:  # where it is told to the call
-        error = _raised(ValueError, pool, _large_and_not_loaded, range(3))
+        error = _raised(ValueError, pool, _large_and_not_loaded, range(3), chunksize=1)
         assert error.args == ("not loaded",)
 
 
