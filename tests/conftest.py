@@ -51,6 +51,9 @@ BY_THIRDS = (
     *("process/test_merging.py", "process/test_sharing.py", "process/test_files.py"),
     *("process/test_other_programs.py", "process/test_multiprocess_library.py"),
     *("process/test_loky_and_joblib.py", "process/test_owners.py", "process/test_spilling.py"),
+    # What the core and the kernel do.
+    *("process/test_kills.py", "process/test_limits.py", "process/test_recovery.py"),
+    "process/test_broadcast.py",
     *("project/test_docs.py", "project/test_markov_example.py", "project/test_sharing_examples.py"),
 )
 
