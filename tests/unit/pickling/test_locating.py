@@ -124,4 +124,5 @@ def test_the_place_is_found_though_dill_has_been_imported():
     with pytest.raises(TypeError, match="module") as caught:
         serialize(obj, 0)
 
-    assert caught.value.__notes__ == ["oobpickle: pickling a builtins.module at $[1]['a']"]
+    ours = [note for note in caught.value.__notes__ if note.startswith("oobpickle: ")]
+    assert ours == ["oobpickle: pickling a builtins.module at $[1]['a']"]  # 3.14 has notes, too
