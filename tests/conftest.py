@@ -53,7 +53,7 @@ BY_THIRDS = (
     *("process/test_loky_and_joblib.py", "process/test_owners.py", "process/test_spilling.py"),
     # What the core and the kernel do.
     *("process/test_kills.py", "process/test_limits.py", "process/test_recovery.py"),
-    "process/test_broadcast.py",
+    *("process/test_broadcast.py", "process/test_memory.py", "process/test_in_band.py"),
     *("project/test_docs.py", "project/test_markov_example.py", "project/test_sharing_examples.py"),
 )
 
