@@ -153,7 +153,7 @@ def _print(row: str, when: str, other: str, taken: dict[str, list[dict[str, floa
         n_fresh = statistics.median(one["n_fresh"] for one in taken["reduce"])
         most = statistics.median(one[when] for one in taken["limit"])
         found["most"] = most
-        limit = f", at most {most:.2f} if nobody waits, with {n_fresh:.0f} blocks of reduce"
+        limit = f", an estimate of {most:.2f} if nobody waits, with {n_fresh:.0f} blocks of reduce"
     print(
         f"{row:15} {when:5}  over {other:12} {ratio:6.2f}  ({first:.2f} to {third:.2f}, "
         f"{_WANTED[row, when, other]} wanted{limit})  merge {ours_s * 1e3:.0f} ms",

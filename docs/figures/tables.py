@@ -290,7 +290,7 @@ def merging() -> str:
                 yield cell(row, "most") if "most" in row else ""
 
     lines = [[text, *cells(name)] for name, text in _MERGING.items()]
-    head = ["what", "times `reduce` with oobpickle", "at most, if nobody waits"]
+    head = ["what", "times `reduce` with oobpickle", "estimate, if nobody waits"]
     head.append("times `reduce`, plain")
     return listed(figures, grid(head, lines))
 
