@@ -6,7 +6,9 @@ must fail none, which is a test too (``unit/test_kernel.py``): so nothing is lef
 ``OOBPICKLE_KERNEL=emulated`` says that it is no Linux of this day.
 """
 
+import ctypes
 import functools
+import mmap
 import os
 import socket
 import struct
@@ -36,8 +38,27 @@ def sock_diag():
         return struct.pack("<HHI", 8, 2, peer) in answer  # UNIX_DIAG_PEER
 
 
+def populate():
+    """Whether advice makes pages at once."""
+    libc = ctypes.CDLL(None)
+    with mmap.mmap(-1, mmap.PAGESIZE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as page:
+        anchor = ctypes.c_char.from_buffer(page)
+        is_there = ctypes.create_string_buffer(1)
+        try:
+            address = ctypes.c_void_p(ctypes.addressof(anchor))
+            nbytes = ctypes.c_size_t(mmap.PAGESIZE)
+            refused = libc.madvise(address, nbytes, 23)  # MADV_POPULATE_WRITE
+            unknown = libc.mincore(address, nbytes, is_there)
+        finally:
+            del anchor
+    return not refused and not unknown and is_there.raw[0] & 1 == 1
+
+
 #: Each probe, and what is missing where it fails.
-PROBES = {"sock_diag": (sock_diag, "no netlink that names the peer of a Unix socket")}
+PROBES = {
+    "populate": (populate, "no advice (MADV_POPULATE_WRITE) that makes pages at once"),
+    "sock_diag": (sock_diag, "no netlink that names the peer of a Unix socket"),
+}
 
 
 @functools.cache

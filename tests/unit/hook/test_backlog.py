@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from kernel import needs_kernel
 from oobpickle._hook.backlog import Backlog
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
@@ -31,7 +32,12 @@ def backlog(arena):
     return Backlog(arena)
 
 
-@pytest.fixture(params=[False, True], ids=["pipe", "socket pair"])
+@pytest.fixture(
+    params=[
+        pytest.param(False, id="pipe"),
+        pytest.param(True, id="socket pair", marks=needs_kernel("sock_diag")),
+    ]
+)
 def ends(request):
     reader, writer = multiprocessing.Pipe(request.param)
     with reader, writer:

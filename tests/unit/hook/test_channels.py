@@ -11,6 +11,7 @@ import tempfile
 import pytest
 
 from conftest import eventually, process_with
+from kernel import needs_kernel
 from oobpickle._hook import channels as channels_module
 from oobpickle._hook.channels import Channels
 from oobpickle._memory import reclaim
@@ -58,7 +59,12 @@ def channels(arena):
     return Channels(arena)
 
 
-@pytest.fixture(params=[False, True], ids=["pipe", "socket pair"])
+@pytest.fixture(
+    params=[
+        pytest.param(False, id="pipe"),
+        pytest.param(True, id="socket pair", marks=needs_kernel("sock_diag")),
+    ]
+)
 def ends(request):
     reader, writer = multiprocessing.Pipe(request.param)
     with reader, writer:

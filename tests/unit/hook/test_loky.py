@@ -20,6 +20,7 @@ from joblib.externals.loky import reusable_executor
 from joblib.externals.loky.backend import queues, reduction
 
 import oobpickle
+from kernel import needs_kernel
 from oobpickle._hook import installed
 from oobpickle._hook import loky as hooks
 
@@ -247,6 +248,7 @@ def test_no_cycle_keeps_what_was_sent(pipe, tmp_path):
     assert sys.getrefcount(np.ndarray) < before + 15
 
 
+@needs_kernel("populate")
 def test_shared_pages_are_not_counted_as_memory_of_a_worker():
     measured = hooks.hooked_memory_usage(lambda pid, force_gc=False: 1 << 40)
     assert measured(os.getpid()) == 1 << 40
