@@ -16,14 +16,23 @@ left is made vacant under the lock, by the hooks that Python calls (fork.c).
 Lifetime. From before the fork until the child joins, and takes it over, or dies.
 
 When it cannot. Without a descriptor or a slot the child is not known until it joins by itself, as
-the child of a clone(2) without handlers is not. */
+the child of a clone(2) without handlers is not.
+
+Of forks that ran no hook of Python. What this process holds becomes its own here (fork.c), if the
+GIL is held; nobody may look at it otherwise, so then the child does it, where no other thread is,
+and its parent waits until the child has a pid in its row. */
 
 #include "core.h"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <time.h>
 #include <unistd.h>
+
+#define COPIED_US 30000000 /* a child that was stopped meanwhile is not waited for any longer */
+#define NAP_NS 50000
 
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER;
 
@@ -42,7 +51,7 @@ static bool prepare(struct blocks *blocks)
 {
     struct birth *birth = &blocks->own.birth;
     bool is_closed = get(&blocks->table.shared->header.closed) && !blocks->first_view;
-    if (!has_joined(blocks) || blocks->own.retired || is_closed)
+    if (!has_joined(blocks) || blocks->own.retired || (is_closed && !birth->copies))
         return false;
     if (FAILS("birth.open") || life_open(&blocks->own.handle, &birth->life) != 0)
         return false;
@@ -71,11 +80,24 @@ void birth_has_views(struct blocks *blocks)
         put(&shared->participants[preparing - 1].inherits, 1);
 }
 
+/* The stable ABI has no PyGILState_Check, and that one answers yes where there are subinterpreters. */
+static PyThreadState *(*current_thread)(void);
+
+static bool has_gil(void)
+{
+    PyThreadState *ours = PyGILState_GetThisThreadState();
+    return ours && current_thread && current_thread() == ours;
+}
+
 static void before(void)
 {
+    bool is_own = has_gil();
+    if (is_own)
+        fork_make_own();
     birth_pause();
     for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
         struct birth *birth = &blocks->own.birth;
+        birth->copies = !is_own && fork_shares(blocks);
         put_half(&birth->preparing, prepare(blocks) ? birth->slot + 1 : UNKNOWN_CHILD);
         atomic_thread_fence(memory_order_seq_cst);
         if (blocks->first_view)
@@ -83,13 +105,27 @@ static void before(void)
     }
 }
 
+/* Until the child has copied what we hold, or is dead: what we write and release is not what it gets. */
+static void wait_for_copy(struct blocks *blocks, u32 slot)
+{
+    const struct participant *row = &blocks->table.shared->participants[slot];
+    u64 end = now_us() + COPIED_US;
+    while (atomic_load_explicit(&row->pid, memory_order_acquire) == 0 && is_alive(blocks, slot) && now_us() < end)
+        nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
+}
+
 static void in_parent(void)
 {
     FAULT("birth.in_parent");
     for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
-        put_half(&blocks->own.birth.preparing, 0);
-        if (!blocks->own.birth.epoch) /* else it is our own, and we have not joined yet */
-            life_close(&blocks->own.birth.life);
+        struct birth *birth = &blocks->own.birth;
+        u32 preparing = get_half(&birth->preparing);
+        put_half(&birth->preparing, 0);
+        if (birth->epoch) /* it is our own, and we have not joined yet */
+            continue;
+        life_close(&birth->life);
+        if (birth->copies && preparing != UNKNOWN_CHILD)
+            wait_for_copy(blocks, preparing - 1);
     }
     birth_go_on();
 }
@@ -109,6 +145,8 @@ static void in_child(void)
     for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
         struct birth *birth = &blocks->own.birth;
         put_half(&birth->preparing, 0);
+        if (birth->copies)
+            fork_make_childs_own(blocks);
         life_of_parent(&blocks->own.life);
         if (birth->epoch) /* that of our parent, which had not joined yet */
             life_of_parent(&birth->life);
@@ -118,7 +156,8 @@ static void in_child(void)
         birth->epoch = epoch();
         life_own(&birth->life);
         put(&row->pid_namespace, pid_namespace(blocks));
-        put(&row->pid, (u64)getpid());
+        /* After the last load of what was copied: the parent may change it then. */
+        atomic_store_explicit(&row->pid, (u64)getpid(), memory_order_release);
     }
     birth_go_on();
 }
@@ -143,6 +182,10 @@ bool birth_take(struct blocks *blocks)
 int birth_start(void)
 {
     static bool is_started;
+    void *found = dlsym(RTLD_DEFAULT, "PyThreadState_GetUnchecked");
+    if (found == NULL)
+        found = dlsym(RTLD_DEFAULT, "_PyThreadState_UncheckedGet"); /* before CPython 3.13 */
+    current_thread = (PyThreadState * (*)(void)) found;
     int error = is_started ? 0 : pthread_atfork(before, in_parent, in_child);
     is_started = error == 0;
     return error;

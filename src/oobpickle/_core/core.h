@@ -209,6 +209,7 @@ struct birth { /* of a child; in the child, until it joins */
     u64 incarnation;
     u32 slot;
     half preparing; /* while it is forked: its slot + 1, or UNKNOWN_CHILD; else 0 */
+    bool copies;    /* what its parent holds, before it is anything else */
 };
 
 #define UNKNOWN_CHILD UINT32_MAX
@@ -376,6 +377,9 @@ PyObject *fork_before(PyObject *module, PyObject *none);
 PyObject *fork_in_parent(PyObject *module, PyObject *none);
 PyObject *fork_in_child(PyObject *module, PyObject *none);
 bool block_privatize(struct block *block);
+void fork_make_own(void);
+bool fork_shares(const struct blocks *blocks);
+void fork_make_childs_own(struct blocks *blocks);
 void fork_watch(struct blocks *blocks);
 void fork_unwatch(struct blocks *blocks);
 struct blocks *fork_arenas(void);

@@ -4,16 +4,18 @@ What. Before a fork each block that this process holds is turned into ordinary p
 that neither process sees the other's writes. What is on disk stays there, and is published: of that
 there may be more than memory has room for (`view_in_place`).
 
-How it works. Python calls these three as hooks (os.register_at_fork). They are C, so no signal
+How it works. Python calls the last three as hooks (os.register_at_fork). They are C, so no signal
 handler runs inside, and a Ctrl-C that is pending comes afterwards. Between the hook and the fork
 other threads and other hooks can run: what is claimed then is copied (`n_forking`). C code that
-forks by itself may tell Python in the child only; the child then makes its own copy, and leaves the
-file to its parent.
+forks by itself tells Python in the child only, or never. If it has the GIL, the handlers of fork(3)
+do the same as the hooks (birth.c); else the child makes a copy, leaves the file to its parent, and
+its parent waits for that.
 
 Lifetime. Arenas are watched from their making to their end.
 
 When it cannot. If the system allows no further mapping, a block stays shared; it is counted. Of a
-fork that runs no hook nothing is known but the epoch: nothing is released, sent or claimed then. */
+raw clone(2), which runs no handler, nothing is known but the epoch: nothing is released, sent or
+claimed then, and what the child writes its parent sees. */
 
 #include "core.h"
 
@@ -136,14 +138,47 @@ static void count(struct blocks *blocks)
     blocks->n_copied = blocks->nbytes_copied = blocks->n_shared = 0;
 }
 
+static void make_all_own(struct blocks *blocks)
+{
+    for (struct block *block = blocks->first; block; block = block->after)
+        if (must_become_private(block, epoch()))
+            make_own(block);
+}
+
+/* Before a fork(3) by whoever has the GIL, and keeps it. */
+void fork_make_own(void)
+{
+    for (struct blocks *blocks = arenas; blocks; blocks = blocks->next_arena) {
+        if (!blocks->n_forking) {
+            make_all_own(blocks);
+            count(blocks);
+        }
+    }
+}
+
+/* Whether a child that is forked without the GIL would share something. */
+bool fork_shares(const struct blocks *blocks)
+{
+    return blocks->n_held && !blocks->n_forking;
+}
+
+/* In a child of which the hook before knew nothing. */
+void fork_make_childs_own(struct blocks *blocks)
+{
+    u64 parents = blocks->own.epoch;
+    if (blocks->n_forking || !parents)
+        return;
+    for (struct block *block = blocks->first; block; block = block->after)
+        if (must_become_private(block, parents))
+            privatize(block, false, true);
+}
+
 PyObject *fork_before(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
     for (struct blocks *blocks = arenas, *next; blocks; blocks = next) {
         Py_INCREF((PyObject *)blocks); /* another thread may drop it while we wait for the lock */
         blocks->n_forking++;
-        for (struct block *block = blocks->first; block; block = block->after)
-            if (must_become_private(block, epoch()))
-                make_own(block);
+        make_all_own(blocks);
         bool should_reap = has_joined(blocks) && participant_should_reap(blocks);
         if ((blocks->n_copied && has_joined(blocks)) || should_reap)
             step_before(blocks, should_reap);
@@ -169,12 +204,8 @@ PyObject *fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
 {
     FAULT("fork.after_in_child");
     for (struct blocks *blocks = arenas; blocks; blocks = blocks->next_arena) {
-        u64 parents = blocks->own.epoch;
         blocks->n_copied = blocks->nbytes_copied = blocks->n_shared = 0;
-        if (!blocks->n_forking && parents)
-            for (struct block *block = blocks->first; block; block = block->after)
-                if (must_become_private(block, parents))
-                    privatize(block, false, true);
+        fork_make_childs_own(blocks); /* else its handler has */
         blocks->n_forking = blocks->n_inside = 0;
         blocks->own.is_joining = false;
         blocks->n_held = 0;

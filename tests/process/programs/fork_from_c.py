@@ -1,8 +1,9 @@
-"""Forks by C code that tells Python of them in the child only, as pre-forking servers do."""
+"""Forks by C code that tells Python of them in the child only, or never, as servers do."""
 
 import _imp as imp
 import contextlib
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
@@ -16,19 +17,21 @@ from inside import Token, is_in_arena, message, reap, verify
 
 import oobpickle
 from internals import inner
+from oobpickle import _faults
 from oobpickle._native import core
 
 MIB = 1 << 20
 _libc = ctypes.PyDLL(None)  # with the GIL held, as a server has it
+_libc_without_gil = ctypes.CDLL(None)
 _after_fork_in_child = ctypes.pythonapi.PyOS_AfterFork_Child
 _after_fork_in_child.restype = None
 
 
-def _fork(run, *args):
+def _fork(run, *args, libc=_libc):
     """Fork a child in C that runs ``run(*args)``."""
     sys.stdout.flush()
     imp.acquire_lock()  # the child releases it, as of CPython 3.13 whether it has it or not
-    pid = _libc.fork()
+    pid = libc.fork()
     if pid:
         imp.release_lock()
         return pid
@@ -44,13 +47,30 @@ def _fork(run, *args):
         os._exit(status)
 
 
+def _fork_untold(libc, run, *args):
+    """Fork a child in C that runs ``run(*args)``, and no hook of Python's."""
+    sys.stdout.flush()
+    pid = libc.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        run(*args)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(status)
+
+
 def _received(seed, nbytes=1_000_000):
     read, write = multiprocessing.Pipe(duplex=False)
     write.send(message(seed, nbytes))
     return verify(read.recv(), seed)
 
 
-def siblings_and_master_write():
+def siblings_and_master_write(fork=_fork):
     """0 of 20 writes are seen by anybody else."""
     arena = oobpickle.install(capacity=256 * MIB)
     held = [_received(seed, size) for seed, size in enumerate((70_001, 1_000_000, 5_000_000))]
@@ -67,7 +87,7 @@ def siblings_and_master_write():
         checked[n].take()
         assert all((one[1] == n + 1).all() for one in held)
 
-    pids = [_fork(child, n) for n in range(3)]
+    pids = [fork(child, n) for n in range(3)]
     for token in begun:
         token.take()
     for one in held:
@@ -82,6 +102,82 @@ def siblings_and_master_write():
         reap(pid)
     assert all((one[1] == 200).all() for one in held)
     assert arena.statistics().n_shared_after_fork == 0
+    inside.assert_table_in_order(arena)
+
+
+def siblings_and_master_write_untold():
+    """The first fork makes what the master holds ordinary memory, for all of its children."""
+    siblings_and_master_write(functools.partial(_fork_untold, _libc))
+    assert oobpickle.statistics().n_copied_at_fork == 3
+
+
+def siblings_and_master_write_untold_without_the_gil():
+    """Each child makes a copy."""
+    siblings_and_master_write(functools.partial(_fork_untold, _libc_without_gil))
+    assert oobpickle.statistics().n_copied_at_fork == 0
+
+
+def an_untold_child_has_what_was_there_at_the_fork():
+    """The parent overwrites and drops it at once; the block was not on loan to the child."""
+    for libc in (_libc, _libc_without_gil):
+        with oobpickle.enabled(capacity=256 * MIB, threshold="64 KiB") as arena:
+            held = _received(1, 50_000_000)
+            assert is_in_arena(arena, held[1])
+            pid = _fork_untold(libc, verify, held, 1)
+            held[1][:] = 0
+            del held
+            others = [_received(seed, 50_000_000) for seed in (2, 3)]
+            reap(pid)
+            del others
+            inner(arena).reclaim.reap()
+            inside.assert_empty(arena)
+
+
+def after_the_block():
+    """An ended arena's arrays are the child's own, too."""
+    for libc in (_libc, _libc_without_gil):
+        with oobpickle.enabled(capacity=64 * MIB):
+            held = _received(1)
+        pids = [_fork_untold(libc, held[1].fill, n) for n in range(2)]
+        for pid in pids:
+            reap(pid)
+        verify(held, 1)
+
+
+def an_untold_child_dies_while_it_copies():
+    """Its parent does not wait for it any longer, and has all that it had."""
+    arena = oobpickle.install(capacity=256 * MIB)
+    held = _received(1)
+    _faults.arm("privatize.step")
+    pid = _libc_without_gil.fork()
+    _faults.arm(None)
+    reap(pid, inside.KILLED)
+    verify(held, 1)
+    assert is_in_arena(arena, held[1])
+    assert inner(arena).blocks.reap() == 1
+    inside.assert_table_in_order(arena)
+
+
+def untold_children_send_and_receive():
+    arena = oobpickle.install(capacity=64 * MIB)
+    held = _received(1)
+    there, back = multiprocessing.Pipe(duplex=False), multiprocessing.Pipe(duplex=False)
+
+    def child():
+        for seed in range(10):
+            received = verify(there[0].recv(), seed)
+            received[1][:] = 0
+            back[1].send(message(100 + seed))
+        verify(held, 1)
+
+    for libc in (_libc, _libc_without_gil):
+        pid = _fork_untold(libc, child)
+        for seed in range(10):
+            there[1].send(message(seed))
+            verify(back[0].recv(), 100 + seed)
+        reap(pid)
+    verify(held, 1)
+    inner(arena).reclaim.reap()
     inside.assert_table_in_order(arena)
 
 
@@ -102,7 +198,7 @@ def master_releases_and_receives_more():
         for seed in range(20, 30):
             assert is_in_arena(oobpickle.install(), _received(seed)[1])
 
-    pid = _fork(child)
+    pid = _fork(child, libc=_libc_without_gil)
     begun.take()
     assert arena.statistics().nbytes_resident >= n_resident  # nobody has punched them
     for seed, one in enumerate(held):
