@@ -416,11 +416,17 @@ int mapping_punch(const struct mapping *mapping, u64 offset, char *address, u64 
     return result;
 }
 
+/* Copy a range, also if the descriptor was closed. */
 int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes)
 {
     if (!file_is_ours(&mapping->data)) {
-        errno = EBADF;
-        return -1;
+        u64 within = offset % PAGE, all = round_up(within + nbytes, PAGE);
+        char *mapped = map_behind(mapping->first, offset - within, all, !mapping->is_on_disk);
+        if (mapped == NULL)
+            return -1;
+        memcpy(to, mapped + within, nbytes);
+        munmap(mapped, all);
+        return 0;
     }
     for (u64 done = 0; done < nbytes;) {
         ssize_t n = pread(mapping->data.fd, to + done, nbytes - done, (off_t)(offset + done));

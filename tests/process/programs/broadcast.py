@@ -821,12 +821,16 @@ def with_descriptors_closed():
     with oobpickle.enabled():
         table = oobpickle.broadcast(message(23))
         value = table.value
-        pid = fork(_close_all_and_look, table, value)
+        read, write = multiprocessing.Pipe(duplex=False)
+        write.send(table)
+        pid = fork(_close_all_and_look, table, value, read)
         reap(pid)
 
 
-def _close_all_and_look(table, value):
-    os.closerange(3, 200)
+def _close_all_and_look(table, value, read):
+    os.closerange(3, read.fileno())
+    os.closerange(read.fileno() + 1, 200)
+    verify(read.recv(), 23)
     verify(value, 23)
     verify(table.value, 23)
     verify(pickle.loads(pickle.dumps(table)), 23)
