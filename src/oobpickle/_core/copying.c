@@ -6,8 +6,8 @@ the GIL.
 How it works. One core alone cannot move as much as memory can: two reach 1.6 times the rate. So a
 large copy is cut into pieces, and a thread takes some of them if it gets a core in time; the caller
 takes pieces until none is left, and then waits for the thread. Two cores that share a memory bus
-spend more time in sum than one, so there is a thread only while a core is idle: in a pool that is
-busy, throughput counts.
+spend more time in sum than one, so there is a thread only while no more threads are runnable than there
+are cores: in a pool that is busy, throughput counts.
 
 Lifetime. The thread lives for one copy: when `copy` returns, the system has forgotten it, or Python
 would warn of a fork in a process with threads.
@@ -30,6 +30,7 @@ When it cannot. Without a second core, or a second thread, the caller copies eve
 #define LEAST ((size_t)32 << 20)
 #define PIECE ((size_t)8 << 20)
 #define SMALL ((size_t)32 << 10)
+#define TURNS 3
 #define YIELDS 3000
 #define NAPS 2000 /* of a millisecond */
 
@@ -78,6 +79,18 @@ static bool is_a_core_idle(void)
     return atoi(running) < CPU_COUNT(&cores);
 }
 
+/* Whoever is runnable may be queued behind us for a slice of some milliseconds, with little to do, while
+   another core is idle: often it is who has woken us. They get their turn first. */
+static bool is_a_core_idle_now(void)
+{
+    for (int turns = TURNS; !is_a_core_idle(); turns--) {
+        if (turns == 0)
+            return false;
+        sched_yield();
+    }
+    return true;
+}
+
 /* Mostly at once. Its core may be taken from a virtual machine just then, for a tenth of a second. A
    debugger may have stopped it: not for ever. */
 static void wait_until_gone(int thread)
@@ -111,7 +124,7 @@ static void copy_with_helper(struct job *job)
 void copy_now(char *to, const void *from, size_t nbytes)
 {
     struct job job = {.to = to, .from = from, .nbytes = nbytes};
-    if (nbytes >= LEAST && is_a_core_idle())
+    if (nbytes >= LEAST && is_a_core_idle_now())
         copy_with_helper(&job);
     else
         memcpy(to, from, nbytes);
