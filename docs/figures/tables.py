@@ -303,6 +303,7 @@ _BROADCASTING = {
     "fork": "a fork that inherits a view",
     "first read": "the first read of what has arrived",
     "later read": "a later read of it",
+    "drop": "its end",
     "copy": "a copy of as many bytes",
 }
 

@@ -307,6 +307,7 @@ def blocks_of(message: core.Message, arena: SharedArena) -> list[core.Block]:
 
 def publish(arena: SharedArena, blocks: list[core.Block]) -> list[core.Block]:
     """Publish what was written to blocks; return views of it."""
+    arena.receiving.keep_within_limit()  # whoever drops the last handle frees them, perhaps we
     views = arena.blocks.publish(blocks)
     if isinstance(views, tuple):
         reason = core.SHORTAGES[views[0]]

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 import oobpickle
+from internals import inner
 from oobpickle import _published
+from oobpickle._memory import receiving
 from oobpickle._native import core
 from oobpickle._published import Broadcast, living
 
@@ -212,6 +214,16 @@ def test_it_is_dropped_with_its_last_reference():
     gone = weakref.ref(handle)
     del handle
     assert gone() is None
+
+
+def test_its_pages_are_kept_for_the_next_one(monkeypatch):
+    """Also by a process that never receives: fresh pages take four times as long as the copy."""
+    monkeypatch.setattr(receiving, "_LEAST_KEPT_NBYTES", 1 << 20)
+    with oobpickle.enabled() as arena:
+        inner(arena).blocks.keep_nbytes = 1 << 20
+        oobpickle.broadcast(np.ones(1 << 19)).close()
+        assert arena.statistics().nbytes_published == 0
+        assert inner(arena).blocks.resident >= 4 << 20
 
 
 def test_the_core_is_not_needed(monkeypatch):
