@@ -271,7 +271,7 @@ class EnvelopeFuzzer:
         body = framed[head:]
         if len(framed) < head:
             return framed
-        body += bytes(_envelope._padding(len(body)))
+        body += bytes((_envelope._PADDED_TO - len(body)) % _envelope.MODULUS)
         crc = zlib.crc32(body, zlib.crc32(framed[8:head]))
         return framed[:4] + struct.pack("<I", crc) + framed[8:head] + body
 

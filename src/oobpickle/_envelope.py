@@ -62,6 +62,7 @@ PREFIX_NBYTES: Final = len(PREFIX)
 _BODY_AT: Final = PREFIX_NBYTES + 8
 MODULUS: Final = 64
 MARK: Final = 37
+_PADDED_TO: Final = MARK - (_BODY_AT + _HEADER.size + len(_SUFFIX))  # length modulo `MODULUS`
 #: Of a stream in the arena the envelope has so much, for those who cannot load it.
 START_NBYTES: Final = 40
 
@@ -104,8 +105,8 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
     if is_indirect:
         n_blocks = len(core.plan(sizes) if blocks is None else blocks)
         index_needs = [_index_nbytes(n_blocks, sizes, n_stream)]
-    if blocks is not None:
-        blocks = _with_index(arena, index_needs, blocks)
+        if blocks is not None:
+            blocks = _with_index(arena, index_needs, blocks)
     if blocks is None:
         message.leave_blocks()
         references = message.references
@@ -120,7 +121,7 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
         blocks += references
     arena.sending.note(message.nbytes, message.nbytes_fresh)
     lease = Lease(arena.blocks, blocks)
-    pairs = lease.pairs
+    pairs = arena.blocks.pairs(blocks)
     if is_indirect:
         table = pairs + sizes
         with writing(index_needs[0]):
@@ -145,8 +146,6 @@ def _with_index(arena: SharedArena, index_needs: list[int], blocks: list[Any]) -
 
     Who waits with blocks in his hands may wait for somebody who waits for these.
     """
-    if not index_needs:
-        return blocks
     if not blocks:
         return arena.acquire(index_needs).blocks
     try:
@@ -184,14 +183,10 @@ def _index_nbytes(n_others: int, sizes: bytes, n_stream: int) -> int:
 
 
 def _framed(name: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:
-    body += bytes(_padding(len(body)))
+    body += bytes((_PADDED_TO - len(body)) % MODULUS)
     head = _HEADER.pack(_MAGIC, 0, name, *counts)
     crc = zlib.crc32(body, zlib.crc32(head[_CRC_FROM:]))
     return head[:4] + struct.pack("<I", crc) + head[_CRC_FROM:] + body
-
-
-def _padding(n_body: int) -> int:
-    return (MARK - (_BODY_AT + _HEADER.size + n_body + len(_SUFFIX))) % MODULUS
 
 
 def _start_at(flags: int, n_blocks: int, n_buffers: int) -> int:
@@ -232,7 +227,7 @@ def _parse(data: bytes) -> _Parsed:
     if found != crc:
         raise EnvelopeError(f"envelope altered: checksum {found:#010x}, expected {crc:#010x}")
     wanted = _start_at(flags, n_blocks, n_buffers) + (START_NBYTES if flags else n_stream)
-    wanted += _padding(wanted)
+    wanted += (_PADDED_TO - wanted) % MODULUS
     if body.nbytes != wanted:
         raise EnvelopeError(f"envelope of {body.nbytes} bytes after its head, expected {wanted}")
     if n_blocks < 1:
@@ -253,9 +248,9 @@ def unpack_envelope(data: bytes) -> Any:
     parsed = buffers = stream = None
     try:
         parsed = _parse(data)
-        arena = _arena_named(parsed.name)
+        arena = _arenas.get(parsed.name[:16]) or _joined(parsed.name)
         buffers, stream = _claim(arena, parsed)
-        arena.count(N_LOADED, 1)
+        arena.blocks.count(N_LOADED, 1)
         _faults.reach("envelope.claimed")
         return pickle.loads(stream, buffers=buffers)
     except BaseException:  # if of a signal handler, nobody has the message any more
@@ -272,28 +267,27 @@ def _discard(data: bytes) -> None:
         arena.receiving.discard(*struct.unpack_from("<2Q", data, _HEADER.size))
 
 
-def _arena_named(name: bytes) -> SharedArena:
-    arena = _arenas.get(name[:16])
-    if arena is None:
-        if name[:16] in _ended:
-            raise StaleEnvelopeError(
-                f"arena {name.hex()[:8]} has ended, and had no message left: this one was loaded "
-                "already, or its sender took it back. Load each message once; keep the object "
-                "instead."
-            )
-        # The sender knows its readers; this is for those that it cannot know, such as a program
-        # that inherited a connection through subprocess.
-        try:
-            arena = SharedArena.find(name)
-        except (ArenaError, OSError) as error:
-            pass_on_foreign(error)
-            raise EnvelopeError(
-                f"this message lies in arena {name.hex()[:8]}, which process {os.getpid()} has "
-                f"not joined and cannot reach: {error}. Receive it in a process that was "
-                "started inside enabled()."
-            ) from error
-        arena.blocks.read_for_ever()  # there is no hook to say when this process reads
-        introduce(arena)
+def _joined(name: bytes) -> SharedArena:
+    """Join an arena that a message names."""
+    if name[:16] in _ended:
+        raise StaleEnvelopeError(
+            f"arena {name.hex()[:8]} has ended, and had no message left: this one was loaded "
+            "already, or its sender took it back. Load each message once; keep the object "
+            "instead."
+        )
+    # The sender knows its readers; this is for those that it cannot know, such as a program
+    # that inherited a connection through subprocess.
+    try:
+        arena = SharedArena.find(name)
+    except (ArenaError, OSError) as error:
+        pass_on_foreign(error)
+        raise EnvelopeError(
+            f"this message lies in arena {name.hex()[:8]}, which process {os.getpid()} has "
+            f"not joined and cannot reach: {error}. Receive it in a process that was "
+            "started inside enabled()."
+        ) from error
+    arena.blocks.read_for_ever()  # there is no hook to say when this process reads
+    introduce(arena)
     return arena
 
 

@@ -92,7 +92,8 @@ class Backlog:
         if not messages:
             return 0
         n_done = 0
-        while n_done < len(messages) and not self._is_unread(messages[n_done]):
+        is_unread = self._arena.blocks.is_unread
+        while n_done < len(messages) and not is_unread(*messages[n_done].block):
             n_done += 1
         if n_done:
             del messages[:n_done]

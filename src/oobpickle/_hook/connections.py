@@ -160,7 +160,7 @@ def _send(
         return _in_band(message)
     pickled_ns = perf_counter_ns()
     result = _send_through(hook, message, frame)
-    hook.arena.count(
+    hook.arena.blocks.count(
         *(_statistics.NS_PICKLING, pickled_ns - start_ns),
         *(_statistics.NS_WAITING, perf_counter_ns() - pickled_ns),
     )
@@ -171,7 +171,7 @@ def _count_loading(start_ns: int, data: Any) -> None:
     """Count how long it took to load a message, if it is an envelope."""
     hook = installed.current
     if hook is not None and bytes(data[:PREFIX_NBYTES]) == PREFIX:
-        hook.arena.count(_statistics.NS_LOADING, perf_counter_ns() - start_ns)
+        hook.arena.blocks.count(_statistics.NS_LOADING, perf_counter_ns() - start_ns)
 
 
 def _send_through(
@@ -238,14 +238,14 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
         hook.count_fallback("detached" if detached else "space", message.nbytes)
         return None
     n_buffers = message.n_buffers + envelope.is_indirect
-    arena.count(
+    arena.blocks.count(
         *(_statistics.N_MESSAGES, 1),
         *(_statistics.N_BUFFERS, n_buffers),
         *(_statistics.NBYTES, message.nbytes),
         *(_statistics.NBYTES_STREAM, message.stream_nbytes),
     )
     if message.nbytes_spilled:
-        arena.count(
+        arena.blocks.count(
             *(_statistics.N_SPILLED, 1),
             *(_statistics.NBYTES_SPILLED, message.nbytes_spilled),
             *(_statistics.NS_SPILLING, 1000 * message.us_spilling),

@@ -144,7 +144,7 @@ class Hook:
         if reason == "detached" and self.arena.closed:
             return
         n_messages_at, nbytes_at = _fallback.fallback_counters(reason)
-        self.arena.count(n_messages_at, 1, nbytes_at, nbytes)
+        self.arena.blocks.count(n_messages_at, 1, nbytes_at, nbytes)
 
 
 def _attribute(owner: Any, name: str) -> Any:
@@ -155,7 +155,7 @@ def _attribute(owner: Any, name: str) -> Any:
 def running() -> Hook | None:
     """Return the hook, if its arena is open; take it out if the owner has closed the arena."""
     hook = current
-    if hook is None or not hook.arena.closed:
+    if hook is None or not hook.arena.blocks.closed:
         return hook
     if guard.acquire(blocking=False):  # else somebody is putting it in or taking it out
         try:

@@ -193,10 +193,6 @@ class SharedArena:
                 "detached",
             )
 
-    def count(self, *amounts: int) -> None:
-        """Add to counters of `_statistics`: counter, amount, counter, amount, ..."""
-        self.blocks.count(*amounts)
-
     # --- counting
 
     def statistics(self) -> Statistics:
