@@ -223,9 +223,10 @@ def address(array):
     return array.__array_interface__["data"][0]
 
 
-def is_in_arena(arena, array):
-    """Tell whether an array's memory is the arena's, as seen from this process."""
-    inode, at = str(os.fstat(inner(arena).descriptors[0]).st_ino), address(array)
+def is_in_arena(arena, array, *, on_disk=False):
+    """Tell whether an array's memory is the arena's, or its file's on disk, seen from here."""
+    fd = inner(arena).descriptors[3 if on_disk else 0]
+    inode, at = str(os.fstat(fd).st_ino), address(array)
     with open("/proc/self/maps") as file:
         for line in file:
             span, _, _, _, its_inode, *_ = line.split()

@@ -110,7 +110,8 @@ static void wait_for_copy(struct blocks *blocks, u32 slot)
 {
     const struct participant *row = &blocks->table.shared->participants[slot];
     u64 end = now_us() + COPIED_US;
-    while (atomic_load_explicit(&row->pid, memory_order_acquire) == 0 && is_alive(blocks, slot) && now_us() < end)
+    while (atomic_load_explicit(&row->pid, memory_order_acquire) == 0 && is_alive(blocks, slot) &&
+           now_us() < end)
         nanosleep(&(struct timespec){.tv_nsec = NAP_NS}, NULL);
 }
 

@@ -324,12 +324,13 @@ void block_release(struct block *block)
     if (state == HELD && !on_disk)
         atomic_fetch_sub_explicit(&header->held, used, memory_order_relaxed);
     if (!block->is_emptied && !block->is_kept)
-        table_count_idle(&blocks->table, block->index, 0, resident);
+        table_count_idle(&blocks->table, block->index, (int64_t)resident);
     table_push(&blocks->table, block->index);
     FAULT("release.pushed");
     if (is_reference)
         /* A handle, or what is on disk since a fork: seldom, and perhaps the last of all. */
-        release_unheld(blocks, block->is_frozen || block->is_shared || is_on_disk(&blocks->table, block->named));
+        release_unheld(blocks, block->is_frozen || block->is_shared ||
+                                   is_on_disk(&blocks->table, block->named));
 }
 
 /* What is private memory by now belongs to nothing but this object: its arena is about to end. */
@@ -340,7 +341,7 @@ void block_own(struct block *block)
         tail_forget(block);
     block_release(block);
     if (block->is_using) {
-        mapping_leave(&blocks->mapping, known_of(block)->place.offset);
+        mapping_leave(mapping_of(blocks, block->index), known_of(block)->place.offset);
         block->mapped = round_up(block->nbytes ? block->nbytes : 1, PAGE);
         block->is_using = false;
         block->is_apart = true;

@@ -144,7 +144,7 @@ static int lease_all(struct blocks *blocks, const u64 *needs, Py_ssize_t n, u32 
                               leased[i].counted);
             if (leased[i].present < leased[i].counted)
                 put(&row->channel, INCOMPLETE);
-            table_count_idle(table, leased[i].index, 0, leased[i].counted);
+            table_count_idle(table, leased[i].index, (int64_t)leased[i].counted);
             table_free(table, leased[i].index, get(&row->generation), false);
         }
     step_end(blocks);

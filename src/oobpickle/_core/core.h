@@ -143,7 +143,7 @@ static inline bool is_on_disk(const struct table_view *table, u32 index)
 
 u64 table_pages(const struct table_view *table, u32 size_class, u64 nbytes);
 void table_count_pages(struct table_view *table, u32 index, u64 before, u64 after);
-void table_count_idle(struct table_view *table, u32 index, u64 less, u64 more);
+void table_count_idle(struct table_view *table, u32 index, int64_t nbytes);
 bool row_is(struct table_view *table, u32 index, enum state state, u64 generation);
 bool row_is_damaged(struct table_view *table, u32 index);
 u64 row_resident(const struct row *row, u32 index);

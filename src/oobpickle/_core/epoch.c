@@ -4,8 +4,8 @@ one it was made in.
 What. `epoch` differs between a process and whatever was forked from it, in every way.
 
 How it works. It lies in a page that the kernel wipes in a forked child (MADV_WIPEONFORK), so a
-child of raw clone(2) sees 0 there, at the cost of one load. pthread_atfork gives the children of fork(3) a new
-one; it runs also for forks by C libraries, without the GIL.
+child of raw clone(2) sees 0 there, at the cost of one load. pthread_atfork gives the children of
+fork(3) a new one; it runs also for forks by C libraries, without the GIL.
 
 Lifetime. Of the process.
 

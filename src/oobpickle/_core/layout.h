@@ -45,7 +45,6 @@ enum {
 #define ON_DISK 0x80u
 #define LISTS (2 * CLASSES)
 
-
 #define HUGE ((u64)2 << 20)
 #define WINDOW ((u64)64 << 20) /* what is mapped at once; a larger block has windows of its own */
 #define MAGIC 0x4c4b4349504f4f4fULL

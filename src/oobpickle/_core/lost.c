@@ -168,7 +168,7 @@ static bool free_one(struct blocks *blocks, u32 index, u64 seen)
     struct row *row = table_row(&blocks->table, index);
     if (!row_change(row, index, seen, low_of(RELEASED, blocks->lock.slot)))
         return false;
-    table_count_idle(&blocks->table, index, 0, row_resident(row, index));
+    table_count_idle(&blocks->table, index, (int64_t)row_resident(row, index));
     table_free(&blocks->table, index, get(&row->generation), false);
     return true;
 }

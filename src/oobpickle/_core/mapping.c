@@ -160,7 +160,8 @@ int mapping_start(struct mapping *mapping, int fd, bool is_on_disk)
         errno = ENOMEM;
         return -1;
     }
-    mapping->first = map_quietly(fd, 0, PAGE, PROT_NONE, false); /* or NULL, and one thing less to fall back on */
+    /* Or NULL, and one thing less to fall back on. */
+    mapping->first = map_quietly(fd, 0, PAGE, PROT_NONE, false);
     return 0;
 }
 

@@ -27,8 +27,8 @@ Lifetime. Blocks and memory are the message's until it is sealed; it may be drop
 forked child that goes on with a message of its parent reads the blocks, and then looks whether they
 were its parent's still.
 
-When it cannot. What finds no room, or is refused by the disk, is in memory; why there was none, is found out when room is waited
-for. Without memory: MemoryError. */
+When it cannot. What finds no room, or is refused by the disk, is in memory; why there was none, is
+found out when room is waited for. Without memory: MemoryError. */
 
 #include "core.h"
 

@@ -1,7 +1,7 @@
 /* The extension module oobpickle._core.
 
-What. `Blocks`, `Block`, `Message` and `SharedLock`; `plan` and `spread`; `header` and `constants`, the words of a table file that never change;
-`copy`; the fork hooks; `arm` for tests.
+What. `Blocks`, `Block`, `Message` and `SharedLock`; `plan` and `spread`; `header` and `constants`,
+the words of a table file that never change; `copy`; the fork hooks; `arm` for tests.
 
 How it works. One initialisation in a process: sub-interpreters with a lock of their own cannot
 import it, and no memory is shared between such without a lock around it.
@@ -120,7 +120,8 @@ static PyObject *layout(void)
         WORD(header, lock),
         WORD(header, released),     WORD(header, held),        WORD(header, idle),
         WORD(header, dirty),        WORD(header, draining),    WORD(header, n_rows),
-        WORD(header, n_rows_again), WORD(header, resident),    WORD(header, on_disk),     WORD(header, n_slots),
+        WORD(header, n_rows_again), WORD(header, resident),    WORD(header, on_disk),
+        WORD(header, n_slots),
         WORD(header, incarnation),  WORD(header, closed),      WORD(header, strangers),
         WORD(header, n_passed),     WORD(header, passed),      WORD(header, warm),
         WORD(header, empty),        WORD(header, bank),        WORD(header, totals),

@@ -104,7 +104,8 @@ bool plan_next_reference(const Py_buffer *sizes, Py_ssize_t *i, u64 *at, u64 *nb
     return false;
 }
 
-/* plan(sizes, before, coarse): [bytes used of each block, and 0 of each reference]; or before the message is there, what is leased */
+/* plan(sizes, before, coarse): [bytes used of each block, and 0 of each reference]; or before the message
+   is there, what is leased */
 PyObject *plan_needs(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     PyObject *sizes;
@@ -161,8 +162,8 @@ static PyObject *part_of(PyObject *block, const Py_buffer *memory, u64 at, u64 n
     return part;
 }
 
-/* spread([memoryview of each block], sizes, received, coarse): [memory of each buffer]; of what was received the
-   smallest are copies */
+/* spread([memoryview of each block], sizes, received, coarse): [memory of each buffer]; of what was
+   received the smallest are copies */
 PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
     PyObject *blocks, *sizes, *list = NULL;

@@ -257,7 +257,8 @@ static bool refer_all(struct blocks *blocks, PyObject *list, PyObject *reference
     return true;
 }
 
-/* refer([Block]): [Block] references to these shared views of its arena, for one message, or (shortage, 0, 0) */
+/* refer([Block]): [Block] references to these shared views of its arena, for one message, or
+   (shortage, 0, 0) */
 PyObject *refer(PyObject *self, PyObject *list)
 {
     struct blocks *blocks = ((struct block *)self)->blocks;

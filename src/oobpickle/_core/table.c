@@ -46,10 +46,10 @@ void table_count_pages(struct table_view *table, u32 index, u64 before, u64 afte
 }
 
 /* The pages of a block are free, or are no more. What is on disk is not kept, and no memory. */
-void table_count_idle(struct table_view *table, u32 index, u64 less, u64 more)
+void table_count_idle(struct table_view *table, u32 index, int64_t nbytes)
 {
     if (!is_on_disk(table, index))
-        atomic_fetch_add_explicit(&table->shared->header.idle, more - less, memory_order_relaxed);
+        atomic_fetch_add_explicit(&table->shared->header.idle, (u64)nbytes, memory_order_relaxed);
 }
 
 static struct row *map_chunk(struct table_view *table, u32 chunk)
@@ -399,7 +399,7 @@ enum shortage table_lease(struct table_view *table, u64 nbytes, u32 where, u32 s
         put_half(link, get_half(&row->next));
         FAULT("lease.unlinked");
         if (have && !(get(&row->channel) & PREPARED))
-            table_count_idle(table, found, have, 0);
+            table_count_idle(table, found, -(int64_t)have);
     } else {
         enum shortage shortage = make_row(table, size_class, &found);
         if (shortage != ROOM)
@@ -427,7 +427,7 @@ u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot)
     struct row *row = table_row(table, index);
     put_half(head, get_half(&row->next));
     if (!(get(&row->channel) & PREPARED))
-        table_count_idle(table, index, row_resident(row, index), 0);
+        table_count_idle(table, index, -(int64_t)row_resident(row, index));
     row_lease(table, index, 0, slot);
     return index;
 }

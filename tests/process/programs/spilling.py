@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import gc
 import multiprocessing
 import os
@@ -50,16 +51,7 @@ def _assert_disk_empty(arena):
     inside.assert_table_in_order(arena)
 
 
-def _is_on_disk(arena, array):
-    """Whether the memory of an array is a mapping of the file on disk."""
-    inode, at = str(os.fstat(inner(arena).descriptors[3]).st_ino), inside.address(array)
-    with open("/proc/self/maps") as file:
-        for line in file:
-            span, _, _, _, its_inode, *_ = line.split()
-            start, end = (int(part, 16) for part in span.split("-"))
-            if start <= at < end:
-                return its_inode == inode
-    return False
+_is_on_disk = functools.partial(inside.is_in_arena, on_disk=True)
 
 
 def _pipe():
