@@ -97,7 +97,8 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
         From `Arena.acquire`; the message is in memory of its own then. Nothing stays leased, here
         or after any other exception.
     """
-    arena.check_open()
+    if arena.blocks.closed or arena.has_lost_files:
+        arena.check_open()
     sizes, n_stream = message.sizes, message.stream_nbytes
     is_indirect = _is_indirect(sizes, n_stream)
     blocks = message.blocks
@@ -119,7 +120,8 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
             arena.blocks.release(blocks)  # else a stored traceback would keep them
             raise
         blocks += references
-    arena.sending.note(message.nbytes, message.nbytes_fresh)
+    if message.nbytes_fresh or message.nbytes >= arena.sending.vain_nbytes:
+        arena.sending.note(message.nbytes, message.nbytes_fresh)
     lease = Lease(arena.blocks, blocks)
     pairs = arena.blocks.pairs(blocks)
     if is_indirect:
@@ -309,7 +311,8 @@ def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memor
     if len(set(indices)) != len(indices):
         raise EnvelopeError("an envelope names a block twice")
     parts = core.spread(claim(pairs, needs, sizes), sizes, True)
-    return arena.receiving.within_limit(parts), stream
+    # A need of 0 is a reference, which has a mapping of its own.
+    return (arena.receiving.within_limit(parts) if 0 in needs else parts), stream
 
 
 def introduce(arena: SharedArena) -> None:

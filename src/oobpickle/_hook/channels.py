@@ -153,7 +153,8 @@ class Channels:
 
         Else 0.
         """
-        self._catch_up()
+        if self._arena.blocks.n_passed != self._n_passed:
+            self._catch_up()
         n_passed, own = self._n_passed, channel_id(fd)
         channel = self._made.get(own) or self._found.get(own)
         if channel is None:

@@ -156,8 +156,8 @@ def _send(
     hook: Hook, message: core.Message, frame: FrameType, start_ns: int
 ) -> Envelope | memoryview | bytes:
     """Return the bytes to write for a message at or above the threshold."""
-    if running() is not hook:
-        return _in_band(message)
+    if installed.current is not hook or hook.arena.blocks.closed:
+        return _in_band(message)  # since it was begun
     pickled_ns = perf_counter_ns()
     result = _send_through(hook, message, frame)
     hook.arena.blocks.count(
@@ -343,7 +343,9 @@ def hooked_recv(original: Any) -> Any:
             if size > most:
                 _count_uncounted(size, message, sys._getframe(1))
             return message
-        hook = running()
+        hook = installed.current
+        if hook is not None and hook.arena.blocks.closed:
+            hook = running()
         if hook is None:
             return original(self, size, *args)
         arena = hook.arena

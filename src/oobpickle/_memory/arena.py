@@ -48,7 +48,8 @@ class SharedArena:
         self.blocks = core.Blocks(*files.descriptors)
         self.identity = files.identity
         self.options = files.options
-        self._has_lost_files = False
+        self.has_lost_files = False  # what was found when somebody last asked
+        self._name, self._named_in = b"", 0  # there is a process id in it
         self._final: Statistics | None = None  # once it has ended here
         self.reclaim = Reclaim(self.blocks)
         self.sending = Sending(self.blocks, self.options, self.reclaim, self.try_join)
@@ -138,7 +139,10 @@ class SharedArena:
     @property
     def name(self) -> bytes:
         """`NAME_NBYTES` bytes: the identity, and where this process has the files."""
-        return name_of(self.identity, self._files.descriptors)
+        if self._named_in != core.epoch():
+            self._name = name_of(self.identity, self._files.descriptors)
+            self._named_in = core.epoch()
+        return self._name
 
     @property
     def descriptors(self) -> tuple[int, ...]:
@@ -151,8 +155,8 @@ class SharedArena:
         If somebody has closed one, this process sends nothing through the arena any more: what it
         starts from now on cannot join.
         """
-        self._has_lost_files = self._has_lost_files or not self._files.are_ours()
-        return not self._has_lost_files
+        self.has_lost_files = self.has_lost_files or not self._files.are_ours()
+        return not self.has_lost_files
 
     @property
     def closed(self) -> bool:
@@ -186,7 +190,7 @@ class SharedArena:
         """Raise `ArenaFullError` if nothing is sent through it any more."""
         if self.blocks.closed:
             raise ArenaFullError("the arena is closed", "detached")
-        if self._has_lost_files:
+        if self.has_lost_files:
             raise ArenaFullError(
                 f"descriptors of the arena were closed in process {os.getpid()}. Do not close "
                 "descriptors that you did not open (os.closerange).",

@@ -155,7 +155,7 @@ class Sending:
         self._capacity = options.capacity or 0
         self._reclaim = reclaim
         self._join = join
-        self._vain_nbytes = _EVERYTHING  # so large a message has waited for room in vain
+        self.vain_nbytes = _EVERYTHING  # so large a message has waited for room in vain
         self._usage = ""  # what an error told last
         self._count_again_at = 0.0
         self._allowance = 0
@@ -172,9 +172,12 @@ class Sending:
         return Lease(self._blocks, self.blocks_for(list(needs), wait_timeout, may_spill=may_spill))
 
     def note(self, nbytes: int, fresh_nbytes: int) -> None:
-        """Note that a message of `nbytes` found room, and how much of that was fresh pages."""
-        if self._vain_nbytes < _EVERYTHING and nbytes >= self._vain_nbytes:
-            self._vain_nbytes = _EVERYTHING
+        """Note that a message of `nbytes` found room, and how much of that was fresh pages.
+
+        Only of one with fresh pages, or not smaller than `vain_nbytes`, is there anything to note.
+        """
+        if nbytes >= self.vain_nbytes:
+            self.vain_nbytes = _EVERYTHING
         if fresh_nbytes:
             if time.monotonic() >= self._tell_limits_at:
                 self._tell_limits()
@@ -212,8 +215,8 @@ class Sending:
         found = self._blocks.lease(needs)
         if isinstance(found, tuple):
             found = self._wait_for(needs, found, wait_timeout)
-        elif self._vain_nbytes < _EVERYTHING and sum(needs) >= self._vain_nbytes:
-            self._vain_nbytes = _EVERYTHING  # there is room again
+        elif self.vain_nbytes < _EVERYTHING and sum(needs) >= self.vain_nbytes:
+            self.vain_nbytes = _EVERYTHING  # there is room again
         fresh_nbytes = sum([block.nbytes_fresh for block in found])
         if not fresh_nbytes:
             return found
@@ -272,7 +275,7 @@ class Sending:
             elif not self._reclaim.make_room(reason, need, again=again):
                 if time.monotonic() >= patience.deadline:
                     if patience.nbytes is not None:
-                        self._vain_nbytes = min(self._vain_nbytes, patience.nbytes)
+                        self.vain_nbytes = min(self.vain_nbytes, patience.nbytes)
                     raise self._full(reason, need, room, again=not patience.deadline)
                 time.sleep(pause_s)
                 pause_s = min(2 * pause_s, _LAST_PAUSE_S)
@@ -291,7 +294,7 @@ class Sending:
             return _Patience(0.0)
         nbytes = sum(needs)
         # What others hold for long is waited for once, not by every message.
-        if nbytes >= self._vain_nbytes:
+        if nbytes >= self.vain_nbytes:
             return _Patience(0.0, nbytes)
         return _Patience(time.monotonic() + nbytes / _PLAIN_NBYTES_PER_S, nbytes)
 
