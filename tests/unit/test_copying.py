@@ -1,11 +1,14 @@
 """Copying: all of it, on one core or two, and no thread afterwards."""
 
+import math
+import multiprocessing
 import os
 import threading
 
 import numpy as np
 import pytest
 
+import oobpickle
 import samples
 from oobpickle import _copying
 from oobpickle._copying import copy_array, copy_bytes
@@ -39,6 +42,33 @@ def test_bytes_of_any_size(nbytes, has_core, monkeypatch):
     copy_bytes(memoryview(destination), memoryview(source))
 
     assert (source == destination).all()
+
+
+_N = 5_000_011
+
+
+@pytest.mark.skipif(core is None, reason="messages are not taken apart by the core")
+@pytest.mark.parametrize(
+    ("shape", "part"),
+    [
+        ((2 * _N,), np.s_[::2]),
+        ((_N,), np.s_[::-1]),
+        ((_N, 2, 2), np.s_[:, 1]),
+        ((3, _N), np.s_[:, 1:]),
+        ((2, 2, _N), np.s_[:, 1]),
+        ((1, _N, 2), np.s_[..., :1]),
+        ((4_999, 1_001, 3), np.s_[::-1, :, ::2]),
+    ],
+)
+def test_large_memory_with_gaps_is_whole(shape, part):
+    """It is copied piece by piece, by two threads where a core is idle."""
+    source = np.arange(math.prod(shape)).reshape(shape)[part]
+    read, write = multiprocessing.Pipe(duplex=False)
+    with oobpickle.enabled() as arena:
+        write.send(source)
+        received = read.recv()
+        assert arena.statistics().n_messages_out_of_band == 1
+    assert np.array_equal(received, source)
 
 
 def test_no_thread_is_left():

@@ -125,15 +125,34 @@ static bool axes_to_copy(const Py_buffer *view, struct layout *axes, size_t *run
     return true;
 }
 
+struct gapped {
+    char *to;
+    const char *from;
+    const struct layout *axes;
+    size_t run, each; /* bytes without a gap, and of an item of the first axis */
+};
+
+static void copy_gapped(const void *with, size_t at, size_t n)
+{
+    const struct gapped *memory = with;
+    struct layout some = *memory->axes;
+    some.shape[0] = (Py_ssize_t)n;
+    copy_axes(memory->to + at * memory->each, memory->from + (Py_ssize_t)at * some.strides[0], &some, 0,
+              memory->run);
+}
+
 /* Copy all of it, in the order of its memory if that has no gaps, else in C order. */
 void memory_copy(char *to, const Py_buffer *view)
 {
     struct layout axes;
-    size_t run;
-    if (axes_to_copy(view, &axes, &run))
-        copy_axes(to, view->buf, &axes, 0, run);
-    else
-        copy_now(to, view->buf, (size_t)view->len);
+    size_t run, nbytes = (size_t)view->len;
+    if (!axes_to_copy(view, &axes, &run) || axes.n_axes == 0) {
+        copy_now(to, view->buf, nbytes);
+        return;
+    }
+    size_t n = (size_t)axes.shape[0];
+    struct gapped memory = {to, view->buf, &axes, run, nbytes / n};
+    copy_in_pieces(copy_gapped, &memory, n, nbytes);
 }
 
 /* What is written piece by piece to a block on disk. */

@@ -1,7 +1,7 @@
 /* Copying much memory at once, on two cores where one is idle.
 
 What. `copy(destination, source)`, for contiguous memory of one size; `copy_now` for those who keep
-the GIL.
+the GIL; `copy_in_pieces` for memory with gaps.
 
 How it works. One core alone cannot move as much as memory can: two reach 1.6 times the rate. So a
 large copy is cut into pieces, and a thread takes some of them if it gets a core in time; the caller
@@ -35,9 +35,9 @@ When it cannot. Without a second core, or a second thread, the caller copies eve
 #define NAPS 2000 /* of a millisecond */
 
 struct job {
-    char *to;
-    const char *from;
-    size_t nbytes;
+    copy_piece *copy;
+    const void *with;
+    size_t n, n_each;    /* items: in all, and of a piece */
     _Atomic size_t next; /* where the next piece begins */
     _Atomic int thread;  /* of the helper, as the system knows it */
 };
@@ -45,11 +45,10 @@ struct job {
 static void copy_pieces(struct job *job)
 {
     for (;;) {
-        size_t at = atomic_fetch_add_explicit(&job->next, PIECE, memory_order_relaxed);
-        if (at >= job->nbytes)
+        size_t at = atomic_fetch_add_explicit(&job->next, job->n_each, memory_order_relaxed);
+        if (at >= job->n)
             return;
-        size_t n = job->nbytes - at < PIECE ? job->nbytes - at : PIECE;
-        memcpy(job->to + at, job->from + at, n);
+        job->copy(job->with, at, job->n - at < job->n_each ? job->n - at : job->n_each);
     }
 }
 
@@ -120,14 +119,32 @@ static void copy_with_helper(struct job *job)
     }
 }
 
-/* With the GIL: the helper needs none. */
-void copy_now(char *to, const void *from, size_t nbytes)
+/* Copy `n` items, `nbytes` in all, by calls for some of them at a time. With the GIL or without it: the
+   helper needs none. */
+void copy_in_pieces(copy_piece *copy, const void *with, size_t n, size_t nbytes)
 {
-    struct job job = {.to = to, .from = from, .nbytes = nbytes};
-    if (nbytes >= LEAST && is_a_core_idle_now())
+    size_t n_each = nbytes > PIECE ? (size_t)((double)n * PIECE / (double)nbytes) : n;
+    struct job job = {.copy = copy, .with = with, .n = n, .n_each = n_each ? n_each : 1};
+    if (n > 1 && nbytes >= LEAST && is_a_core_idle_now())
         copy_with_helper(&job);
     else
-        memcpy(to, from, nbytes);
+        copy(with, 0, n);
+}
+
+struct contiguous {
+    char *to;
+    const char *from;
+};
+
+static void copy_contiguous(const void *with, size_t at, size_t n)
+{
+    const struct contiguous *memory = with;
+    memcpy(memory->to + at, memory->from + at, n);
+}
+
+void copy_now(char *to, const void *from, size_t nbytes)
+{
+    copy_in_pieces(copy_contiguous, &(struct contiguous){to, from}, nbytes, nbytes);
 }
 
 /* copy(destination, source): contiguous memory of one size */

@@ -393,6 +393,8 @@ PyObject *lost_free(PyObject *self, PyObject *heads);
 
 /* --- copying.c */
 
+typedef void copy_piece(const void *with, size_t at, size_t n); /* items from `at` on */
+void copy_in_pieces(copy_piece *copy, const void *with, size_t n, size_t nbytes);
 void copy_now(char *to, const void *from, size_t nbytes);
 PyObject *copy_bytes(PyObject *module, PyObject *arguments);
 
