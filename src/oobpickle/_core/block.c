@@ -5,9 +5,10 @@ What. `Block` is memory of one block: a sender writes into it (LEASED), hands it
 
 How it works. Whoever exports the memory keeps the object; when nobody refers to it any more, in a
 garbage collection, a signal handler, at the interpreter's exit, in any thread, the block is
-released: one compare-and-swap of its commit word, and a push on a stack. That takes no lock and no
-time. If free blocks have more than they may keep, or the arena is closed, the pages go back to the
-system first. ::
+released: one compare-and-swap of its commit word, and a push on a stack. That takes no lock. If free
+blocks have more than they may keep, or the arena is closed, the pages go back to the system first.
+Only the release of a reference then asks for the lock, for milliseconds at most, since what it named
+may be free. ::
 
     state       LEASED -seal-> IN_FLIGHT -depart-> NONE (the message's)      HELD
     released    yes            yes                 no                        yes

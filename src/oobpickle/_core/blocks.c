@@ -4,8 +4,8 @@ What. `Blocks` is a process's attachment. `lease` makes blocks to write into, `s
 hand them to a message, `claim` makes those of a message this process's own.
 
 How it works. Each method is C from its first to its last line: no signal handler, finalizer or
-other thread comes in between but where it waits for the lock or makes pages, and then every block
-that it has is an object already.
+other thread comes in between but where it waits for the lock, makes pages or gives them back, or
+writes to disk, and then every block that it has is an object already.
 
 Lifetime. The table stays mapped until `end`, or the last reference to this and to every block.
 
@@ -23,8 +23,6 @@ When it cannot. A method returns a shortage (`SHORTAGES`), or raises what is sai
 static PyTypeObject *blocks_type, *reading_type;
 
 u64 lock_patience_us = 2000000;
-#define HURRIED_US 20000
-#define HURRY_US 5000000
 #define NOW_US 5000 /* while nobody else can run */
 #define KEEP_LEAST ((u64)64 << 20)
 #define MOST_UNHELD 16 /* published blocks that one step frees */

@@ -106,7 +106,7 @@ struct place {
     u32 size_class; /* and ON_DISK */
 };
 
-enum shortage { ROOM, FULL, TABLE, DAMAGED, SPACE, BUSY, DETACHED, N_SHORTAGES };
+enum shortage { ROOM, FULL, TABLE, DAMAGED, SPACE, BUSY, DETACHED };
 
 /* What this process knows of a row, and has done with it. */
 struct known {
@@ -133,7 +133,6 @@ struct table_view {
 struct row *table_row(struct table_view *table, u32 index);
 bool table_knows(struct table_view *table, u32 index);
 u32 table_n_rows(struct table_view *table);
-bool table_reserve_rows(struct table_view *table, u32 n_more);
 
 /* Of a block that is known. */
 static inline bool is_on_disk(const struct table_view *table, u32 index)
@@ -180,6 +179,10 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
 /* --- lock.c: one step at a time, between all processes */
 
 enum taken { TAKEN, TAKEN_DIRTY, LOCK_BUSY, LOCK_LOST, LOCK_ERROR };
+
+/* After a wait for the lock in vain the next ones wait for so long only, and for how long that is so. */
+#define HURRIED_US 20000
+#define HURRY_US 5000000
 
 struct lock {
     struct table *shared;

@@ -21,8 +21,6 @@ claimed then, and what the child writes its parent sees. */
 
 static struct blocks *arenas;
 
-#define HURRIED_US 20000
-
 struct blocks *fork_arenas(void)
 {
     return arenas;

@@ -1,6 +1,6 @@
 /* Messages in flight that nobody can load any more, as far as the table tells.
 
-What. `unowned` finds blocks in flight that may be nobody's, `free` frees those of them that the
+What. `unowned` finds blocks in flight that may be nobody's, `free_lost` frees those of them that the
 caller has found to be lost.
 
 How it works. Who has read a message through a connection owns it: it is lost if he is dead. Else

@@ -398,7 +398,7 @@ int mapping_reserve(const struct mapping *mapping, u64 offset, char *address, u6
     return result;
 }
 
-/* Give the pages of a range that is mapped back to the system; locked ones through the file. */
+/* Give the pages of a range back to the system; locked ones, and without an address, through the file. */
 int mapping_punch(const struct mapping *mapping, u64 offset, char *address, u64 nbytes)
 {
     int result;

@@ -94,7 +94,7 @@ static struct message *of(PyObject *self)
     return (struct message *)self;
 }
 
-/* --- the small helpers of array.c */
+/* --- what array.c asks */
 
 bool message_keeps_flags(const struct message *message)
 {

@@ -148,7 +148,7 @@ bool table_knows(struct table_view *table, u32 index)
 }
 
 /* Give the next rows their pages: on a full mount a fault would be fatal. */
-bool table_reserve_rows(struct table_view *table, u32 n_more)
+static bool reserve_rows(struct table_view *table, u32 n_more)
 {
     u32 n_rows = table_n_rows(table), needed = n_rows + n_more + 1;
     if (needed > ROWS)
@@ -164,7 +164,7 @@ bool table_reserve_rows(struct table_view *table, u32 n_more)
     if (advise(from, nbytes, MADV_POPULATE_WRITE) != 0 && errno != EINVAL)
         return false; /* EINVAL: a kernel before 5.14 */
     table->n_reserved = end;
-    return end >= needed || table_reserve_rows(table, n_more);
+    return end >= needed || reserve_rows(table, n_more);
 }
 
 /* The last block in the same file, or NULL; false: one of those that may be it is damaged. */
@@ -206,7 +206,7 @@ static enum shortage make_row(struct table_view *table, u32 size_class, u32 *mad
         return DAMAGED;
     if (FAILS("row.make"))
         return errno == ENOSPC ? TABLE : DAMAGED;
-    if (!table_reserve_rows(table, 1))
+    if (!reserve_rows(table, 1))
         return SPACE;
     u64 offset = offset_after(last, size_class);
     if (offset + class_stride(size_class) > (size_class & ON_DISK ? table->disk_nbytes : table->data_nbytes))

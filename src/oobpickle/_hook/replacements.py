@@ -25,9 +25,9 @@ from typing import Any
 from oobpickle._hook import loky, multiprocess, not_served
 from oobpickle._hook.connections import hooked_pickler, hooked_recv, hooked_send_bytes
 from oobpickle._hook.fileno import hooked_fileno
-from oobpickle._hook.forked import hooked_bootstrap
 from oobpickle._hook.installed import Replacement
 from oobpickle._hook.main_module import hooked_preparation
+from oobpickle._hook.process_arguments import hooked_bootstrap
 from oobpickle._hook.processes import (
     SPAWNING,
     hooked_dump,

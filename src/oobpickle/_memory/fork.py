@@ -10,9 +10,9 @@ C no signal handler runs, and a pending Ctrl-C comes when they are done.
 for ``os.fork`` and everything built on it, not for ``subprocess`` or ``posix_spawn``, which need
 nothing: the new program inherits no mapping.
 
-**When it cannot.** A hook cannot prevent a fork. What the parent does with a received array between
-a fork from C code and the child's hook, the child may see. In the child of a fork from C code that
-runs no hooks at all nothing is sent, received or released."""
+**When it cannot.** A hook cannot prevent a fork. Of one from C code that runs no hooks the handlers
+of ``pthread_atfork`` know (``_core/birth.c``); of a raw ``clone`` nobody does, and in its child
+nothing is sent, received or released."""
 
 from __future__ import annotations
 

@@ -9,6 +9,9 @@ stay, or cannot be mapped, is copied to ordinary memory and given back at once. 
 left its channel and nobody owns it, this process says that it reads (`Blocks.reading`); then it
 notes who has read it (`Blocks.adopt`).
 
+Which part of a block is which buffer says ``_core/plan.c``, for `_envelope`; arrays are built on
+them by ``pickle.loads``.
+
 **Lifetime.** One for each `Arena` of this process.
 
 **When it cannot.** `StaleEnvelopeError` for a message that was loaded already. A process that has
