@@ -381,9 +381,10 @@ def test_what_its_sender_could_not_count_is_counted_for_it(older, obj, monkeypat
     reader, writer = older
     with pytest.warns(FallbackWarning, match="^1 message"), oobpickle.enabled() as arena:
         blocks = inner(arena).blocks
-        closed = SimpleNamespace(joined=False, closed=False, n_passed=blocks.n_passed)
+        closed = SimpleNamespace(
+            joined=False, closed=False, n_passed=blocks.n_passed, count=lambda *_: None
+        )
         monkeypatch.setattr(inner(arena), "blocks", closed)
-        monkeypatch.setattr(inner(arena), "count", lambda *_: None)
         message = multiprocessing.connection._ForkingPickler.dumps(obj)
         monkeypatch.undo()
         assert inner(arena).blocks is blocks
