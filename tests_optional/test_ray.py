@@ -16,6 +16,8 @@ CASES = (
     "a_worker_dies_in_func",
     "a_worker_dies_in_op",
     "a_node_goes",
+    "errors_where_other_tasks_end_just_then",
+    "the_rest_is_called_off_and_nothing_is_left",
     "rays_own_pool_is_refused",
 )
 

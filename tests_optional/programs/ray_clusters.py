@@ -7,13 +7,18 @@ import os
 import sys
 import tempfile
 import threading
+import time
+from pathlib import Path
 
 import merging
+import numpy as np
 import ray
 from merging import dies_once, model, op_that_dies_once
 from ray.cluster_utils import Cluster
+from ray.experimental import internal_kv
 
 import oobpickle
+from conftest import eventually
 
 
 @contextlib.contextmanager
@@ -90,6 +95,38 @@ def a_node_goes():
         total = oobpickle.merge(ray, model, range(30), op=merging.added, chunksize=1, progress=tell)
         removals[0].join()
         merging.check_model(total, 30)
+
+
+def _ends_now(n):
+    time.sleep(np.random.default_rng(n).random() / 300)
+    return merging.fails(n % 12)
+
+
+def errors_where_other_tasks_end_just_then():
+    """To cancel one of those with Ray's own means would end this process."""
+    with _two_nodes():
+        for _ in range(150):
+            merging.raised(ValueError, ray, _ends_now, range(24), chunksize=1)
+
+
+def _begins(folder, n):
+    Path(folder, str(n)).touch()
+    if n == 0:
+        eventually(lambda: len(os.listdir(folder)) > 1)
+        raise ValueError("none")
+    time.sleep(0.05)
+    return [n]
+
+
+def the_rest_is_called_off_and_nothing_is_left():
+    """What is queued, and the call under way, which has ten seconds to go."""
+    with _two_nodes(), tempfile.TemporaryDirectory() as folder:
+        func = functools.partial(_begins, folder)
+        merging.raised(ValueError, ray, func, range(800), chunksize=200)
+        eventually(lambda: ray.available_resources().get("CPU") == 2)
+        assert len(os.listdir(folder)) < 100
+        assert oobpickle.merge(ray, merging.listed, range(4)) == [*range(4)]
+        assert internal_kv._internal_kv_list(b"oobpickle-merge") == []
 
 
 def rays_own_pool_is_refused():

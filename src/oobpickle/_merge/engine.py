@@ -15,10 +15,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
-from typing import Any, Final, NamedTuple, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn, Protocol
 
 from oobpickle._merge.stopping import Stop
-from oobpickle._merge.work import OWNING, Span, fold, fold_flat
+from oobpickle._merge.work import OWNING, Span, Stopping, fold, fold_flat
 
 _INTERVAL_S: Final = 0.25
 
@@ -31,6 +31,14 @@ class Ready(NamedTuple):
 
     span: Span | None
     result: Callable[[], Any]
+
+
+class Telling(Stopping, Protocol):
+    """What tells those who ask it that the rest is called off."""
+
+    def show(self) -> object: ...
+
+    def set(self) -> None: ...
 
 
 class Engine:
@@ -50,7 +58,7 @@ class Engine:
         Whether partial results stay where they are made.
     ends_early : bool
         Whether a call may return a part of its chunk, to have the rest handed out anew.
-    stop : Stop
+    stop : Stop or None
         Tells calls that are under way that nobody wants their results.
     """
 
@@ -62,7 +70,7 @@ class Engine:
 
     def __init__(self, n_workers: int) -> None:
         self.n_workers = max(n_workers, 1)
-        self.stop: Stop | None = Stop()
+        self.stop: Telling | None = Stop()
 
     def __enter__(self) -> Engine:
         self.begin()

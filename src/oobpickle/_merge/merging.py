@@ -11,7 +11,7 @@ if there are more such pairs by the workers, before further chunks. The engine s
 **Lifetime.** Whatever ends the merge, calls off what is under way. The engine stays the user's.
 
 **When it cannot.** Calls under way cannot be interrupted: they end after the piece in hand, on
-other machines when their chunk is done.
+other machines (but for Ray's) when their chunk is done.
 """
 
 from __future__ import annotations
