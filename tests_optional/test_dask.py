@@ -16,6 +16,7 @@ CASES = (
     "processes",
     "threads_of_one_process",
     "executor",
+    "one_object_for_all_calls",
     "futures_are_pieces_and_stay_as_they_are",
     "a_worker_dies_in_func",
     "a_worker_dies_in_op",

@@ -12,6 +12,7 @@ FOLDER = Path(__file__).parent / "programs"
 CASES = (
     "same_as_here",
     "both_nodes_work",
+    "one_object_for_all_calls",
     "references_are_pieces_and_stay_as_they_are",
     "a_worker_dies_in_func",
     "a_worker_dies_in_op",

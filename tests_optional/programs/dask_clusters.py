@@ -38,6 +38,11 @@ def executor():
         merging.check_all(client.get_executor())
 
 
+def one_object_for_all_calls():
+    with _client() as client:
+        merging.check_broadcast(client)
+
+
 def futures_are_pieces_and_stay_as_they_are():
     with _client() as client:
         models = client.map(model, range(12))

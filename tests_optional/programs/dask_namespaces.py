@@ -87,6 +87,11 @@ def two_namespaces():
         places = oobpickle.merge(client, func, range(4), op=operator.ior, chunksize=1)
         assert len(places - {os.readlink("/proc/self/ns/net")}) == 2, places
         merging.check_all(client)
+        merging.check_broadcast(client)
+        func = functools.partial(merging.dies_once, folder)
+        total = oobpickle.merge(client, func, range(12), op=merging.added, chunksize=1)
+        merging.check_model(total, 12)
+        assert len(client.nthreads()) == 1, client.nthreads()  # the other has done its part, too
 
 
 if __name__ == "__main__":

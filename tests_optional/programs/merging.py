@@ -1,5 +1,7 @@
 """What the programs of this folder share: functions, and what has to come out on every cluster."""
 
+import contextlib
+import functools
 import operator
 import os
 import signal
@@ -79,6 +81,20 @@ def meets(folder, place, n):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     return {place}
+
+
+def scaled(table, seed):
+    assert type(table) is dict, table
+    table["factors"] += seed  # its own
+    return {**model(seed), "small": table["factors"][:3] * 1}
+
+
+def check_broadcast(engine):
+    """A handle in `func` brings the object, inside a block and without one."""
+    for block in (contextlib.nullcontext, oobpickle.enabled):
+        with block(), oobpickle.broadcast({"factors": np.zeros(LARGE, int)}) as handle:
+            func = functools.partial(scaled, handle)
+            check_model(oobpickle.merge(engine, func, range(6), op=added, chunksize=1), 6)
 
 
 def raised(kind, engine, *args, **kwargs):

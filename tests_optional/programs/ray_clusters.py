@@ -54,6 +54,11 @@ def _meets(folder, n):
     return merging.meets(folder, ray.get_runtime_context().get_node_id(), n)
 
 
+def one_object_for_all_calls():
+    with _two_nodes():
+        merging.check_broadcast(ray)
+
+
 def references_are_pieces_and_stay_as_they_are():
     with _two_nodes():
         models = [ray.put(model(n)) for n in range(12)]
