@@ -34,7 +34,7 @@ import pickle
 import sys
 from collections.abc import Callable
 from time import perf_counter_ns
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, Final
 
 from oobpickle import _envelope, _faults, _statistics
@@ -43,7 +43,7 @@ from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
 from oobpickle._hook import installed, invitations, libraries, loading
 from oobpickle._hook.installed import Hook, running
-from oobpickle._hook.readers import protocol_of
+from oobpickle._hook.readers import protocol_of, unserved_of
 from oobpickle._memory.pipes import widened
 from oobpickle._native import core
 from oobpickle._pickling import in_band
@@ -255,14 +255,20 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
 
 def _writes_at_once(frame: FrameType) -> bool:
     """Tell whether the caller of ``dumps`` gives the bytes to a connection, and to nobody else."""
-    senders: Any = [mp_connection.Connection.send, mp_queues.SimpleQueue.put]
-    senders += [module.SimpleQueue.put for module in libraries.of_loky("backend.queues")]
-    return _is_feeder(frame) or frame.f_code in [sender.__code__ for sender in senders]
+    queues: Any = [mp_queues, *libraries.of_loky("backend.queues")]
+    codes = [mp_connection.Connection.send.__code__, *_codes_in(queues, "SimpleQueue", "put")]
+    return _is_feeder(frame) or frame.f_code in codes
 
 
 def _is_feeder(frame: FrameType) -> bool:
     queues: Any = [mp_queues, *libraries.of_loky("backend.queues"), *libraries.of_multiprocess()]
-    return frame.f_code in [module.Queue._feed.__code__ for module in queues]
+    return frame.f_code in _codes_in(queues, "Queue", "_feed")
+
+
+def _codes_in(modules: list[Any], kind: str, method: str) -> list[CodeType]:
+    """Return the code of a method, of each module that has it."""
+    found = [getattr(getattr(module, kind, None), method, None) for module in modules]
+    return [function.__code__ for function in found if isinstance(function, FunctionType)]
 
 
 def _in_band(
@@ -290,6 +296,8 @@ def hooked_send_bytes(original: Any) -> Any:
                 if type(message) is core.Message and message.is_for_one:
                     in_band.write(message, buf, self._send)
                     return
+            if n > most:
+                _note_unserved(n, sys._getframe(1))
             original(self, buf)
             return
         envelope = getattr(buf, "obj", buf)
@@ -313,6 +321,18 @@ def hooked_send_bytes(original: Any) -> Any:
             envelope.lease.settle()
 
     return _send_bytes
+
+
+def _note_unserved(nbytes: int, frame: FrameType) -> None:
+    """Note who sends a large message, if it is a library that should be served and is not.
+
+    `frame` is that of the caller of ``_send_bytes``.
+    """
+    hook, caller = installed.current, frame.f_back
+    if hook is not None and caller is not None and nbytes >= hook.threshold:
+        library = libraries.unserved(str(caller.f_globals.get("__name__")))
+        if library:
+            hook.not_served.add(library)
 
 
 def _send_on(write: Any, connection: Any, message: Any) -> None:
@@ -381,6 +401,8 @@ def _count_uncounted(nbytes: int, message: io.BytesIO, frame: FrameType) -> None
         if not is_detached:
             hook.channels.ask_again()
             hook.n_asking = _N_ASKING
+    elif library := unserved_of(frame):
+        hook.not_served.add(library)
 
 
 def descriptor_in(frame: FrameType | None) -> int | None:

@@ -11,11 +11,15 @@
 
 from __future__ import annotations
 
+import copyreg
+import pickle
 import sys
+from collections import ChainMap
 from types import FrameType, ModuleType
-from typing import Final
+from typing import Any, Final
 
 LOKY: Final = ("loky", "joblib.externals.loky")
+_WITH_POOLS: Final = ("joblib", "loky")
 _OURS: Final = "oobpickle"
 
 
@@ -37,6 +41,20 @@ def of_multiprocess() -> list[ModuleType]:
     return [] if found is None else [found]
 
 
+def is_known(kind: Any) -> bool:
+    """Tell whether a pickler of loky's is in C, and made by nobody else (``set_loky_pickler``)."""
+    base = getattr(kind, "_loky_pickler_cls", pickle.Pickler)
+    if base is pickle.Pickler:
+        return isinstance(kind, type) and issubclass(kind, base)
+    table = getattr(base, "dispatch_table", None)  # of cloudpickle: its own, then copyreg's
+    return (
+        "cloudpickle" in str(base.__module__).split(".")
+        and issubclass(base, pickle.Pickler)
+        and isinstance(table, ChainMap)
+        and table.maps[1:] == [copyreg.dispatch_table]
+    )
+
+
 def serves(name: str) -> bool:
     """Tell whether what a module of joblib or loky reads is made by their pickler, which is served.
 
@@ -50,8 +68,22 @@ def serves(name: str) -> bool:
     for package in LOKY:
         if name.startswith(f"{package}."):
             queues = sys.modules.get(f"{package}.backend.queues")
-            return _is_ours(getattr(queues, "dumps", None))
+            reduction = sys.modules.get(f"{package}.backend.reduction")
+            is_ours = _is_ours(getattr(queues, "dumps", None))
+            return is_ours and is_known(getattr(reduction, "_LokyPickler", None))
     return False
+
+
+def unserved(name: str) -> str:
+    """Return joblib or loky, if a module is of one of them, and is not served; else nothing.
+
+    Parameters
+    ----------
+    name : str
+        Of the module.
+    """
+    library = name.partition(".")[0]
+    return library if library in _WITH_POOLS and not serves(name) else ""
 
 
 def calls(frame: FrameType | None) -> bool:
@@ -60,7 +92,7 @@ def calls(frame: FrameType | None) -> bool:
     They keep their workers for calls to come, whatever block is open then.
     """
     names = [str(one.f_globals.get("__name__")) for one in (frame, frame and frame.f_back) if one]
-    return any(name.partition(".")[0] in ("joblib", "loky") for name in names)
+    return any(name.partition(".")[0] in _WITH_POOLS for name in names)
 
 
 def _is_ours(function: object) -> bool:

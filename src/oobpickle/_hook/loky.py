@@ -23,7 +23,6 @@ not in C: those messages travel as they would without us.
 
 from __future__ import annotations
 
-import copyreg
 import multiprocessing.context as mp_context
 import multiprocessing.process as mp_process
 import os
@@ -31,7 +30,6 @@ import pickle
 import sys
 import time
 import weakref
-from collections import ChainMap
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Any, Final
 
@@ -40,7 +38,7 @@ from oobpickle._foreign import ignoring
 from oobpickle._hook import installed
 from oobpickle._hook.connections import to_send
 from oobpickle._hook.installed import Hook, Replacement, running
-from oobpickle._hook.libraries import of_loky
+from oobpickle._hook.libraries import is_known, of_loky
 from oobpickle._hook.processes import Inheritance, dropped, hooked_dup_fd
 from oobpickle._memory.descriptors import File, close_if, file_of
 from oobpickle._native import core
@@ -90,7 +88,7 @@ def hooked_dumps(original: Any) -> Any:
     def dumps(obj: object, reducers: Any = None, protocol: int | None = None) -> Any:
         hook = installed.current
         kind = namespace.get("_LokyPickler")
-        if hook is None or protocol is not None or hook.arena.blocks.closed or not _is_known(kind):
+        if hook is None or protocol is not None or hook.arena.blocks.closed or not is_known(kind):
             running()
             return original(obj, reducers=reducers, protocol=protocol)
         start_ns = time.perf_counter_ns()
@@ -98,20 +96,6 @@ def hooked_dumps(original: Any) -> Any:
         return to_send(hook, message, sys._getframe(1), start_ns)
 
     return dumps
-
-
-def _is_known(kind: Any) -> bool:
-    """Tell whether a pickler of theirs is in C, and made by nobody else (``set_loky_pickler``)."""
-    base = getattr(kind, "_loky_pickler_cls", pickle.Pickler)
-    if base is pickle.Pickler:
-        return isinstance(kind, type) and issubclass(kind, base)
-    table = getattr(base, "dispatch_table", None)  # of cloudpickle: its own, then copyreg's
-    return (
-        "cloudpickle" in str(base.__module__).split(".")
-        and issubclass(base, pickle.Pickler)
-        and isinstance(table, ChainMap)
-        and table.maps[1:] == [copyreg.dispatch_table]
-    )
 
 
 def _taken_apart(
@@ -161,7 +145,7 @@ class _Arrays:
     def instead_of(self, reducer: Any) -> Any:
         """Return ours in the place of a reducer of joblib's, and any other reducer as it is."""
         joblib: Any = sys.modules.get("joblib._memmapping_reducer")
-        if joblib is None:
+        if not hasattr(joblib, "_get_backing_memmap") or not hasattr(joblib, "JOBLIB_MMAPS"):
             return reducer
         forward = getattr(joblib, "ArrayMemmapForwardReducer", None)
         if forward is not None and type(reducer) is forward:
@@ -226,7 +210,7 @@ def hooked_pickler(original: Any) -> Any:
     def CustomizablePickler(writer: Any, reducers: Any = None, *args: Any, **kwargs: Any) -> Any:
         hook = running()
         is_ours = hook is not None and hasattr(writer, "taken") and not (args or kwargs)
-        if is_ours and _is_known(original):
+        if is_ours and is_known(original):
             return _Dumper(hook, writer, original, reducers)
         return original(writer, reducers, *args, **kwargs)
 

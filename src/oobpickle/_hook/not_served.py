@@ -1,7 +1,8 @@
 """Libraries with pools of their own that are not served: whether large messages went through them.
 
 **What.** `replacements` lists what is put under their connections to see the size of a message, and
-`names` tells, when a block is left, which of them were used in vain.
+`names` tells, when a block is left, which of them were used in vain. joblib and loky use
+connections of multiprocessing: where a release of theirs is not served, `connections` notes it.
 
 **How it works.** They have connections of their own, in a copy of multiprocessing. What is put
 there counts, and does what it replaced. Of a library that was imported inside the block only the
@@ -24,6 +25,16 @@ from oobpickle._hook.installed import Hook, Replacement
 _SERVED: Final = "multiprocess"  # by its module here, if it is imported before the block
 _LIBRARIES: Final = (_SERVED, "billiard")
 _STARTED_NONE: Final = "count(1)"
+_BY_ITSELF: Final = "pickles by itself and is not served"
+_CHANGED: Final = (
+    "pickles in another way than the releases that are served, or with a pickler of your own "
+    "(set_loky_pickler)"
+)
+_REASONS: Final = {
+    _SERVED: "was imported inside it, and is served if it is imported before",
+    "joblib": _CHANGED,
+    "loky": _CHANGED,
+}
 
 
 def replacements() -> list[Replacement]:
@@ -76,12 +87,7 @@ def _may_have_sent(hook: Hook, library: str) -> bool:
 
 def describe(libraries: list[str]) -> str:
     """Say that nothing went out of band, and why."""
-    reasons = [
-        f"{library} was imported inside it, and is served if it is imported before"
-        if library == _SERVED
-        else f"{library} pickles by itself and is not served"
-        for library in libraries
-    ]
+    reasons = [f"{library} {_REASONS.get(library, _BY_ITSELF)}" for library in libraries]
     return (
         f"nothing went out of band in this block: {' and '.join(reasons)}. "
         "Its messages travel as without oobpickle; see docs/reference/libraries.md"

@@ -55,7 +55,13 @@ def _execute_child(original: Any, /, *args: Any, **kwargs: Any) -> Any:
 
 
 def hooked_exec(original: Any) -> Any:
-    return delegate(_with_everything, original)
+    return delegate(_exec, original)
+
+
+def _exec(original: Any, /, *args: Any, **kwargs: Any) -> Any:
+    if _is_of_packages():  # loky before 3.5 starts workers by a fork, which join by themselves
+        return original(*args, **kwargs)
+    return _with_everything(original, *args, **kwargs)
 
 
 def hooked_system(original: Any) -> Any:
@@ -117,13 +123,18 @@ def hooked_spawnv_passfds(original: Any) -> Any:
 
 def _spawnv_passfds(original: Any, /, path: Any, args: Any, passfds: Any) -> Any:
     hook = running()
-    caller = str(sys._getframe(2).f_globals.get("__name__")).partition(".")[0]
-    if hook is None or caller in _PACKAGES:
+    if hook is None or _is_of_packages():
         return original(path, args, passfds)
     passfds = tuple(passfds)  # perhaps an iterator
     _note_named(hook, _numbers(passfds))
     with hook.channels.passing_on(_readable(hook, [*_numbers(passfds), *_STREAMS])):
         return original(path, args, passfds)
+
+
+def _is_of_packages() -> bool:
+    """Tell whether one of them has called what calls this."""
+    caller = sys._getframe(3).f_globals.get("__name__")
+    return str(caller).partition(".")[0] in _PACKAGES
 
 
 # --- what is inherited

@@ -1,7 +1,8 @@
 """Readers: who reads a message, and so whose pickler has made it.
 
 **What.** `protocol_of` tells whether the message that is being read is an object that somebody has
-put into a queue or given to ``send``, of multiprocessing or of a library that is served.
+put into a queue or given to ``send``, of multiprocessing or of a library that is served;
+`unserved_of` which library it is of that should be served and is not.
 
 **How it works.** Other libraries pickle in their own way, give `Connection.send_bytes` the bytes,
 and read by the same methods. The bytes do not tell: from CPython 3.14 on the default protocol is
@@ -33,6 +34,7 @@ from oobpickle._hook import libraries
 #: a part of another package.
 _WITH_PICKLERS: Final = frozenset(["joblib", "loky"])
 _LOKYS: Final = 5
+_STANDARD: Final = "multiprocessing"
 
 
 def protocol_of(frame: FrameType | None) -> int | None:
@@ -43,6 +45,25 @@ def protocol_of(frame: FrameType | None) -> int | None:
     frame : frame
         Of the method of a `Connection` that calls ``_recv``.
     """
+    name = _pickler_of(frame)
+    if name == _STANDARD:
+        return pickle.DEFAULT_PROTOCOL
+    return _LOKYS if name is not None and libraries.serves(name) else None
+
+
+def unserved_of(frame: FrameType | None) -> str:
+    """Return the library, if what is read was pickled by one that should be served and is not.
+
+    Parameters
+    ----------
+    frame : frame
+        As for `protocol_of`.
+    """
+    return libraries.unserved(_pickler_of(frame) or "")
+
+
+def _pickler_of(frame: FrameType | None) -> str | None:
+    """Return the module whose pickler has made an object; ``None`` if it may be other bytes."""
     method = None
     while frame is not None and frame.f_globals is vars(mp_connection):
         method = frame.f_code
@@ -50,23 +71,21 @@ def protocol_of(frame: FrameType | None) -> int | None:
     if frame is None:
         return None
     if frame.f_globals is vars(mp_queues):
-        return _protocol_of_queue(frame.f_locals.get("self"))
+        return _pickler_of_queue(frame.f_locals.get("self"))
     if method is not mp_connection.Connection.recv.__code__:
         return None
     module = str(frame.f_globals.get("__name__"))
     if module == "multiprocessing.pool":
-        return _protocol_of_queue(frame.f_locals.get("outqueue"))
-    if _WITH_PICKLERS.isdisjoint(module.split(".")):
-        return pickle.DEFAULT_PROTOCOL
-    return _LOKYS if libraries.serves(module) else None
+        return _pickler_of_queue(frame.f_locals.get("outqueue"))
+    return _STANDARD if _WITH_PICKLERS.isdisjoint(module.split(".")) else module
 
 
-def _protocol_of_queue(queue: Any) -> int | None:
+def _pickler_of_queue(queue: Any) -> str | None:
     """Return the same for what is put into a queue, by the function that does it."""
     pickles = getattr(type(queue), "_feed" if isinstance(queue, mp_queues.Queue) else "put", None)
     namespace = getattr(pickles, "__globals__", None)
     if namespace is vars(mp_queues):
-        return pickle.DEFAULT_PROTOCOL
+        return _STANDARD
     # joblib's queue has its `put` in each instance.
     name = namespace.get("__name__") if isinstance(namespace, dict) else type(queue).__module__
-    return _LOKYS if isinstance(name, str) and libraries.serves(name) else None
+    return name if isinstance(name, str) else None

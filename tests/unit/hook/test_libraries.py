@@ -1,9 +1,11 @@
 """Which modules of loky are imported, and whether they are served."""
 
+import pickle
 import sys
 from types import SimpleNamespace
 
 import pytest
+from cloudpickle import CloudPickler
 
 from oobpickle._hook import libraries
 from oobpickle._hook.loky import hooked_dumps
@@ -17,17 +19,32 @@ def test_both_places_of_loky(monkeypatch):
     assert libraries.of_loky("no.module") == []
 
 
+class Own(CloudPickler):
+    """A user's pickler, which has reducers of its own."""
+
+    dispatch_table = CloudPickler.dispatch_table.new_child()
+
+
 @pytest.mark.parametrize("package", ["loky", "joblib.externals.loky"])
 def test_it_is_served_if_its_pickler_is_replaced(package, monkeypatch):
     def dumps(obj):
         return obj
 
-    queues = SimpleNamespace(dumps=dumps)
+    queues, reduction = SimpleNamespace(dumps=dumps), SimpleNamespace(_LokyPickler=pickle.Pickler)
     monkeypatch.setitem(sys.modules, f"{package}.backend.queues", queues)
-    assert not libraries.serves(f"{package}.process_executor")
+    monkeypatch.setitem(sys.modules, f"{package}.backend.reduction", reduction)
+    name, library = f"{package}.process_executor", package.partition(".")[0]
+    assert not libraries.serves(name)
+    assert libraries.unserved(name) == library
     queues.dumps = hooked_dumps(dumps)
-    assert libraries.serves(f"{package}.process_executor")
-    assert not libraries.serves("other.loky.process_executor")
+    assert libraries.serves(name)
+    assert libraries.unserved(name) == ""
+    reduction._LokyPickler = type("Custom", (Own,), {"_loky_pickler_cls": Own})
+    assert not libraries.serves(name)
+    assert libraries.unserved(name) == library
+    for other in ("other.loky.process_executor", "multiprocessing.queues", ""):
+        assert not libraries.serves(other)
+        assert libraries.unserved(other) == ""
 
 
 @pytest.mark.parametrize(("name", "expected"), [("joblib.pool", True), ("program", False)])

@@ -64,3 +64,4 @@ def test_what_is_said_names_the_library_and_the_page():
     assert "billiard pickles by itself and is not served" in text
     assert "multiprocess was imported inside it" in text
     assert "docs/reference/libraries.md" in text
+    assert "joblib pickles in another way" in not_served.describe(["joblib"])

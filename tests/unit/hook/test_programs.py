@@ -159,6 +159,15 @@ def test_multiprocessing_says_by_itself_what_it_passes_on(pipe):
     assert spawn(b"", [], iter(fds)) == (b"", [], tuple(fds))
 
 
+def test_an_older_loky_forks_workers_that_join_by_themselves(pipe):
+    reader, _ = pipe
+    os.set_inheritable(reader.fileno(), True)
+    names = {"__name__": "joblib.externals.loky.backend.fork_exec", "call": hooked_exec(print)}
+
+    assert 0 == passed_by(lambda: eval("call()", names))
+    assert 2 == passed_by(lambda: eval("call()", {**names, "__name__": "program"}))
+
+
 def test_a_standard_stream_counts_if_it_is_a_channel_of_the_block(pipe):
     reader, _ = pipe
     stdin = os.dup(0)
