@@ -69,7 +69,7 @@ def merge(
     op : callable, optional
         ``op(left, right)`` returns what both are together; default ``operator.add``. It may change
         `left` and return it, as ``operator.iadd`` does: that saves an object of the total's size
-        for each call. It has to be associative.
+        for each call. It leaves `right` alone, which others may have. It has to be associative.
     initial : object, optional
         The leftmost operand. It is used once, and never changed.
     ordered : bool, optional
