@@ -500,14 +500,42 @@ def _overwrite_what_is_free(arena):
 
 
 def a_fork_copies_nothing():
+    """Of views that are held: read-only ones, writable ones, and what of one is not written."""
     with oobpickle.enabled(capacity=512 * MIB) as arena:
-        table = oobpickle.broadcast(message(12, 100 * MIB))
-        value = verify(table.value, 12)
+        nbytes, page = 40 * MIB, resource.getpagesize()
+        table = oobpickle.broadcast(message(12, nbytes))
+        read, write = multiprocessing.Pipe(duplex=False)
+        write.send(table)
+        views = [
+            verify(oobpickle.broadcast(message(12, nbytes), readonly=True).value, 12)[1],
+            verify(table.value, 12)[1],
+            verify(read.recv(), 12)[1],
+        ]
+        views[2][0] = 12
+        written = [0, 0, page >> 10]
+        total = [int(view.sum()) for view in views]
+        assert list(map(_pages, views)) == written, [*map(_pages, views)]
+        _kept.extend(views)
         with multiprocessing.get_context("fork").Pool(2) as pool:
-            assert pool.map(_pages_and_sum, [table] * 2) == [(0, int(value[1].sum()))] * 2
-            assert _pages(value[1]) == 0
+            assert pool.map(_pages_and_sums_of_kept, range(4)) == [(written, total)] * 4
+            assert pool.map(_pages_and_sum, [table] * 2) == [(0, total[1])] * 2
+            assert list(map(_pages, views)) == written, [*map(_pages, views)]
             assert arena.statistics().n_copied_at_fork == 0
             assert arena.statistics().nbytes["held"] == 0
+        pid = fork(_write_one_page, views[1])
+        reap(pid)
+        assert _pages(views[1]) == 0
+        verify(table.value, 12)
+
+
+def _pages_and_sums_of_kept(_):
+    sums = [int(view.sum()) for view in _kept]
+    return list(map(_pages, _kept)), sums
+
+
+def _write_one_page(view):
+    view[0] += 1
+    assert _pages(view) == resource.getpagesize() >> 10
 
 
 def _pages_and_sum(table):

@@ -205,6 +205,53 @@ def what_others_share_crosses_as_without_us(method):
         values.shm.close()
 
 
+_inherited = []
+
+
+def _inherit(*shared):
+    _inherited.extend(shared)
+
+
+def _add(shared, large):
+    """To what has a lock, and what has none; beside something that goes out of band."""
+    array, value, raw = shared
+    with array.get_lock(), value.get_lock():
+        array[0] += large[0]
+        value.value += 1
+        raw[0] += 1
+
+
+def _add_to_inherited(large):
+    _add(_inherited, large)
+
+
+def _change(array):
+    array[0] = 9
+
+
+def arrays_and_values_cross_as_without_us(method):
+    """By inheritance, as one memory; in a message an error. An array over one is sent by value."""
+    context = multiprocessing.get_context(method)
+    shared = context.Array("d", 50_000), context.Value("i"), context.RawArray("d", 50_000)
+    large = np.ones(50_000)
+    with oobpickle.enabled() as arena:
+        process = context.Process(target=_add, args=(shared, large))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+        with context.Pool(1, _inherit, shared) as pool:
+            pool.map(_add_to_inherited, [large] * 2)
+            array, value, raw = shared
+            assert (array[0], value.value, raw[0]) == (3, 3, 3)
+            for one in shared:
+                text = _raised(RuntimeError, pool.apply, _change, (one,))
+                assert "only be shared between processes through inheritance" in text
+            for over in (np.frombuffer(array.get_obj()), np.ctypeslib.as_array(raw)):
+                pool.apply(_change, (over,))
+                assert over[0] == 3
+        assert arena.statistics().n_messages_out_of_band >= 3
+
+
 # --- dead owners
 
 
