@@ -9,7 +9,8 @@ What
     ``slices``          16 slices of it as the arguments of 16 tasks
 
     and, of ours alone, how long an arrival, a fork that inherits a view, and the first and later
-    reads of one take, beside a copy of as many bytes.
+    reads of one take, beside a copy of as many bytes. With ``--memory`` nothing but the memory of
+    ours, as parts of the array's size: see `_broadcast_memory`.
 
 How it works
     A process for each side, asked by turns, with a pool of four workers that stays open. Plain
@@ -36,6 +37,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import _broadcast_memory
 import _figures
 import numpy as np
 from _sides import Side, answer
@@ -52,6 +54,8 @@ _WANTED = {
     ("hundred-tasks", "plain"): 100.0,
 }
 _SLOW_IN_PLAIN = 3  # so many passes
+#: What each figure of memory should be at most, as parts of the array's size.
+_MOST = {"beside": 1.1, "in_all": 1.1, "copied_read_only": 0, "copied_writable": 0}
 
 
 def _read_all(array: Any, _n: int) -> float:
@@ -187,11 +191,20 @@ def _compare(row: str, sides: dict[str, Side], n_passes: int) -> tuple[bool, Fig
     return is_short, figures
 
 
+def _memory(nbytes: int) -> tuple[bool, Figures]:
+    """Print the figures of memory; return whether one is more than it should be, and them."""
+    found = _broadcast_memory.measure(nbytes)
+    for name, part in found.items():
+        print(f"{name}: {part:.3f} of the array, at most {_MOST[name]} wanted")
+    return any(part > _MOST[name] for name, part in found.items()), found
+
+
 def main() -> int:
     parser = argparse.ArgumentParser()
     parser.add_argument("--nbytes", type=float, default=1e9)
     parser.add_argument("--passes", type=int, default=7)
     parser.add_argument("--check", action="store_true")
+    parser.add_argument("--memory", action="store_true", help="the memory of ours alone")
     parser.add_argument("--serve", choices=_SIDES)
     _figures.add_option(parser)
     options = parser.parse_args()
@@ -199,6 +212,10 @@ def main() -> int:
     if options.serve:
         _serve(options.serve, nbytes)
         return 0
+    if options.memory:
+        is_more, found = _memory(nbytes)
+        _figures.write(options.json, {"memory": found})
+        return int(options.check and is_more)
     names = [n for n in _SIDES if n != "ray" or importlib.util.find_spec("ray") is not None]
     sides = {name: Side(__file__, "--serve", name, "--nbytes", str(nbytes)) for name in names}
     rows = ("each-reads-all", "hundred-tasks", "slices")

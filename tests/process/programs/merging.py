@@ -515,7 +515,7 @@ def memory(method):
     with oobpickle.enabled() as arena, _pool(method, n_workers) as pool:
         pool.map(_number, range(20))
         pids = [process.pid for process in pool._pool]
-        before = _private_nbytes(pids)
+        before, before_here = _private_nbytes(pids), _private_nbytes([os.getpid()])
         is_over, peaks = threading.Event(), collections.Counter()
         most = collections.Counter()  # partial results
 
@@ -523,7 +523,10 @@ def memory(method):
             while not is_over.wait(0.001):
                 usage = arena.statistics().nbytes
                 peaks["arena"] = max(peaks["arena"], sum(usage.values()) - usage["free"])
-                peaks["workers"] = max(peaks["workers"], _private_nbytes(pids) - before)
+                in_workers = _private_nbytes(pids) - before
+                here = _private_nbytes([os.getpid()]) - before_here
+                peaks["workers"] = max(peaks["workers"], in_workers)
+                peaks["here"] = max(peaks["here"], here)
 
         thread = threading.Thread(target=watch)
         thread.start()
@@ -535,6 +538,7 @@ def memory(method):
         is_over.set()
         thread.join()
     assert nbytes < peaks["workers"] <= n_workers * 2 * nbytes + 8 * MIB, peaks
+    assert peaks["here"] < 4 * MIB, peaks  # what is here is in the arena
     assert nbytes < most[False] <= n_workers * nbytes + 2 * MIB, most
     # Two more while this process sends a pair, which it has until it is copied.
     assert nbytes < most[True] <= (2 * n_workers + 1 + 2) * nbytes + 2 * MIB, most
