@@ -43,6 +43,7 @@ SOURCES = {
     "sharing": "python benchmarks/sharing.py --passes 12",
     "merging": "python benchmarks/merging.py --quick --passes 7",
     "broadcasting": "python benchmarks/broadcasting.py --nbytes 2.56e8 --passes 5",
+    "broadcast-memory": "python benchmarks/broadcasting.py --nbytes 1e9 --memory --check",
     "many-small": "python benchmarks/many_small.py",
     "forking": "python benchmarks/forking.py",
     "steps": "python benchmarks/steps.py",
@@ -326,6 +327,21 @@ def broadcasting() -> str:
     return listed(figures, grid(["what", *(sides[name] for name in names)], lines))
 
 
+_BROADCAST_MEMORY = {
+    "beside": "what comes on top of the array when it is stored and four workers have read it",
+    "in_all": "what there is when the original is gone",
+    "copied_read_only": "copied of a read-only view by a fork of four workers that read it",
+    "copied_writable": "the same of a writable one",
+}
+
+
+def broadcast_memory() -> str:
+    figures = load("broadcast-memory")
+    row = figures["rows"]["memory"]
+    lines = [[text, cell(row, name)] for name, text in _BROADCAST_MEMORY.items()]
+    return listed(figures, grid(["the most memory", "times the array"], lines, right=1))
+
+
 _MANY_SMALL = {
     "frames": "a frame of 500,000 rows with a column of strings",
     "forests": "a forest of 50 trees, which is sent as it is",
@@ -593,6 +609,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "sharing": sharing,
     "merging": merging,
     "broadcasting": broadcasting,
+    "broadcast-memory": broadcast_memory,
     "many-small": many_small,
     "forking": forking,
     "steps": steps,
