@@ -44,6 +44,7 @@ SOURCES = {
     "merging": "python benchmarks/merging.py --quick --passes 7",
     "broadcasting": "python benchmarks/broadcasting.py --nbytes 2.56e8 --passes 5",
     "broadcast-memory": "python benchmarks/broadcasting.py --nbytes 1e9 --memory --check",
+    "spilling": "python benchmarks/spilling.py --folder /var/tmp --check",
     "many-small": "python benchmarks/many_small.py",
     "forking": "python benchmarks/forking.py",
     "steps": "python benchmarks/steps.py",
@@ -241,18 +242,6 @@ _WITH_JOBLIB = {
     "generator-60x64M": '60 results of 64 MB, `return_as="generator"`',
     "small-tasks": "2,000 small tasks",
 }
-
-
-def with_joblib() -> str:
-    figures = load("joblib")
-    lines = [
-        [text, cell(row, "ratio"), quartiles(row, "ratio"), cell(row, "ours_s", seconds)]
-        for name, text in _WITH_JOBLIB.items()
-        if (row := figures["rows"][name])
-    ]
-    return listed(figures, grid(["what", "times plain", "quartiles", "ours"], lines))
-
-
 _SHARING = {
     "lock": "the lock alone, nobody else wants it",
     "reading array": "`reading()` of an array",
@@ -263,14 +252,42 @@ _SHARING = {
 }
 
 
-def sharing() -> str:
-    figures = load("sharing")
+def _ratios(name: str, texts: dict[str, str], head: list[str], *times: str) -> str:
+    """A line for each row: how many times as fast, its quartiles, and durations."""
+    rows = load(name)["rows"]
     lines = [
-        [text, cell(row, "ratio"), quartiles(row, "ratio")]
-        for name, text in _SHARING.items()
-        if (row := figures["rows"][name])
+        [
+            text,
+            cell(rows[row], "ratio"),
+            quartiles(rows[row], "ratio"),
+            *(cell(rows[row], time, seconds) for time in times),
+        ]
+        for row, text in texts.items()
     ]
-    return listed(figures, grid(["what", "times `Lock`", "quartiles"], lines))
+    return listed(load(name), grid(["what", *head], lines))
+
+
+def with_joblib() -> str:
+    return _ratios("joblib", _WITH_JOBLIB, ["times plain", "quartiles", "ours"], "ours_s")
+
+
+def sharing() -> str:
+    return _ratios("sharing", _SHARING, ["times `Lock`", "quartiles"])
+
+
+_SPILLING = {"written": "`os.write`", "spilled": "results, with `enabled(spill_dir=...)`"}
+
+
+def spilling() -> str:
+    figures = load("spilling")
+    rows, columns = figures["rows"], ("rate", "synced")
+    lines = [
+        [text, *(cell(rows[row], one, lambda rate: three(rate / 1e6)) for one in columns)]
+        for row, text in _SPILLING.items()
+    ]
+    lines.append(["ratio", cell(rows["ratio"], "ratio"), cell(rows["ratio"], "synced")])
+    head = ["written to the disk, MB/s", "until it is written", "with `fdatasync`"]
+    return listed(figures, grid(head, lines, right=2))
 
 
 _MERGING = {
@@ -610,6 +627,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "merging": merging,
     "broadcasting": broadcasting,
     "broadcast-memory": broadcast_memory,
+    "spilling": spilling,
     "many-small": many_small,
     "forking": forking,
     "steps": steps,
