@@ -13,6 +13,7 @@ from oobpickle._fallback import REASONS
 
 PROJECT = Path(__file__).parents[2]
 SOURCE = Path(oobpickle.__file__).parent
+CORE = PROJECT / "src" / "oobpickle" / "_core"
 PAGE = (PROJECT / "docs" / "reference" / "troubleshooting.md").read_text()
 #: What Python and NumPy say.
 OF_OTHERS = "This process (pid="
@@ -72,14 +73,37 @@ def constant(node):
     return node if isinstance(node, ast.Constant) else ast.Constant("")
 
 
+def texts_of_c(source):
+    """Yield each string of a C file; what a format fills in is a line of its own."""
+    literal = r'"((?:[^"\\\n]|\\.)*)"'
+    for found in re.finditer(rf"{literal}(?:\s*{literal})*", source):
+        yield re.sub(r"%\w+", "\n", "".join(re.findall(literal, found[0])))
+
+
 def test_the_page_quotes_what_the_library_says():
     said = [t for path in SOURCE.rglob("*.py") for t in texts_of(ast.parse(path.read_text()))]
+    said += [t for path in CORE.glob("*.c") for t in texts_of_c(path.read_text())]
     quotes = [quote for quote in quoted(PAGE) if not quote.startswith(OF_OTHERS)]
     parts = [part.strip(" ,;:()") for quote in quotes for part in quote.split("...")]
     wrong = [part for part in parts if part and not any(part in text for text in said)]
 
     assert wrong == []
     assert len(quotes) > 20
+
+
+def test_the_page_quotes_every_warning():
+    parts = [part.strip(" ,;:()") for quote in quoted(PAGE) for part in quote.split("...")]
+    calls = [
+        node
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in ("warnings.warn", "_Said")
+    ]
+    texts = [text for call in calls for text in texts_of(call.args[0]) if " " in text]
+    missing = [t for t in texts if not any(part in t for part in parts if len(part) > 10)]
+
+    assert missing == []
+    assert len(texts) > 5
 
 
 def test_the_glossary_has_the_words_of_the_design():
