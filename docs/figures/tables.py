@@ -38,7 +38,6 @@ SOURCES = {
     "transfer-results": "python benchmarks/transfer.py --check --rows 'result-*'",
     "transfer": "python benchmarks/transfer.py --check",
     "transfer-kinds": "python benchmarks/transfer.py --check --rows 'kind-*'",
-    "transfer-prepared": "python benchmarks/transfer.py --check --rows '*-prepared-1G'",
     "joblib": "python benchmarks/with_joblib.py",
     "sharing": "python benchmarks/sharing.py --passes 12",
     "merging": "python benchmarks/merging.py --quick --passes 7",
@@ -179,8 +178,8 @@ def in_short() -> str:
     return grid(["result", "times plain", "of `np.copyto`"], lines, right=2)
 
 
-def _transfer_rows(figures: Figures) -> Iterator[list[str]]:
-    for name, row in figures["rows"].items():
+def _transfer_rows(rows: Figures) -> Iterator[list[str]]:
+    for name, row in rows.items():
         times = [
             cell(row, "plain_s", seconds) or cell(row, "plain_nbytes", _grown),
             cell(row, "ours_s", seconds) or cell(row, "ours_nbytes", _grown),
@@ -198,13 +197,25 @@ def _grown(nbytes: float) -> str:
     return f"+{nbytes / _MIB:.1f} MiB"
 
 
-def _transfer(name: str) -> str:
-    figures = load(name)
+def _transfer(figures: Figures, rows: Figures) -> str:
     head = [
         *("row", "plain", "oobpickle", "`np.copyto`", "times plain", "and read"),
         *("of `np.copyto`", "and read", "other cores", "verdict"),
     ]
-    return listed(figures, grid(head, _transfer_rows(figures)))
+    return listed(figures, grid(head, _transfer_rows(rows)))
+
+
+def transfer_results() -> str:
+    figures = load("transfer-results")
+    return _transfer(figures, figures["rows"])
+
+
+def transfer() -> str:
+    """The rows of an earlier run of which no newer one says the same."""
+    figures = load("transfer")
+    newer = {"acquire-10", "acquire-50000"}  # steps.py
+    newer |= set(load("transfer-results")["rows"]) | set(load("transfer-kinds")["rows"])
+    return _transfer(figures, {n: row for n, row in figures["rows"].items() if n not in newer})
 
 
 _KINDS = {
@@ -618,9 +629,8 @@ def command_for(name: str) -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "speed": speed,
     "in-short": in_short,
-    "transfer-results": lambda: _transfer("transfer-results"),
-    "transfer": lambda: _transfer("transfer"),
-    "transfer-prepared": lambda: _transfer("transfer-prepared"),
+    "transfer-results": transfer_results,
+    "transfer": transfer,
     "kinds": kinds,
     "joblib": with_joblib,
     "sharing": sharing,
