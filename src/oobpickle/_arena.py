@@ -53,24 +53,24 @@ class Arena:
     def preallocate(
         self, like: object = None, *, nbytes: int | None = None, count: int = 1
     ) -> None:
-        """Have memory ready for messages before the first of them comes.
+        """Allocate memory for messages before the first of them comes.
 
-        Blocks until the pages are there: about half a second for each GB of ordinary pages. What is
-        prepared is kept until a message takes it, `trim`, or the end of the block.
+        Blocks until the pages are there: about half a second for each GB of ordinary pages. The
+        memory is kept until a message takes it, `trim`, or the end of the block.
 
         Parameters
         ----------
         like : object, optional
-            Such a message is to come. It is pickled, and not copied.
+            An object such as those that will be sent. It is pickled, and not copied.
         nbytes : int, optional
-            Instead: a message with one buffer of so many bytes is to come.
+            Instead of `like`: the bytes of the one buffer of such a message.
         count : int
-            How many of them should find their memory ready at the same time.
+            How many such messages there will be at the same time.
 
         Raises
         ------
         ArenaFullError
-            If there is no room for all of them, or no memory. What could be prepared is ready.
+            If there is no room for all of them, or no memory. What could be allocated is kept.
         TypeError, ValueError
             If neither or both of `like` and `nbytes` are given, or a number is out of range.
 

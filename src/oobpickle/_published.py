@@ -154,10 +154,10 @@ class Broadcast(_Refuses, Handle, Generic[T]):
         return _load(self._index, self._n_sizes, own)
 
     def close(self) -> None:
-        """Give up this process's references now, rather than when the handle is dropped.
+        """Release the references of this process now, rather than when the handle is dropped.
 
-        The memory is free once every other process has dropped what it has of it. A `value` that
-        was taken out stays valid. The handle cannot be sent any more.
+        The memory is freed when no other process uses it any more. A `value` that was taken out
+        stays valid. The handle cannot be sent any more.
         """
         self._parts, self._index, self._value = None, b"", _NOTHING
 

@@ -170,7 +170,7 @@ class Shared(Handle, Generic[T]):
         return self._local().obj  # type: ignore[no-any-return]
 
     def writing(self, timeout: float | None = None) -> AbstractContextManager[T]:
-        """Return a context that gives the object to nobody else meanwhile, to write to its arrays.
+        """Return a context manager that gives the object under the lock, to write to its arrays.
 
         Parameters
         ----------
@@ -203,7 +203,7 @@ class Shared(Handle, Generic[T]):
         return own.holding(own.obj, True, timeout, _tell, own.look)
 
     def reading(self, timeout: float | None = None) -> AbstractContextManager[T]:
-        """Return a context that gives the object to nobody else meanwhile, with read-only arrays.
+        """Return a context manager that gives the object under the lock, with read-only arrays.
 
         Parameters
         ----------
@@ -248,7 +248,7 @@ class Shared(Handle, Generic[T]):
         Parameters
         ----------
         version : int
-            What `version` was when it was last looked at.
+            The value that `version` had before.
         timeout : float, optional
             Seconds. Default: as long as it takes.
 

@@ -80,17 +80,17 @@ class Statistics:
         Blocks whose entry in the table is damaged, and which are not used any more. Anything but
         0 says that some process writes where it should not.
     seconds_pickling : float
-        Taking large messages apart, and copying each buffer as it is handed out, seconds; the sum
-        over all processes, as the next two.
+        Pickling large messages, including the copy of each buffer, seconds; like the next two, the
+        sum over all processes.
     seconds_waiting : float
-        From there until the message was ready to be written: for a receiver that is behind, for
-        room, and the moving of what had found none at first.
+        From then until the message could be written: waiting for a slow receiver and for room, and
+        copying what had found none at first.
     seconds_loading : float
         Loading messages that came through the arena.
     seconds_spilling : float
-        Of those two, writing to ``spill_dir``: by it a slow disk is known.
+        Writing to ``spill_dir``, a part of those two: it is long if the disk is slow.
     n_participants : int
-        Processes that have joined; a dead one counts until somebody has needed what it left.
+        Processes that have joined; a dead one counts until another one needs what it left.
     fallbacks : mapping of str to Fallback
         Messages at or above the threshold that travelled in-band, by reason.
     n_blocks, nbytes : mapping of str to int
@@ -99,18 +99,18 @@ class Statistics:
     n_published, nbytes_published : int
         Blocks in which `broadcast` has stored something, and the bytes in them.
     n_references : int
-        What stands for one of those in a handle, on its way, or where it has arrived. Each is one
-        of the blocks in ``n_blocks``, without bytes of its own.
+        References to those blocks: of handles, messages on their way, and received objects. Each is
+        one of the blocks in ``n_blocks``, without bytes of its own.
     repeated : tuple of int, or None
-        How often the process that asks has sent the same array (or other buffer) unchanged, ten
-        times or more, and its bytes; the one that was most. `broadcast` stores it once.
+        How often the calling process has sent the same array (or other buffer) unchanged, ten
+        times or more, and its bytes; that with the most bytes. `broadcast` stores it once.
     nbytes_resident : int
         Bytes of the arena that have pages in memory now.
     nbytes_on_disk : int
-        Bytes that blocks have in ``spill_dir`` now, whatever of that the page cache has too.
+        Bytes of blocks in ``spill_dir`` now, also if they are in the page cache, too.
     nbytes_huge : int
-        Bytes of it that the process that asks has mapped in huge pages; 0 where the system gives
-        none for shared memory.
+        Bytes of the arena that the calling process has mapped as huge pages; 0 where the system
+        gives none for shared memory.
     capacity : int
         The most bytes that the arena may occupy.
     """

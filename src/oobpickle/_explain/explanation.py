@@ -71,8 +71,8 @@ class Explanation:
     reason : str
         Why it is there.
     seconds : Seconds
-        ``pickle`` and ``load``: to take it apart and to rebuild it; ``plain`` and ``oobpickle``:
-        from sender to receiver, both ways. Predicted from a short measurement of this machine.
+        ``pickle`` and ``load``: to pickle it and to rebuild it; ``plain`` and ``oobpickle``: from
+        sender to receiver, without and with it. Predicted from a short measurement.
     advice : str
         What to do about it; empty if there is nothing to gain.
     children : tuple of Explanation

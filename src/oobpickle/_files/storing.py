@@ -106,7 +106,7 @@ def dump(obj: object, path: Path, *, fsync: bool = False, checksum: bool = False
 
 
 def load(path: Path, mmap_mode: str | None = None) -> Any:
-    """Make the object of a file again. Loading runs code: load only what you trust, as with pickle.
+    """Load the object of a file. Loading runs code, as with pickle: load only what you trust.
 
     Parameters
     ----------

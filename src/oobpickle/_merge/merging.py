@@ -52,8 +52,8 @@ def merge(
 ) -> Any:
     """Map and reduce on the workers of an engine: ``reduce(op, map(func, *iterables))``.
 
-    The results are merged where they are made, so few of them travel. (pandas calls a join *merge*;
-    this is none.)
+    Workers merge their own results, so few of them are sent. (This is not a *merge* of pandas,
+    which is a join.)
 
     Parameters
     ----------
