@@ -193,6 +193,10 @@ def _pass(which: str, arguments: argparse.Namespace, cgroup: tuple[Path, str] | 
     return found
 
 
+def _spread(rates: list[float], synced: list[float]) -> Row:
+    return {**_figures.quartiles("rate", rates), **_figures.quartiles("synced", synced)}
+
+
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--folder", default=tempfile.gettempdir())
@@ -242,14 +246,12 @@ def main() -> int:
         sum(one[name] for one in rows["spilled"]) for name in ("wrong", "fallbacks", "left")
     )
     print(f"{wrong} wrong, {fallbacks} in-band, {left} bytes left on disk, {killed} killed")
-    figures = {
-        which: {
-            "rate": statistics.median(one["rate"] for one in found),
-            "synced": statistics.median(one["synced"] for one in found),
+    if arguments.json:
+        figures = {
+            which: _spread([one["rate"] for one in found], [one["synced"] for one in found])
+            for which, found in rows.items()
         }
-        for which, found in rows.items()
-    }
-    _figures.write(arguments.json, {**figures, "ratio": {"ratio": ratio, "synced": with_sync}})
+        _figures.write(arguments.json, {**figures, "ratio": _spread(ratios, synced)})
     is_bad = wrong or fallbacks or left or killed or max(ratio, with_sync) < _WANTED
     return int(bool(arguments.check and is_bad))
 
