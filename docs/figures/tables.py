@@ -43,7 +43,7 @@ SOURCES = {
     "merging": "python benchmarks/merging.py --quick --passes 7",
     "broadcasting": "python benchmarks/broadcasting.py --nbytes 2.56e8 --passes 5",
     "broadcast-memory": "python benchmarks/broadcasting.py --nbytes 1e9 --memory --check",
-    "spilling": "python benchmarks/spilling.py --folder /var/tmp --check",
+    "spilling": "python benchmarks/spilling.py --folder /var/tmp --passes 7 --check",
     "many-small": "python benchmarks/many_small.py",
     "forking": "python benchmarks/forking.py",
     "steps": "python benchmarks/steps.py",
@@ -291,12 +291,14 @@ _SPILLING = {"written": "`os.write`", "spilled": "results, with `enabled(spill_d
 
 def spilling() -> str:
     figures = load("spilling")
-    rows, columns = figures["rows"], ("rate", "synced")
-    lines = [
-        [text, *(cell(rows[row], one, lambda rate: three(rate / 1e6)) for one in columns)]
-        for row, text in _SPILLING.items()
-    ]
-    lines.append(["ratio", cell(rows["ratio"], "ratio"), cell(rows["ratio"], "synced")])
+
+    def cells(row: str, unit: float) -> Iterator[str]:
+        for name in ("rate", "synced"):
+            found, write = figures["rows"][row], lambda number: three(number / unit)
+            yield f"{cell(found, name, write)} ({quartiles(found, name, write=write)})"
+
+    lines = [[text, *cells(row, 1e6)] for row, text in _SPILLING.items()]
+    lines.append(["ratio", *cells("ratio", 1)])
     head = ["written to the disk, MB/s", "until it is written", "with `fdatasync`"]
     return listed(figures, grid(head, lines, right=2))
 
