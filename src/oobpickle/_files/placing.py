@@ -24,13 +24,14 @@ import contextlib
 import errno
 import os
 import stat
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Final
 
 from oobpickle import _faults
 from oobpickle._files.layout import type_name
-from oobpickle._foreign import annotate, pass_on_foreign
+from oobpickle._foreign import annotate, ignoring, pass_on_foreign
 
 _DIRECTORY: Final = os.O_CLOEXEC | getattr(os, "O_DIRECTORY", 0)
 _NAMELESS: Final = getattr(os, "O_TMPFILE", 0)
@@ -156,6 +157,9 @@ class NewFile:
     def place(self) -> None:
         """Give the file its name: whoever opens that gets the old one before, this one after."""
         with self.explaining():
+            # As the system stamps files, several that have one inode in turn could look the same.
+            with ignoring(OSError):
+                os.utime(self.fd, ns=(time.time_ns(), time.time_ns()))
             if self._fsync:
                 os.fsync(self.fd)
             self._take_name()

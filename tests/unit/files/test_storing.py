@@ -250,6 +250,17 @@ def test_a_mapping_ends_with_its_last_array_and_keeps_no_descriptor(path):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
+def test_two_files_that_have_an_inode_in_turn_are_told_apart(path):
+    """On ext4 the next file gets the inode of the last one that was deleted."""
+    seen = set()
+    for n in range(100):
+        oobpickle.dump(np.full(10, n), path)
+        status = os.stat(path)
+        seen.add((status.st_ino, status.st_mtime_ns))
+    assert len(seen) == 100
+    assert len({mtime_ns for _, mtime_ns in seen}) == 100
+
+
 def test_a_mapping_goes_on_when_its_file_is_replaced_or_deleted(path):
     oobpickle.dump(np.full(MIB, 1), path)
     old = {mode: oobpickle.load(path, mode) for mode in ("r", "c", "r+")}
