@@ -51,6 +51,7 @@ BY_THIRDS = (
     *("process/test_merging.py", "process/test_sharing.py", "process/test_files.py"),
     *("process/test_other_programs.py", "process/test_multiprocess_library.py"),
     *("process/test_loky_and_joblib.py", "process/test_owners.py", "process/test_spilling.py"),
+    "process/test_in_files.py",
     # What the core and the kernel do.
     *("process/test_kills.py", "process/test_limits.py", "process/test_recovery.py"),
     *("process/test_broadcast.py", "process/test_memory.py", "process/test_in_band.py"),

@@ -12,7 +12,8 @@ The zeros make the whole of it `MARK` bytes long modulo `MODULUS`, as few other 
 the receiver of a message need not look closely at each.
 
 The size of a buffer that lies in published memory is marked (bit 63), and its offset there
-follows; its block is a reference, which comes behind the others (``_core/references.c``).
+follows; its block is a reference, which comes behind the others (``_core/references.c``). Of one
+that lies in a file (flag 2) the size is 0; where it lies, stands behind the stream (`_in_files`).
 
 A large stream, or a long table, lies in the arena too: then the envelope names the first block
 only, and that block holds the rest (flag 1); the first bytes of the stream follow. Sender and
@@ -38,7 +39,7 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any, Final, NamedTuple
 
-from oobpickle import _faults
+from oobpickle import _faults, _in_files
 from oobpickle._errors import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._foreign import pass_on_foreign
 from oobpickle._memory.arena import SharedArena
@@ -54,6 +55,7 @@ _MAGIC: Final = b"OOBE"
 _HEADER: Final = struct.Struct(f"<4sI{NAME_NBYTES}sIIIQ")
 _CRC_FROM: Final = 8
 _INDIRECT: Final = 1
+_IN_FILES: Final = 2
 _PAIR_NBYTES: Final = 16
 _INLINE_NBYTES: Final = 8 << 10
 PREFIX: Final = b"\x80\x04coobpickle._envelope\nunpack_envelope\n\x8e"
@@ -99,7 +101,9 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
     """
     if arena.blocks.closed or arena.has_lost_files:
         arena.check_open()
-    sizes, n_stream = message.sizes, message.stream_nbytes
+    places = message.places
+    told = _in_files.describe(places) if places else b""
+    sizes, n_stream = message.sizes, message.stream_nbytes + len(told)
     is_indirect = _is_indirect(sizes, n_stream)
     blocks = message.blocks
     index_needs = []
@@ -129,13 +133,15 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
         with writing(index_needs[0]):
             blocks[0].write(0, table)
             message.write_stream_into(blocks[0], len(table))
+            blocks[0].write(len(table) + message.stream_nbytes, told)
         start = message.start(START_NBYTES)
         body = pairs[:_PAIR_NBYTES] + _numbers(index_needs) + start.ljust(START_NBYTES, b"\0")
     else:
-        body = pairs + sizes + message.stream
+        body = pairs + sizes + message.stream + told
     _faults.reach("envelope.copied")
     lease.seal(channel)
-    counts = len(blocks), len(sizes) // 8, _INDIRECT if is_indirect else 0, n_stream
+    flags = (_INDIRECT if is_indirect else 0) | (_IN_FILES if told else 0)
+    counts = len(blocks), len(sizes) // 8, flags, n_stream
     framed = _framed(arena.name, counts, body)
     envelope = Envelope(PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
     envelope.lease = lease
@@ -192,7 +198,7 @@ def _framed(name: bytes, counts: tuple[int, int, int, int], body: bytes) -> byte
 
 
 def _start_at(flags: int, n_blocks: int, n_buffers: int) -> int:
-    return 24 if flags else 16 * n_blocks + 8 * n_buffers
+    return 24 if flags & _INDIRECT else 16 * n_blocks + 8 * n_buffers
 
 
 def start_of_stream(message: memoryview) -> bytes | None:
@@ -212,6 +218,7 @@ class _Parsed(NamedTuple):
     n_blocks: int
     n_buffers: int
     indirect: bool
+    in_files: bool
     n_stream: int
     body: memoryview
 
@@ -222,19 +229,20 @@ def _parse(data: bytes) -> _Parsed:
     if len(data) < _HEADER.size:
         raise EnvelopeError(f"envelope truncated: {len(data)} bytes, need {_HEADER.size} or more")
     magic, crc, name, n_blocks, n_buffers, flags, n_stream = _HEADER.unpack_from(data)
-    if magic != _MAGIC or flags > _INDIRECT:
+    indirect, in_files = bool(flags & _INDIRECT), bool(flags & _IN_FILES)
+    if magic != _MAGIC or flags > _INDIRECT | _IN_FILES:
         raise EnvelopeError(f"not an envelope: magic {magic!r}, flags {flags}, expected {_MAGIC!r}")
     body = memoryview(data)[_HEADER.size :]
     found = zlib.crc32(memoryview(data)[_CRC_FROM:])
     if found != crc:
         raise EnvelopeError(f"envelope altered: checksum {found:#010x}, expected {crc:#010x}")
-    wanted = _start_at(flags, n_blocks, n_buffers) + (START_NBYTES if flags else n_stream)
+    wanted = _start_at(flags, n_blocks, n_buffers) + (START_NBYTES if indirect else n_stream)
     wanted += (_PADDED_TO - wanted) % MODULUS
     if body.nbytes != wanted:
         raise EnvelopeError(f"envelope of {body.nbytes} bytes after its head, expected {wanted}")
     if n_blocks < 1:
         raise EnvelopeError("an envelope without a block")
-    return _Parsed(name, n_blocks, n_buffers, bool(flags), n_stream, body)
+    return _Parsed(name, n_blocks, n_buffers, indirect, in_files, n_stream, body)
 
 
 def unpack_envelope(data: bytes) -> Any:
@@ -252,6 +260,8 @@ def unpack_envelope(data: bytes) -> Any:
         parsed = _parse(data)
         arena = _arenas.get(parsed.name[:16]) or _joined(parsed.name)
         buffers, stream = _claim(arena, parsed)
+        if parsed.in_files:
+            _in_files.fill(buffers, stream)
         arena.blocks.count(N_LOADED, 1)
         _faults.reach("envelope.claimed")
         return pickle.loads(stream, buffers=buffers)

@@ -44,7 +44,8 @@ from oobpickle._fallback import (
     N_SPILLED,
     NBYTES_SPILLED,
     NS_SPILLING,
-) = range(17)
+    NBYTES_IN_FILES,
+) = range(18)
 _MOSTLY: Final = 0.5
 
 #: Of blocks, in the order in which the core counts them.
@@ -63,6 +64,8 @@ class Statistics:
         Messages sent through the arena, their buffers (a large stream counts as one), their bytes.
     nbytes_stream : int
         Of these bytes, those of pickle streams: what is not in a buffer.
+    nbytes_in_files : int
+        Bytes of buffers that were not sent, but their place in a file that `load` has mapped.
     n_messages_loaded : int
         Messages received through the arena.
     n_copied_on_receive, nbytes_copied_on_receive : int
@@ -119,6 +122,7 @@ class Statistics:
     n_buffers_out_of_band: int
     nbytes_out_of_band: int
     nbytes_stream: int
+    nbytes_in_files: int
     n_messages_loaded: int
     n_copied_on_receive: int
     nbytes_copied_on_receive: int
@@ -183,7 +187,9 @@ class Statistics:
                 f"{format_nbytes(self.nbytes_buffers)} in {self.n_buffers_out_of_band:,} buffers, "
                 f"{format_nbytes(self.nbytes_stream)} of pickle stream"
             )
-        if self.nbytes_stream > _MOSTLY * self.nbytes_out_of_band:
+        if self.nbytes_in_files:
+            lines.append(f"  in files {format_nbytes(self.nbytes_in_files)}, sent as their place")
+        if self.nbytes_stream > _MOSTLY * (self.nbytes_out_of_band + self.nbytes_in_files):
             share = _percent(self.nbytes_stream, self.nbytes_out_of_band)
             lines.append(f"           {share} is stream: see oobpickle.explain(obj)")
         if self.n_messages_loaded:
@@ -264,6 +270,7 @@ def summed(
         n_buffers_out_of_band=counters[N_BUFFERS],
         nbytes_out_of_band=counters[NBYTES],
         nbytes_stream=counters[NBYTES_STREAM],
+        nbytes_in_files=counters[NBYTES_IN_FILES],
         n_messages_loaded=counters[N_LOADED],
         n_copied_on_receive=counters[N_COPIED_ON_RECEIVE],
         nbytes_copied_on_receive=counters[NBYTES_COPIED_ON_RECEIVE],

@@ -19,6 +19,7 @@ LAYERS = (
     ("_foreign", "_fallback", "_faults", "_nbytes", "_system"),
     ("_statistics", "_copying", "_handle"),
     ("_pickling", "_memory"),
+    ("_in_files",),
     ("_envelope", "_arena", "_files", "_structure"),
     ("_published", "_shared"),
     ("_hook", "_merge"),

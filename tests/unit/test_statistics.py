@@ -33,6 +33,7 @@ SHOWN = {
     "N_SPILLED": "n_spilled",
     "NBYTES_SPILLED": "nbytes_spilled",
     "NS_SPILLING": "seconds_spilling",
+    "NBYTES_IN_FILES": "nbytes_in_files",
 }
 #: What the arena adds.
 KNOWN = {
@@ -159,6 +160,13 @@ def test_much_stream_is_a_matter_for_explain():
 
     assert "92 % is stream: see oobpickle.explain(obj)" in report
     assert "explain" not in shown(N_MESSAGES=1, NBYTES=1000, NBYTES_STREAM=400)
+
+
+def test_what_lies_in_files_is_no_stream():
+    report = shown(N_MESSAGES=1, NBYTES=1000, NBYTES_STREAM=1000, NBYTES_IN_FILES=8 << 20)
+
+    assert "\n  in files 8.0 MiB, sent as their place\n" in report
+    assert "explain" not in report
 
 
 def test_what_is_wrong_is_in_the_report():

@@ -344,6 +344,8 @@ int view_map(struct block *block);
 int reference_read(const struct block *block, u64 at, char *to, u64 nbytes);
 void view_forget(struct block *block);
 bool view_in_place(struct block *block);
+#define LEAST_REFERRED ((u64)64 << 10) /* a mapping and its page faults cost more than such a copy */
+
 struct block *view_at(struct blocks *blocks, const void *address, u64 nbytes);
 PyObject *refer_now(struct blocks *blocks, const struct block *view);
 void views_inherit(struct blocks *blocks);
@@ -449,6 +451,31 @@ int memory_write(struct block *block, u64 at, const Py_buffer *view);
 void dtype_forget(struct dtype *known);
 int array_view(struct dtype *known, PyObject *array, Py_buffer *view);
 PyObject *array_reduce(struct message *message, PyObject *array);
+
+/* --- mapped.c: files that this process has mapped */
+
+enum access { READS, COPIES, WRITES }; /* what may become of a file; `COPIES` is memory that is its own */
+
+struct identity {
+    u64 device, inode, nbytes;
+    int64_t mtime_ns;
+};
+
+struct mapped {
+    PyObject_HEAD
+    struct mapped *before, *after;
+    char *address;
+    u64 nbytes;
+    enum access access;
+    struct identity identity;
+    struct file opened; /* once a place in it was sent */
+    PyObject *path;
+};
+
+struct mapped *mapped_at(const void *address, u64 nbytes);
+bool mapped_is_there(struct mapped *mapped);
+PyObject *mapped_as(PyObject *module, PyObject *identity);
+int mapped_type_make(PyObject *module);
 
 /* --- message.c: one message, as it is taken apart */
 

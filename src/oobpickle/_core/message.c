@@ -16,7 +16,8 @@ stream once the sum of all so far reaches the threshold; what is in the stream b
     NOWHERE     they are counted only
 
 What lies in published memory and cannot be written (published.c) is not copied: a reference to it is
-sent, wherever the others are; in a pickle that everybody can load it is a copy, too. A reference to what
+sent, wherever the others are; in a pickle that everybody can load it is a copy, too. So is what lies in a
+file that is mapped (mapped.c), of which the place is sent. A reference to what
 is shared (`refer`) is handed out by its owner; it cannot become a copy, so such a message is refused
 where it would have to travel in-band.
 
@@ -49,9 +50,10 @@ enum where { IN_BLOCKS, IN_MEMORY, NOWHERE };
 
 struct buffer {
     u64 nbytes;
-    u64 at; /* within its block, or the memory; of a reference, within what is published */
+    u64 at; /* within its block, or the memory; of a reference, within what is published, or the file */
     u32 block; /* of `leased`, or of `references` */
     bool is_reference;
+    struct mapped *file; /* of `files`: the reference is a place in it */
 };
 
 /* What the pickler has in the place of memory, until it asks about that. */
@@ -70,6 +72,7 @@ struct message {
     PyObject *pieces; /* of the stream: [bytes, or a bytearray that nobody else changes] */
     PyObject *leased; /* [Block] */
     PyObject *references; /* [Block], or NULL */
+    PyObject *files; /* [MappedFile] that were found to be there, or NULL */
     PyObject *made;   /* a bytearray that nobody else has */
     struct buffer *buffers;
     size_t n_buffers, buffers_room;
@@ -476,10 +479,34 @@ static int take_reference(struct message *message, struct buffer *buffer, const 
     return result == 0 ? 1 : -1;
 }
 
+/* Whether a buffer is sent as its place in a file; -1 with an exception. */
+static int take_place(struct message *message, struct buffer *buffer, const Py_buffer *view)
+{
+    struct mapped *file = message->published ? mapped_at(view->buf, (u64)view->len) : NULL;
+    if (file == NULL || !PyBuffer_IsContiguous(view, 'A'))
+        return 0;
+    if (message->files == NULL && (message->files = PyList_New(0)) == NULL)
+        return -1;
+    int is_known = PySequence_Contains(message->files, (PyObject *)file);
+    if (is_known == 0) {
+        if (!mapped_is_there(file))
+            return 0;
+        is_known = PyList_Append(message->files, (PyObject *)file) == 0 ? 1 : -1;
+    }
+    if (is_known < 0)
+        return -1;
+    buffer->is_reference = true;
+    buffer->file = file;
+    buffer->at = (u64)((const char *)view->buf - file->address);
+    return 1;
+}
+
 static int take_memory(struct message *message, const Py_buffer *view)
 {
     struct buffer *buffer = new_buffer(message, (u64)view->len);
     int is_reference = buffer ? take_reference(message, buffer, view) : -1;
+    if (is_reference == 0)
+        is_reference = take_place(message, buffer, view);
     if (is_reference) {
         message->n_buffers += is_reference > 0;
         return is_reference > 0 ? 0 : -1;
@@ -969,6 +996,10 @@ static PyObject *leave(PyObject *self, PyObject *Py_UNUSED(none))
 
 static int copy_reference(const struct message *message, const struct buffer *buffer, char *to)
 {
+    if (buffer->file) {
+        copy_now(to, buffer->file->address + buffer->at, buffer->nbytes);
+        return 0;
+    }
     struct block *block = (struct block *)PyList_GetItem(message->references, (Py_ssize_t)buffer->block);
     if (block->is_shared)
         return refuse_shared();
@@ -981,7 +1012,7 @@ static int copy_reference(const struct message *message, const struct buffer *bu
 /* Put copies in the place of references; the others are in memory. */
 static int copy_references(struct message *message)
 {
-    if (message->references == NULL)
+    if (message->references == NULL && message->files == NULL)
         return 0;
     struct message before = *message;
     message->memory = NULL;
@@ -1000,6 +1031,7 @@ static int copy_references(struct message *message)
             message->buffers_nbytes += buffer->is_reference ? buffer->nbytes : 0;
             buffer->at = (u64)(to - message->memory);
             buffer->is_reference = false;
+            buffer->file = NULL;
         }
     }
     free_memory(&before);
@@ -1077,6 +1109,7 @@ static void forget(struct message *message)
         drop_pending(message, message->n_pending - 1);
     drop_blocks(message);
     Py_CLEAR(message->references);
+    Py_CLEAR(message->files);
     Py_CLEAR(message->made);
     Py_CLEAR(message->pieces);
     dtype_forget(&message->dtype);
@@ -1176,7 +1209,8 @@ static size_t n_references(const struct message *message)
     return message->references ? (size_t)PyList_Size(message->references) : 0;
 }
 
-/* sizes: nbytes of each buffer, 64-bit words; that of a reference is marked, and its offset follows */
+/* sizes: nbytes of each buffer, 64-bit words; that of a reference is marked, and its offset follows; of
+   a place in a file it is 0 */
 static PyObject *get_sizes(PyObject *self, void *Py_UNUSED(closure))
 {
     struct message *message = of(self);
@@ -1185,11 +1219,40 @@ static PyObject *get_sizes(PyObject *self, void *Py_UNUSED(closure))
     char *to = sizes ? PyBytes_AsString(sizes) : NULL;
     for (size_t i = 0; to && i < message->n_buffers; i++) {
         const struct buffer *buffer = &message->buffers[i];
-        const u64 words[2] = {buffer->nbytes | (buffer->is_reference ? REFERRED : 0), buffer->at};
-        memcpy(to, words, buffer->is_reference ? 16 : 8);
-        to += buffer->is_reference ? 16 : 8;
+        const bool is_marked = buffer->is_reference && buffer->file == NULL;
+        const u64 words[2] = {buffer->file ? 0 : buffer->nbytes | (is_marked ? REFERRED : 0), buffer->at};
+        memcpy(to, words, is_marked ? 16 : 8);
+        to += is_marked ? 16 : 8;
     }
     return sizes;
+}
+
+/* places: [(which buffer, offset, nbytes, MappedFile)] of those that lie in files */
+static PyObject *get_places(PyObject *self, void *Py_UNUSED(closure))
+{
+    struct message *message = of(self);
+    PyObject *places = PyList_New(0);
+    for (size_t i = 0; places && message->files && i < message->n_buffers; i++) {
+        const struct buffer *buffer = &message->buffers[i];
+        PyObject *place = NULL;
+        if (buffer->file == NULL)
+            continue;
+        place = Py_BuildValue("nKKO", (Py_ssize_t)i, (unsigned long long)buffer->at,
+                              (unsigned long long)buffer->nbytes, (PyObject *)buffer->file);
+        if (place == NULL || PyList_Append(places, place) != 0)
+            Py_CLEAR(places);
+        Py_XDECREF(place);
+    }
+    return places;
+}
+
+/* nbytes_in_band: of all of it, with the bytes of what is referred to */
+static PyObject *get_nbytes_in_band(PyObject *self, void *Py_UNUSED(closure))
+{
+    u64 nbytes = of(self)->stream_nbytes;
+    for (size_t i = 0; i < of(self)->n_buffers; i++)
+        nbytes += of(self)->buffers[i].nbytes;
+    return PyLong_FromUnsignedLongLong(nbytes);
 }
 
 /* references: [Block] */
@@ -1274,6 +1337,8 @@ static PyGetSetDef attributes[] = {
     {"sizes", get_sizes, NULL, NULL, NULL},
     {"blocks", get_blocks, NULL, NULL, NULL},
     {"references", get_references, NULL, NULL, NULL},
+    {"places", get_places, NULL, NULL, NULL},
+    {"nbytes_in_band", get_nbytes_in_band, NULL, NULL, NULL},
     {"is_for_one", get_for_one, set_for_one, NULL, NULL},
     {"keeps_flags", get_keeps_flags, set_keeps_flags, NULL, NULL},
     {"is_coarse", get_coarse, set_coarse, NULL, NULL},

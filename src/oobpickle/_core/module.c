@@ -154,6 +154,7 @@ static PyMethodDef functions[] = {
     {"plan", plan_needs, METH_VARARGS, NULL},
     {"spread", plan_spread, METH_VARARGS, NULL},
     {"try_disk", mapping_try, METH_O, NULL},
+    {"mapped_as", mapped_as, METH_O, NULL},
     {"fork_before", fork_before, METH_NOARGS, NULL},
     {"fork_in_parent", fork_in_parent, METH_NOARGS, NULL},
     {"fork_in_child", fork_in_child, METH_NOARGS, NULL},
@@ -179,6 +180,7 @@ PyMODINIT_FUNC PyInit__core(void)
     PyObject *reasons = shortages(), *words = layout();
     if (module == NULL || reasons == NULL || words == NULL || blocks_type_make(module) != 0 ||
         message_type_make(module) != 0 || shared_lock_type_make(module) != 0 ||
+        mapped_type_make(module) != 0 ||
         PyModule_AddObjectRef(module, "SHORTAGES", reasons) != 0 ||
         PyModule_AddObjectRef(module, "LAYOUT", words) != 0 ||
         PyModule_AddIntConstant(module, "TABLE_NBYTES", (long)TABLE_NBYTES) != 0 ||

@@ -32,8 +32,6 @@ released at once. */
 #include <string.h>
 #include <sys/mman.h>
 
-#define LEAST_REFERRED ((u64)64 << 10) /* a mapping and its page faults cost more than such a copy */
-
 static struct place *place_of(const struct block *block)
 {
     return &block->blocks->table.known[block->named].place;

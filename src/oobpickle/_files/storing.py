@@ -29,6 +29,8 @@ from oobpickle._files.layout import FileLayout, check_data, read, read_into, typ
 from oobpickle._files.main_names import refuse_main
 from oobpickle._files.placing import NewFile, Path
 from oobpickle._files.writing import FileSink, WriteFailedError, Writer
+from oobpickle._foreign import pass_on_foreign
+from oobpickle._native import core
 from oobpickle._pickling.payload import fresh_destinations
 from oobpickle._pickling.serializer import take_apart
 
@@ -139,6 +141,9 @@ def load(path: Path, mmap_mode: str | None = None) -> Any:
     of Python objects, arrays of classes with an ``__array_finalize__``. A mapped file must not be
     shortened: replace it, as `dump` does.
 
+    Inside `enabled` contiguous arrays that were loaded with ``"r"`` are sent as their place in the
+    file, and arrive read-only. Keep the file until then.
+
     Examples
     --------
     See `dump`.
@@ -245,9 +250,22 @@ def _map_buffers(fd: int, name: str, layout: FileLayout, mode: str) -> list[memo
             "mmap_mode='c', or write it with checksum=False."
         )
     flags, protection = _MODES[mode]
+    mapped: Any
     try:
-        mapped = mmap.mmap(fd, layout.nbytes, flags=flags, prot=protection, **_UNTRACKED)
+        if core is not None:
+            mapped = core.MappedFile(fd, layout.nbytes, mode, _path_of(fd, name))
+        else:
+            mapped = mmap.mmap(fd, layout.nbytes, flags=flags, prot=protection, **_UNTRACKED)
     except ValueError as error:  # the file is shorter than that
         raise FileFormatError(f"{name}: truncated while it was read: {error}.") from None
     view = memoryview(mapped)
     return [view[at : at + n] for at, n in zip(layout.offsets, layout.sizes, strict=True)]
+
+
+def _path_of(fd: int, name: str) -> bytes:
+    """Return the absolute path of an open file, without symbolic links where the system says it."""
+    try:
+        return os.readlink(b"/proc/self/fd/%d" % fd)
+    except OSError as error:
+        pass_on_foreign(error)
+        return os.path.abspath(os.fsencode(name))

@@ -177,7 +177,7 @@ def _count_loading(start_ns: int, data: Any) -> None:
 def _send_through(
     hook: Hook, message: core.Message, frame: FrameType
 ) -> Envelope | memoryview | bytes:
-    fd, nbytes = descriptor_in(frame), message.nbytes
+    fd = descriptor_in(frame)
     channel = 0 if fd is None else hook.channels.known(fd)
     tail = _COUNTED if hook.arena.blocks.joined else _DETACHED
     # The next message is copied to where this one went. If that is wrong, it is copied once more.
@@ -185,11 +185,11 @@ def _send_through(
     if fd is None or not channel:
         # Who has joined cannot be asked without the lock's descriptor.
         lost = not hook.arena.can_be_inherited()
-        hook.count_fallback("detached" if lost else "channel", nbytes)
+        hook.count_fallback("detached" if lost else "channel", message.nbytes_in_band)
         older = fd is not None and hook.channels.is_older(fd) and hook.arena.can_be_inherited()
         head = invitations.prefix(hook.arena.name) if older else b""
         return _in_band(message, head, tail, frame if fd is not None else None)
-    hook.channels.backlog.wait(fd, channel, nbytes)
+    hook.channels.backlog.wait(fd, channel, message.nbytes)
     envelope = packed_for(hook, message, channel)
     return _in_band(message, b"", tail, frame) if envelope is None else envelope
 
@@ -230,12 +230,12 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
     try:
         envelope = _envelope.pack(message, arena, channel)
     except ArenaFullError as error:
-        hook.count_fallback(error.reason, message.nbytes)
+        hook.count_fallback(error.reason, message.nbytes_in_band)
         return None
     except OSError as error:
         pass_on_foreign(error)
         detached = isinstance(error, ArenaError)
-        hook.count_fallback("detached" if detached else "space", message.nbytes)
+        hook.count_fallback("detached" if detached else "space", message.nbytes_in_band)
         return None
     n_buffers = message.n_buffers + envelope.is_indirect
     arena.blocks.count(
@@ -244,6 +244,8 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
         *(_statistics.NBYTES, message.nbytes),
         *(_statistics.NBYTES_STREAM, message.stream_nbytes),
     )
+    if places := message.places:
+        arena.blocks.count(_statistics.NBYTES_IN_FILES, sum(nbytes for _, _, nbytes, _ in places))
     if message.nbytes_spilled:
         arena.blocks.count(
             *(_statistics.N_SPILLED, 1),
@@ -278,7 +280,7 @@ def _in_band(
 
     `frame` is that of the caller of ``dumps``, if it is known where the message goes.
     """
-    is_large = message.nbytes >= in_band.LEAST_NBYTES
+    is_large = message.nbytes_in_band >= in_band.LEAST_NBYTES
     message.is_for_one = is_large and frame is not None and _writes_at_once(frame)
     if not message.is_for_one and not message.n_buffers:
         return head + message.stream + tail

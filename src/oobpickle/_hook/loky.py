@@ -11,7 +11,7 @@ an array that joblib keeps in a file stays there.
 
 loky makes the descriptors that a worker inherits inheritable for good. So it gets duplicates of
 the arena's, which are closed when the worker is launched. It replaces workers whose memory grows;
-pages of shared memory are not counted.
+pages of shared memory and of files are not counted.
 
 **Lifetime.** Each asks at call time whether the hook is in. What is imported inside the block is
 replaced when it makes its first pipe (`processes.hooked_pipe`); in a worker, when its process
@@ -46,6 +46,7 @@ from oobpickle._native import core
 _PROTOCOL: Final = 5
 _DISPATCH_TABLE: Final[Any] = vars(pickle.Pickler)["dispatch_table"]  # as the pickler in C has it
 _MOMENT_S: Final = 0.05
+_NOT_ITS_OWN: Final = ("RssShmem:", "RssFile:")  # pages of the arena, and of mapped files
 _MADE_IN: Final = "_oobpickle_arena"  # of an executor: the identity of the arena
 
 #: By process object: the duplicates of our descriptors that its worker inherits.
@@ -333,8 +334,8 @@ def hooked_memory_usage(original: Any) -> Any:
         if installed.current is None:
             return nbytes
         with ignoring(OSError, ValueError), open(f"/proc/{pid}/status") as file:
-            sizes = [line.split()[1] for line in file if line.startswith("RssShmem:")]
-            return max(0, nbytes - 1024 * int(*sizes))
+            sizes = [line.split()[1] for line in file if line.startswith(_NOT_ITS_OWN)]
+            return max(0, nbytes - 1024 * sum(map(int, sizes)))
         return nbytes
 
     return _get_memory_usage

@@ -121,7 +121,7 @@ def _parts(hook: Hook, process: object, popen: Any) -> Iterator[bytes | memoryvi
     undo = [lambda: popen._fds.__delitem__(slice(n_fds, None))]
     message = core.Message(hook.arena.blocks, hook.threshold, tables(special))
     take_apart(process, message, by_value=True, is_main_lost=is_lost(), undo=undo)
-    if message.nbytes >= hook.threshold or message.references:
+    if message.nbytes_in_band >= hook.threshold or message.references:
         guard = Guard()
         envelope = pack(hook, message, guard.channel)
         if envelope is not None:
