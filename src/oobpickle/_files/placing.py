@@ -217,7 +217,9 @@ class NewFile:
             return
         try:
             is_parents = os.getpid() != self._pid  # a forked child has its descriptor
-            if self._hidden is not None and not is_parents and self._is_hidden_ours():
+            # Without the lock somebody else removes the name, and then a third one may have it.
+            may_remove = not is_parents and _lock(self.fd)
+            if self._hidden is not None and may_remove and self._is_hidden_ours():
                 os.unlink(self._hidden, dir_fd=self._directory)
         finally:
             self._hidden = None
