@@ -1,6 +1,7 @@
 """Arrays in files: what lies in a file that `load` has mapped is sent as its place there.
 
-**What.** `describe` says where buffers of a message lie, for its receiver; `fill` has them there.
+**What.** `describe` says where buffers of a message lie, for its receiver; `fill` has them there;
+`Kept` keeps their files in the meantime.
 
 **How it works.** What has to be known stands behind the end of the stream, where no unpickler
 looks: of each buffer its offset and size, and the file's path, identity (device, inode, size, time
@@ -9,13 +10,16 @@ of the last change), and descriptor in the sender. Which buffers these are, is d
 that very file, else that of the descriptor. There is one mapping of a file for all messages, so
 what arrives cannot be written to.
 
-**Lifetime.** A mapping lives as long as the arrays over it. Nothing keeps the file for a message.
+**Lifetime.** A mapping lives as long as the arrays over it, and in a sender until its messages have
+been loaded: whether that is so, is asked with each later message, and at the end of the block it is
+dropped.
 
-**When it cannot.** A file that was changed, or is gone from its path and from its sender, is an
+**When it cannot.** A file that was changed, or is gone from its path and with its sender, is an
 `EnvelopeError`. One for which there is no address space is read."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import pickle
@@ -28,8 +32,32 @@ from oobpickle._native import core
 
 _Identity = tuple[int, int, int, int]
 _LENGTH: Final = struct.Struct("<I")
+_MOST_LOOKED_AT: Final = 64
 #: Without O_NONBLOCK the open of a FIFO waits for its other end.
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
+
+
+class Kept:
+    """Files of messages that may not have been loaded yet: what keeps their descriptors open.
+
+    Attributes
+    ----------
+    messages : list of (tuple, list)
+        Index and generation of a message's first block, and its files.
+    """
+
+    def __init__(self, blocks: core.Blocks) -> None:
+        self._blocks = blocks
+        self.messages: list[tuple[tuple[int, int], list[core.MappedFile]]] = []
+
+    def note(self, block: tuple[int, int], files: list[core.MappedFile]) -> None:
+        """Keep the files of a message; drop those of the oldest ones that were loaded."""
+        for message in self.messages[:_MOST_LOOKED_AT]:
+            if not self._blocks.is_in_use(*message[0]):
+                with contextlib.suppress(ValueError):  # another thread has
+                    self.messages.remove(message)
+        if files:
+            self.messages.append((block, files))
 
 
 def describe(places: list[tuple[int, int, int, core.MappedFile]]) -> bytes:

@@ -621,6 +621,19 @@ static PyObject *is_unread(PyObject *self, PyObject *arguments)
                            !(get(&table_row(&blocks->table, index)->channel) & ADOPTED));
 }
 
+/* is_in_use(index, generation): in flight, or held by who has loaded it, or is about to */
+static PyObject *is_in_use(PyObject *self, PyObject *arguments)
+{
+    struct blocks *blocks = of(self);
+    u32 index;
+    u64 generation;
+    bool is_block = parse_block(blocks, arguments, &index, &generation);
+    if (PyErr_Occurred())
+        return NULL;
+    return PyBool_FromLong(is_block && (row_is(&blocks->table, index, IN_FLIGHT, generation) ||
+                                        row_is(&blocks->table, index, HELD, generation)));
+}
+
 /* is_damaged(index): quarantine it if so */
 static PyObject *is_damaged(PyObject *self, PyObject *argument)
 {
@@ -1404,6 +1417,7 @@ static PyMethodDef methods[] = {
     {"repeated", repeated, METH_NOARGS, NULL},
     {"claim", claim, METH_VARARGS, NULL},
     {"is_unread", is_unread, METH_VARARGS, NULL},
+    {"is_in_use", is_in_use, METH_VARARGS, NULL},
     {"is_damaged", is_damaged, METH_O, NULL},
     {"adopt", adopt, METH_VARARGS, NULL},
     {"discard", discard, METH_VARARGS, NULL},

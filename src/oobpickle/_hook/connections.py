@@ -244,8 +244,12 @@ def pack(hook: Hook, message: core.Message, channel: int) -> Envelope | None:
         *(_statistics.NBYTES, message.nbytes),
         *(_statistics.NBYTES_STREAM, message.stream_nbytes),
     )
-    if places := message.places:
+    places = message.places
+    if places:
         arena.blocks.count(_statistics.NBYTES_IN_FILES, sum(nbytes for _, _, nbytes, _ in places))
+    if places or hook.kept.messages:
+        block = envelope.lease.blocks[0]
+        hook.kept.note((block.index, block.generation), [file for *_, file in places])
     if message.nbytes_spilled:
         arena.blocks.count(
             *(_statistics.N_SPILLED, 1),

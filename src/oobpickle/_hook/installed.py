@@ -19,7 +19,7 @@ import weakref
 from collections.abc import Callable, Iterable
 from typing import Any, Final, TypeVar
 
-from oobpickle import _arena, _envelope, _fallback
+from oobpickle import _arena, _envelope, _fallback, _in_files
 from oobpickle._hook.channels import Channels
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
@@ -88,6 +88,7 @@ class Hook:
         self.blocks: weakref.WeakSet[Block] = weakref.WeakSet()
         # Connections that were made meanwhile: see `after`.
         self.made: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.kept = _in_files.Kept(arena.blocks)
         self.not_served: set[str] = set()  # libraries through which large messages went
         self.installed = False  # install() was called
         self.leaving = False
@@ -219,6 +220,7 @@ def _leave(hook: Hook) -> None:
             # It goes on receiving without saying when: so nothing is reclaimed while it lives.
             arena.blocks.read_for_ever()
         current = None
+        hook.kept.messages.clear()
         arena.detach()
         hook.take_out()
         lingering.append(arena)

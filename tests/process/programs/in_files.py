@@ -198,8 +198,49 @@ def _refused(load, path):
     return story
 
 
+def a_file_on_its_way():
+    """Whoever replaces or deletes a file, and has dropped its arrays, has it until they arrive."""
+    with oobpickle.enabled() as arena:
+        read, write = multiprocessing.Pipe(duplex=False)
+        with _file() as path:
+            for n in range(5):
+                oobpickle.dump(np.full(250_000, n), path)
+                write.send(oobpickle.load(path, "r"))
+            path.unlink()
+            gc.collect()
+            assert len(_mappings(path)) == 5
+            for n in range(5):
+                found = read.recv()
+                assert (found == n).all()
+                assert _is_in(path, found)
+                del found
+            write.send(message(3))  # with each message it is asked which have arrived
+            verify(read.recv(), 3)
+            assert not _mappings(path)
+        inside.assert_empty(arena)
+
+
+def files_of_a_loop():
+    """A child that goes on reading, while its parent replaces the file again and again."""
+    with _file() as path, oobpickle.enabled() as arena:
+        read, write = multiprocessing.Pipe(duplex=False)
+
+        def worker():
+            for n in range(200):
+                found = read.recv()
+                assert (found == n).all()
+
+        pid = fork(worker)
+        for n in range(200):
+            oobpickle.dump(np.full(50_000, n), path)
+            write.send(oobpickle.load(path, "r"))
+        reap(pid)
+        assert arena.statistics().nbytes_in_files == 200 * 400_000
+        assert arena.statistics().n_fallbacks == 0
+
+
 def a_task_of_a_pool():
-    """A task whose file was deleted on its way fails, and the pool goes on."""
+    """A task whose file was written on its way fails, and the pool goes on."""
     with _file() as path, oobpickle.enabled() as arena:
         begun, go_on = Token(), Token()
         with multiprocessing.get_context("fork").Pool(1, _global, (begun, go_on)) as pool:
@@ -207,8 +248,7 @@ def a_task_of_a_pool():
             begun.take()
             job = pool.apply_async(_sum, (path, oobpickle.load(path, "r")[0]))
             eventually(lambda: arena.statistics().nbytes_in_files)
-            path.unlink()
-            eventually(lambda: gc.collect() or not _mappings(path))
+            os.utime(path, ns=(1, 1))
             go_on.give()
             waiting.get()
             _refused(job.get, path)
@@ -466,6 +506,8 @@ def killed_receivers():
         verify(second, 2)
         reap(fork(lambda: verify(read.recv()[1], 2)))
         del first, second, model
+        write.send(message(3))  # what has arrived is kept no longer
+        verify(read.recv(), 3)
         inside.assert_empty(arena)
         assert _mappings(path) == []
 
