@@ -7,6 +7,7 @@ import pickle
 import threading
 import warnings
 import weakref
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -330,6 +331,36 @@ for _ in range(70):
 Deep.__name__ = Deep.__qualname__ = "Deep"
 Large = Deep * 30_000
 Large.__name__ = Large.__qualname__ = "Large"
+
+
+class Plain:
+    def __init__(self, number):
+        self.number = number
+
+
+class Special(bytes):
+    """What Python knows more about."""
+
+
+def test_objects_of_plain_and_special_classes_by_turns():
+    """The last plain class is remembered; the first one of a message, too, if it is a new one."""
+    objects = [kind(n) for n in range(20) for kind in (Plain, Plain, Special, Fraction)]
+    local = type("Local", (Plain,), {"__reduce__": lambda self: (Plain, (self.number,))})
+    objects += [local(7), Plain(8), Special(9)]
+
+    for threshold in (0, 1 << 30):
+        message = message_of(objects, threshold=threshold)
+        found = pickle.loads(as_pickle(message))
+        assert [type(one) for one in found] == [
+            Plain if type(o) is local else type(o) for o in objects
+        ]
+        assert [getattr(one, "number", one) for one in found] == [
+            getattr(one, "number", one) for one in objects
+        ]
+    kept = weakref.ref(local)
+    del local, objects, message
+    gc.collect()
+    assert kept() is None
 
 
 @pytest.mark.parametrize("kind", [Deep, Large])

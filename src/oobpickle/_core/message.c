@@ -74,6 +74,7 @@ struct message {
     PyObject *references; /* [Block], or NULL */
     PyObject *files; /* [MappedFile] that were found to be there, or NULL */
     PyObject *made;   /* a bytearray that nobody else has */
+    PyObject *plain;  /* the last class that was found to be of no special kind */
     struct buffer *buffers;
     size_t n_buffers, buffers_room;
     struct pending *pending;
@@ -91,6 +92,7 @@ struct message {
 
 static PyTypeObject *message_type, *rebuild_type;
 static PyObject *as_pickle, *as_rebuild, *picklebuffer, *shared_stand_in;
+static PyObject *reduce_ex, *protocol; /* "__reduce_ex__", 5 */
 
 static struct message *of(PyObject *self)
 {
@@ -766,14 +768,14 @@ static PyObject *write_stream_into(PyObject *self, PyObject *arguments)
 
 static PyObject *reduce_as_pickle(PyObject *Py_UNUSED(module), PyObject *object)
 {
-    PyObject *reduce = PyObject_GetAttrString(object, "__reduce_ex__");
+    PyObject *reduce = PyObject_GetAttr(object, reduce_ex);
     if (reduce == NULL) {
         if (!PyErr_ExceptionMatches(PyExc_AttributeError))
             return NULL;
         PyErr_Clear();
         return PyObject_CallMethod(object, "__reduce__", NULL);
     }
-    PyObject *reduced = PyObject_CallFunction(reduce, "i", 5);
+    PyObject *reduced = PyObject_CallFunctionObjArgs(reduce, protocol, NULL);
     Py_DECREF(reduce);
     return reduced;
 }
@@ -874,12 +876,18 @@ static PyObject *subscript(PyObject *self, PyObject *kind)
         PyErr_SetObject(PyExc_KeyError, kind); /* its instances are classes, pickled by their names */
         return NULL;
     }
+    if (kind == message->plain) /* of many of one class all but the first */
+        return Py_NewRef(as_pickle);
     if (may_be_special(type)) {
         PyObject *find = PyTuple_GetItem(message->tables, 3);
         PyObject *found = PyObject_CallFunctionObjArgs(find, kind, self, NULL);
         if (found != Py_None)
             return found;
         Py_DECREF(found);
+    } else {
+        PyObject *before = message->plain;
+        message->plain = Py_NewRef(kind);
+        Py_XDECREF(before);
     }
     return Py_NewRef(as_pickle);
 }
@@ -1185,6 +1193,7 @@ static void dealloc(PyObject *self)
     free(message->buffers);
     free(message->pending);
     Py_XDECREF(message->tables);
+    Py_XDECREF(message->plain);
     Py_XDECREF((PyObject *)message->blocks);
     Py_XDECREF((PyObject *)message->published);
     PyObject_Free(self);
@@ -1444,6 +1453,10 @@ int message_type_make(PyObject *module)
         as_pickle = PyCFunction_NewEx(&reducers[0], NULL, NULL);
     if (as_rebuild == NULL)
         as_rebuild = PyCFunction_NewEx(&rebuild_reducer, NULL, NULL);
+    if (reduce_ex == NULL)
+        reduce_ex = PyUnicode_InternFromString("__reduce_ex__");
+    if (protocol == NULL)
+        protocol = PyLong_FromLong(5);
     PyObject *pickle = PyImport_ImportModule("_pickle");
     if (picklebuffer == NULL && pickle)
         picklebuffer = PyObject_GetAttrString(pickle, "PickleBuffer");
@@ -1452,7 +1465,8 @@ int message_type_make(PyObject *module)
     if (shared_stand_in == NULL && picklebuffer && nothing)
         shared_stand_in = PyObject_CallFunctionObjArgs(picklebuffer, nothing, NULL);
     Py_XDECREF(nothing);
-    if (!message_type || !rebuild_type || !as_pickle || !as_rebuild || !shared_stand_in)
+    if (!message_type || !rebuild_type || !as_pickle || !as_rebuild || !shared_stand_in || !reduce_ex ||
+        !protocol)
         return -1;
     return PyModule_AddObjectRef(module, "Message", (PyObject *)message_type) ||
            PyModule_AddObjectRef(module, "Rebuild", (PyObject *)rebuild_type);
