@@ -26,7 +26,7 @@ import json
 import re
 import sys
 import textwrap
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +35,7 @@ PROJECT = FOLDER.parents[1]
 
 #: The command of each file. In benchmarks/README.md stands how long each takes.
 SOURCES = {
-    "transfer-results": "python benchmarks/transfer.py --check --rows 'result-*'",
     "transfer": "python benchmarks/transfer.py --check",
-    "transfer-kinds": "python benchmarks/transfer.py --check --rows 'kind-*'",
     "joblib": "python benchmarks/with_joblib.py",
     "sharing": "python benchmarks/sharing.py --passes 12",
     "merging": "python benchmarks/merging.py --quick --passes 7",
@@ -145,13 +143,13 @@ def listed(figures: Figures, table: str) -> str:
 
 
 def speed() -> str:
-    figures = load("transfer-results")
+    figures = load("transfer")
     rows = figures["rows"]
     sizes = {"192K": "192 KiB", "1M": "1 MiB", "64M": "64 MiB", "1G": "1 GiB"}
     times = [f"{_two(rows[f'result-{name}']['times_plain'])} at {sizes[name]}" for name in sizes]
     times[0] = times[0].replace(" at ", " times as fast at ")
     first = f"{_two(rows['result-first-1G']['times_plain'])} for a first 1 GiB with nothing warm"
-    return paragraph(f"{', '.join(times)}; {first}. {source(figures)}")
+    return paragraph(f"{', '.join(times)}; {first}. {source({**figures, 'note': ''})}")
 
 
 def _two(number: float) -> str:
@@ -159,7 +157,7 @@ def _two(number: float) -> str:
 
 
 def in_short() -> str:
-    rows = load("transfer-results")["rows"]
+    rows = load("transfer")["rows"]
     small = [rows[f"result-{n}K"]["times_plain"] for n in (1, 4, 16, 32, 64, 96)]
     names = {
         "128K": "128 KiB, where it begins",
@@ -197,7 +195,10 @@ def _grown(nbytes: float) -> str:
     return f"+{nbytes / _MIB:.1f} MiB"
 
 
-def _transfer(figures: Figures, rows: Figures) -> str:
+def _transfer(kinds: Container[str]) -> str:
+    """The rows of some kinds: what their names begin with."""
+    figures = load("transfer")
+    rows = {name: row for name, row in figures["rows"].items() if name.partition("-")[0] in kinds}
     head = [
         *("row", "plain", "oobpickle", "`np.copyto`", "times plain", "and read"),
         *("of `np.copyto`", "and read", "other cores", "verdict"),
@@ -206,16 +207,11 @@ def _transfer(figures: Figures, rows: Figures) -> str:
 
 
 def transfer_results() -> str:
-    figures = load("transfer-results")
-    return _transfer(figures, figures["rows"])
+    return _transfer(["result"])
 
 
 def transfer() -> str:
-    """The rows of an earlier run of which no newer one says the same."""
-    figures = load("transfer")
-    newer = {"acquire-10", "acquire-50000"}  # steps.py
-    newer |= set(load("transfer-results")["rows"]) | set(load("transfer-kinds")["rows"])
-    return _transfer(figures, {n: row for n, row in figures["rows"].items() if n not in newer})
+    return _transfer(["argument", "pickling"])  # that of `acquire` is in steps.py, too
 
 
 _KINDS = {
@@ -230,7 +226,7 @@ _KINDS = {
 
 
 def kinds() -> str:
-    figures = load("transfer-kinds")
+    figures = load("transfer")
     lines = [
         [
             text,
