@@ -134,6 +134,8 @@ def everywhere(method):
         assert len(_mappings(path)) == 1
         _model = inherited = None
         del model, part, first, second, own
+        results.put(message(3))  # what has arrived is kept no longer
+        verify(results.get(), 3)
         inside.assert_empty(arena)
         assert _mappings(path) == []
 
