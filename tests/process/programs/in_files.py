@@ -273,24 +273,22 @@ def another_user():
     with _file() as path, oobpickle.enabled() as arena:
         path.chmod(0o600)
         read, write = multiprocessing.Pipe(duplex=False)
-        model = oobpickle.load(path, "r")
+        sent = Token()
 
-        def worker():
-            del globals()["_kept"]
+        def worker():  # forked before: else it inherits the mapping of its parent
+            sent.take()
             os.setgroups([])
             os.setgid(NOBODY)
             os.setuid(NOBODY)
-            gc.collect()
             assert "found Permission denied" in _refused(read.recv, path)
             verify(read.recv(), 3)
 
-        globals()["_kept"] = model
-        del model
-        write.send(_kept)  # noqa: F821
+        pid = fork(worker)
+        write.send(oobpickle.load(path, "r"))
         write.send(message(3))
-        reap(fork(worker))
+        sent.give()
+        reap(pid)
         assert arena.statistics().nbytes_in_files == 2_000_000
-        del globals()["_kept"]
 
 
 def who_cannot_open_it_sends_the_bytes():
@@ -318,16 +316,20 @@ def another_root():
     """The path of the file leads nowhere there, and there is no /proc to find the sender in."""
     with _file() as path, oobpickle.enabled():
         read, write = multiprocessing.Pipe(duplex=False)
-        write.send(oobpickle.load(path, "r"))
+        sent = Token()
 
-        def worker():
+        def worker():  # forked before: else it inherits the mapping of its parent
+            sent.take()
             with tempfile.TemporaryDirectory() as folder:
                 os.chroot(folder)
                 os.chdir("/")
                 assert "found No such file" in _refused(read.recv, path)
                 os._exit(0)
 
-        reap(fork(worker))
+        pid = fork(worker)
+        write.send(oobpickle.load(path, "r"))
+        sent.give()
+        reap(pid)
 
 
 def another_mount():
