@@ -82,8 +82,13 @@ def fork(run, *args, fault=None):
     """
     with faulty_children(fault):
         pid = os.fork()
-    if pid:
-        return pid
+    if pid == 0:
+        end_with(run, *args)
+    return pid
+
+
+def end_with(run, *args):
+    """Run ``run(*args)`` in a forked child, and exit with 0, or 1 and a traceback."""
     status = 1
     try:
         run(*args)

@@ -139,9 +139,10 @@ class SharedArena:
     @property
     def name(self) -> bytes:
         """`NAME_NBYTES` bytes: the identity, and where this process has the files."""
-        if self._named_in != core.epoch():
+        epoch = core.epoch()
+        if self._named_in != epoch or not epoch:  # 0: forks here are known to nobody
             self._name = name_of(self.identity, self._files.descriptors)
-            self._named_in = core.epoch()
+            self._named_in = epoch
         return self._name
 
     @property

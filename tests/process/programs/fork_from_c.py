@@ -10,7 +10,6 @@ import os
 import signal
 import sys
 import threading
-import traceback
 
 import inside
 from inside import Token, is_in_arena, message, reap, verify
@@ -29,39 +28,24 @@ _after_fork_in_child.restype = None
 
 def _fork(run, *args, libc=_libc):
     """Fork a child in C that runs ``run(*args)``."""
-    sys.stdout.flush()
     imp.acquire_lock()  # the child releases it, as of CPython 3.13 whether it has it or not
-    pid = libc.fork()
-    if pid:
-        imp.release_lock()
-        return pid
-    status = 1
-    try:
+
+    def run_told():
         _after_fork_in_child()
         run(*args)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+
+    pid = _fork_untold(libc, run_told)
+    imp.release_lock()
+    return pid
 
 
 def _fork_untold(libc, run, *args):
     """Fork a child in C that runs ``run(*args)``, and no hook of Python's."""
     sys.stdout.flush()
     pid = libc.fork()
-    if pid:
-        return pid
-    status = 1
-    try:
-        run(*args)
-        status = 0
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stderr.flush()
-        os._exit(status)
+    if pid == 0:
+        inside.end_with(run, *args)
+    return pid
 
 
 def _received(seed, nbytes=1_000_000):

@@ -18,6 +18,7 @@ from conftest import eventually
 from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._memory import headroom, reclaim, sending
 from oobpickle._memory.arena import SharedArena
+from oobpickle._memory.files import name_of
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import channel_id
 from oobpickle._native import core
@@ -71,6 +72,15 @@ def first_of(pairs):
 
 def address(view):
     return np.frombuffer(view, np.uint8).ctypes.data
+
+
+def test_where_nothing_tells_of_forks_its_name_is_made_anew(arena, monkeypatch):
+    """It names a process: a child made by clone(2) says its own id, from its first message on."""
+    for pid in (os.getpid(), 7):
+        monkeypatch.setattr(core, "epoch", lambda: 0)
+        monkeypatch.setattr(os, "getpid", lambda pid=pid: pid)
+        assert arena.name == name_of(arena.identity, arena.descriptors) != b""
+        monkeypatch.undo()
 
 
 def test_destinations_are_aligned_and_writable(arena):
