@@ -440,7 +440,7 @@ PyObject *array_reduce(struct message *message, PyObject *array)
     }
     if (!is_in_c_order(&view) && !has_gaps(&view) && (strides = strides_of(&view)) == NULL)
         goto done;
-    if (view.len >= MIN_BUFFER && !message_keeps(message, (u64)view.len)) {
+    if (view.len >= MIN_BUFFER && !message_stays(message, (u64)view.len)) {
         /* The pickler comes to the dtype before it asks for the memory. */
         if (known->may_run_code && settle(&view) != 0) {
             Py_XDECREF(strides);

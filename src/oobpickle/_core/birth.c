@@ -13,14 +13,14 @@ No lock of the table is needed: a vacant slot belongs to whoever gets its byte, 
 over all (incarnations, the number of slots) is changed atomically. A slot that a dead participant has
 left is made vacant under the lock, by the hooks that Python calls (fork.c).
 
+After a fork that ran no hook of Python, what this process holds becomes its own here (fork.c), if the
+GIL is held. Nobody may look at it otherwise: then the child does it, where no other thread is, and
+its parent waits until the child has a pid in its row.
+
 Lifetime. From before the fork until the child joins, and takes it over, or dies.
 
 When it cannot. Without a descriptor or a slot the child is not known until it joins by itself, as
-the child of a clone(2) without handlers is not.
-
-Of forks that ran no hook of Python. What this process holds becomes its own here (fork.c), if the
-GIL is held; nobody may look at it otherwise, so then the child does it, where no other thread is,
-and its parent waits until the child has a pid in its row. */
+the child of a clone(2) without handlers is not. */
 
 #include "core.h"
 
@@ -69,7 +69,7 @@ static bool prepare(struct blocks *blocks)
 
 /* A child that is being forked, if there is one, inherits views. Whoever forks may not have the GIL, so
    a view may be added between `before` and the fork: its adder calls this, too. */
-void birth_has_views(struct blocks *blocks)
+void birth_note_views(struct blocks *blocks)
 {
     struct table *shared = blocks->table.shared;
     atomic_thread_fence(memory_order_seq_cst);
@@ -101,7 +101,7 @@ static void before(void)
         put_half(&birth->preparing, prepare(blocks) ? birth->slot + 1 : UNKNOWN_CHILD);
         atomic_thread_fence(memory_order_seq_cst);
         if (blocks->first_view)
-            birth_has_views(blocks);
+            birth_note_views(blocks);
     }
 }
 

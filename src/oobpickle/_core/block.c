@@ -335,7 +335,7 @@ void block_release(struct block *block)
 }
 
 /* What is private memory by now belongs to nothing but this object: its arena is about to end. */
-void block_own(struct block *block)
+void block_detach(struct block *block)
 {
     struct blocks *blocks = block->blocks;
     if (block->has_tail)
@@ -362,7 +362,7 @@ static void leave_window(struct block *block)
         mapping_share(mapping, place->offset, block->address, place->nbytes) == 0)
         known->is_private = false;
     if (block->is_emptied && known->n_users == 1)
-        mapping_close(mapping, place->offset, place->stride);
+        mapping_bar(mapping, place->offset, place->stride);
     mapping_leave(mapping, place->offset);
 }
 

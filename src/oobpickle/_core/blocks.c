@@ -101,7 +101,7 @@ void step_end(struct blocks *blocks)
     u32 taken[MOST_UNHELD], n = 0;
     u64 generations[MOST_UNHELD];
     while (n < MOST_UNHELD && get(&blocks->table.shared->header.unheld)) {
-        u32 index = table_take_unheld(&blocks->table, blocks->lock.slot, is_alive, blocks);
+        u32 index = references_take_unheld(&blocks->table, blocks->lock.slot, is_alive, blocks);
         if (index == ROWS)
             break;
         taken[n] = index;
@@ -420,7 +420,7 @@ static bool is_message(struct blocks *blocks, u64 index, u64 generation, u64 nby
     if (index >= ROWS || !row_is(&blocks->table, (u32)index, IN_FLIGHT, generation))
         return false;
     if (is_name(get(&table_row(&blocks->table, (u32)index)->used)))
-        return nbytes == 0 && table_named(&blocks->table, (u32)index) != ROWS;
+        return nbytes == 0 && references_named(&blocks->table, (u32)index) != ROWS;
     return get(&table_row(&blocks->table, (u32)index)->used) == nbytes &&
            nbytes <= blocks->table.known[index].place.nbytes;
 }
@@ -608,30 +608,30 @@ static bool parse_block(struct blocks *blocks, PyObject *arguments, u32 *index, 
     return !has_ended(blocks);
 }
 
-/* is_unread(index, generation): in flight, and nobody is known to have read it */
-static PyObject *is_unread(PyObject *self, PyObject *arguments)
+/* The row of a block in one of two states, or NULL. */
+static const struct row *row_in(PyObject *self, PyObject *arguments, enum state one, enum state other)
 {
     struct blocks *blocks = of(self);
     u32 index;
     u64 generation;
-    bool is_block = parse_block(blocks, arguments, &index, &generation);
-    if (PyErr_Occurred())
+    if (!parse_block(blocks, arguments, &index, &generation) ||
+        (!row_is(&blocks->table, index, one, generation) && !row_is(&blocks->table, index, other, generation)))
         return NULL;
-    return PyBool_FromLong(is_block && row_is(&blocks->table, index, IN_FLIGHT, generation) &&
-                           !(get(&table_row(&blocks->table, index)->channel) & ADOPTED));
+    return table_row(&blocks->table, index);
+}
+
+/* is_unread(index, generation): in flight, and nobody is known to have read it */
+static PyObject *is_unread(PyObject *self, PyObject *arguments)
+{
+    const struct row *row = row_in(self, arguments, IN_FLIGHT, IN_FLIGHT);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(row != NULL && !(get(&row->channel) & ADOPTED));
 }
 
 /* is_in_use(index, generation): in flight, or held by who has loaded it, or is about to */
 static PyObject *is_in_use(PyObject *self, PyObject *arguments)
 {
-    struct blocks *blocks = of(self);
-    u32 index;
-    u64 generation;
-    bool is_block = parse_block(blocks, arguments, &index, &generation);
-    if (PyErr_Occurred())
-        return NULL;
-    return PyBool_FromLong(is_block && (row_is(&blocks->table, index, IN_FLIGHT, generation) ||
-                                        row_is(&blocks->table, index, HELD, generation)));
+    const struct row *row = row_in(self, arguments, IN_FLIGHT, HELD);
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(row != NULL);
 }
 
 /* is_damaged(index): quarantine it if so */
@@ -1217,7 +1217,7 @@ static PyObject *part(PyObject *self, PyObject *argument)
         size_t i = 0;
         for (struct block *block = blocks->first, *after; block; block = after) {
             after = block->after;
-            block_own(block);
+            block_detach(block);
             if (!block->is_copy)
                 kept[i++] = (struct range){block->address, block->mapped};
         }

@@ -78,7 +78,7 @@ char *map_quietly(int fd, u64 offset, u64 nbytes, int protection, bool huge);
 int mapping_start(struct mapping *mapping, int fd, bool is_on_disk);
 char *mapping_at(struct mapping *mapping, u64 offset, u64 stride, u64 nbytes);
 char *mapping_again(const struct mapping *mapping, u64 offset, u64 nbytes);
-void mapping_close(struct mapping *mapping, u64 offset, u64 stride);
+void mapping_bar(struct mapping *mapping, u64 offset, u64 stride);
 void mapping_use(struct mapping *mapping, u64 offset);
 void mapping_leave(struct mapping *mapping, u64 offset);
 void mapping_unmap_unused(struct mapping *mapping);
@@ -166,13 +166,13 @@ void row_lease(struct table_view *table, u32 index, u64 nbytes, u32 slot);
 
 /* --- references.c: rows that name a published block */
 
-bool table_publish(struct table_view *table, u32 index, enum state state, u64 generation, u32 reference);
-bool table_name(struct table_view *table, u32 reference, u32 index);
-u32 table_named(struct table_view *table, u32 reference);
-void table_unname(struct table_view *table, u32 reference);
-void table_forget_counts(struct table_view *table, u32 n_rows);
-void table_count(struct table_view *table, u32 reference);
-u32 table_take_unheld(struct table_view *table, u32 slot, bool (*is_alive)(void *, u32), void *with);
+bool references_publish(struct table_view *table, u32 index, enum state state, u64 generation, u32 reference);
+bool references_add(struct table_view *table, u32 reference, u32 index);
+u32 references_named(struct table_view *table, u32 reference);
+void references_remove(struct table_view *table, u32 reference);
+void references_forget_counts(struct table_view *table, u32 n_rows);
+void references_count(struct table_view *table, u32 reference);
+u32 references_take_unheld(struct table_view *table, u32 slot, bool (*is_alive)(void *, u32), void *with);
 
 void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void *with);
 
@@ -256,7 +256,7 @@ int birth_start(void);
 void birth_pause(void);
 void birth_go_on(void);
 bool birth_take(struct blocks *blocks);
-void birth_has_views(struct blocks *blocks);
+void birth_note_views(struct blocks *blocks);
 
 /* --- blocks.c: one arena, as this process has it */
 
@@ -327,7 +327,7 @@ struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nb
 int block_map(struct block *block, u64 nbytes);
 void block_enter(struct block *block, u64 nbytes);
 void block_release(struct block *block);
-void block_own(struct block *block);
+void block_detach(struct block *block);
 void count_in(struct blocks *blocks, u32 counter, u64 amount);
 void leave_others(struct blocks *blocks, u64 nbytes);
 void tail_note(struct block *block);
@@ -338,14 +338,14 @@ bool is_blocks(PyObject *object);
 
 /* --- published.c: one object for many readers */
 
+#define LEAST_REFERRED ((u64)64 << 10) /* a mapping and its page faults cost more than such a copy */
+
 bool reference_look(struct block *block);
 bool reference_narrow(struct block *block, u64 at, u64 nbytes);
 int view_map(struct block *block);
 int reference_read(const struct block *block, u64 at, char *to, u64 nbytes);
 void view_forget(struct block *block);
-bool view_in_place(struct block *block);
-#define LEAST_REFERRED ((u64)64 << 10) /* a mapping and its page faults cost more than such a copy */
-
+bool block_publish_in_place(struct block *block);
 struct block *view_at(struct blocks *blocks, const void *address, u64 nbytes);
 PyObject *refer_now(struct blocks *blocks, const struct block *view);
 void views_inherit(struct blocks *blocks);
@@ -481,7 +481,7 @@ int mapped_type_make(PyObject *module);
 
 struct dtype *message_dtype(struct message *message);
 bool message_keeps_flags(const struct message *message);
-bool message_keeps(struct message *message, u64 nbytes);
+bool message_stays(struct message *message, u64 nbytes);
 void message_made(struct message *message, PyObject *memory);
 PyObject *message_stand_in(struct message *message, Py_buffer *view);
 PyObject *rebuild_new(PyObject *reduced);

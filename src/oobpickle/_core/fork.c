@@ -2,7 +2,7 @@
 
 What. Before a fork each block that this process holds is turned into ordinary private memory, so
 that neither process sees the other's writes. What is on disk stays there, and is published: of that
-there may be more than memory has room for (`view_in_place`).
+there may be more than memory has room for (`block_publish_in_place`).
 
 How it works. Python calls the last three as hooks (os.register_at_fork). They are C, so no signal
 handler runs inside, and a Ctrl-C that is pending comes afterwards. Between the hook and the fork
@@ -88,7 +88,7 @@ static void make_own(struct block *block)
     const struct known *known = &blocks->table.known[block->index];
     bool is_owned = is_on_disk(&blocks->table, block->index) && !FAILS("fork.view") &&
                     mapping_own(&blocks->disk, known->place.offset, block->address, block->nbytes) == 0;
-    if (!is_owned || !view_in_place(block))
+    if (!is_owned || !block_publish_in_place(block))
         privatize(block, is_owned, false);
 }
 

@@ -302,7 +302,7 @@ char *mapping_at(struct mapping *mapping, u64 offset, u64 stride, u64 nbytes)
 }
 
 /* Nobody may touch a large block any more until it is used again. */
-void mapping_close(struct mapping *mapping, u64 offset, u64 stride)
+void mapping_bar(struct mapping *mapping, u64 offset, u64 stride)
 {
     struct window *window = &mapping->windows[offset / WINDOW];
     u64 within = offset % WINDOW;

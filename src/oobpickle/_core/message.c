@@ -112,7 +112,7 @@ struct dtype *message_dtype(struct message *message)
 }
 
 /* Decide about so many bytes: true if they stay in the stream. */
-bool message_keeps(struct message *message, u64 nbytes)
+bool message_stays(struct message *message, u64 nbytes)
 {
     if (message->kept_nbytes + nbytes >= message->threshold)
         return false;
@@ -585,7 +585,7 @@ static PyObject *take(PyObject *self, PyObject *buffer)
     if (pending)
         drop_pending(message, i - 1);
     /* What is in several pieces the pickler refuses to write. */
-    bool stays = !pending && (!PyBuffer_IsContiguous(&view, 'A') || message_keeps(message, (u64)view.len));
+    bool stays = !pending && (!PyBuffer_IsContiguous(&view, 'A') || message_stays(message, (u64)view.len));
     int result = stays ? 0 : take_memory(message, &view);
     PyBuffer_Release(&view);
     return result == 0 ? PyBool_FromLong(stays) : NULL;
@@ -595,7 +595,7 @@ static PyObject *take(PyObject *self, PyObject *buffer)
 static PyObject *stays(PyObject *self, PyObject *argument)
 {
     u64 nbytes = PyLong_AsUnsignedLongLong(argument);
-    return PyErr_Occurred() ? NULL : PyBool_FromLong(message_keeps(of(self), nbytes));
+    return PyErr_Occurred() ? NULL : PyBool_FromLong(message_stays(of(self), nbytes));
 }
 
 /* stand_in(source): what a reducer hands out in the place of memory that leaves the stream */
@@ -671,7 +671,7 @@ static PyObject *write_piece(PyObject *self, PyObject *piece)
     int result;
     if (PyBytes_CheckExact(piece) || piece == message->made) {
         result = add_piece(message, piece);
-    } else if (PyByteArray_CheckExact(piece) && !message_keeps(message, (u64)PyByteArray_Size(piece))) {
+    } else if (PyByteArray_CheckExact(piece) && !message_stays(message, (u64)PyByteArray_Size(piece))) {
         result = take_bytearray(message, piece);
     } else { /* its owner may change it */
         Py_buffer view;

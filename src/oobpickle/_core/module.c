@@ -1,7 +1,8 @@
 /* The extension module oobpickle._core.
 
-What. `Blocks`, `Block`, `Message` and `SharedLock`, and small types beside them; `plan` and `spread`; `header` and `constants`,
-the words of a table file that never change; `copy`; the fork hooks; `arm` for tests.
+What. `Blocks`, `Block`, `Message`, `SharedLock` and `MappedFile`, and small types beside them; `plan`
+and `spread`; `header` and `constants`, the words of a table file that never change; `copy`; the fork
+hooks; `arm` for tests.
 
 How it works. One initialisation in a process: sub-interpreters with a lock of their own cannot
 import it, and no memory is shared between such without a lock around it.

@@ -22,7 +22,7 @@ be known (no descriptor for its proof of life) makes it live as long as the aren
 runs no handler and must not use what it inherited.
 
 A block on disk that is held when its process forks becomes a published one, and the array over it a
-view, in its place (`view_in_place`).
+view, in its place (`block_publish_in_place`).
 
 When it cannot. Without a mapping the bytes that the message has are copied, no others, and the reference is
 released at once. */
@@ -43,7 +43,7 @@ static struct place *place_of(const struct block *block)
 bool reference_look(struct block *block)
 {
     struct table_view *table = &block->blocks->table;
-    u32 named = table_named(table, block->index);
+    u32 named = references_named(table, block->index);
     if (named == ROWS)
         return false;
     u64 nbytes = row_nbytes(table_row(table, named));
@@ -73,7 +73,7 @@ static void remember(struct block *block)
     if (blocks->first_view)
         blocks->first_view->view_before = block;
     blocks->first_view = block;
-    birth_has_views(blocks);
+    birth_note_views(blocks);
 }
 
 /* Give a reference an address. -1: it cannot be mapped. */
@@ -95,7 +95,7 @@ int reference_read(const struct block *block, u64 at, char *to, u64 nbytes)
     return mapping_read(mapping_of(block->blocks, block->named), place_of(block)->offset + at, to, nbytes);
 }
 
-/* A view that lies in a window, see `view_in_place`: the range is the file's again. */
+/* A view that lies in a window, see `block_publish_in_place`: the range is the file's again. */
 static void leave_place(struct block *block)
 {
     struct known *known = &block->blocks->table.known[block->named];
@@ -185,7 +185,7 @@ PyObject *refer_now(struct blocks *blocks, const struct block *view)
             if (block) /* without an object it is lost until this process ends */
                 block->state = LEASED;
             object = (PyObject *)block;
-            if (block && table_name(&blocks->table, index, view->named))
+            if (block && references_add(&blocks->table, index, view->named))
                 reference_look(block);
         }
         step_end(blocks);
@@ -247,7 +247,7 @@ static bool refer_all(struct blocks *blocks, PyObject *list, PyObject *reference
             return false;
         block->state = LEASED;
         PyList_SetItem(references, i, (PyObject *)block);
-        if (!table_name(&blocks->table, index, view->named) || !reference_look(block))
+        if (!references_add(&blocks->table, index, view->named) || !reference_look(block))
             return false;
         block->is_shared = true;
     }
@@ -317,7 +317,7 @@ void views_take(struct blocks *blocks)
         if (lease_reference(blocks, &index) != ROOM)
             return; /* at the next step, perhaps */
         hold(blocks, index);
-        if (!table_name(&blocks->table, index, view->named))
+        if (!references_add(&blocks->table, index, view->named))
             continue; /* damaged: nobody frees it */
         FAULT("views.referred");
         blocks->table.known[view->index].n_users--;
@@ -363,7 +363,7 @@ static void become_view(struct block *block, u32 reference)
 /* Before a fork: publish a block that this process holds, and make it a view of that, where it is mapped
    privately already. So parent and child have it, neither sees what the other writes, and nothing is
    copied. False: it is still held. */
-bool view_in_place(struct block *block)
+bool block_publish_in_place(struct block *block)
 {
     struct blocks *blocks = block->blocks;
     const bool was_deaf = blocks->lock.is_deaf;
@@ -373,7 +373,7 @@ bool view_in_place(struct block *block)
     if (step_begin(blocks) == ROOM) {
         if (lease_reference(blocks, &reference) == ROOM) {
             struct row *row = table_row(&blocks->table, reference);
-            is_view = table_publish(&blocks->table, block->index, HELD, block->generation, reference) &&
+            is_view = references_publish(&blocks->table, block->index, HELD, block->generation, reference) &&
                       row_change(row, reference, get(&row->commit), low_of(HELD, blocks->lock.slot));
             if (is_view)
                 become_view(block, reference);
@@ -399,7 +399,7 @@ static bool publish_all(struct blocks *blocks, PyObject *list, PyObject *views)
             return false;
         view->state = LEASED;
         PyList_SetItem(views, i, (PyObject *)view);
-        if (!table_publish(&blocks->table, block->index, LEASED, block->generation, index))
+        if (!references_publish(&blocks->table, block->index, LEASED, block->generation, index))
             return false;
         block->state = NONE; /* nobody's, from now on */
         reference_look(view);

@@ -1,7 +1,7 @@
 /* References: rows without memory that name a published block.
 
-What. `table_publish` makes a leased block one that many may read; `table_name` makes a further
-reference to it; `table_take_unheld` finds those that no reference names any more.
+What. `references_publish` makes a leased block one that many may read; `references_add` makes a further
+reference to it; `references_take_unheld` finds those that no reference names any more.
 
 How it works. A reference is a block like any other, of no bytes: leased, sealed, claimed, held,
 released and recovered by the same steps, and belongs to exactly one process or message. What is
@@ -22,7 +22,7 @@ find faults, not attacks. */
 #include "core.h"
 
 /* The published block that a reference names, or ROWS. */
-u32 table_named(struct table_view *table, u32 reference)
+u32 references_named(struct table_view *table, u32 reference)
 {
     u64 used = get(&table_row(table, reference)->used);
     u32 index = (u32)(used & (ROWS - 1));
@@ -43,7 +43,7 @@ static u64 count_again(struct table_view *table, u32 index)
 {
     u64 n = 0;
     for (u32 i = 0; i < table_n_rows(table); i++)
-        n += table_named(table, i) == index;
+        n += references_named(table, i) == index;
     return n;
 }
 
@@ -55,7 +55,7 @@ static u64 counted(struct table_view *table, u32 index)
 
 /* Step: a block that is leased, complete, or held is published, and named by a block of no bytes that
    was leased. */
-bool table_publish(struct table_view *table, u32 index, enum state state, u64 generation, u32 reference)
+bool references_publish(struct table_view *table, u32 index, enum state state, u64 generation, u32 reference)
 {
     struct row *row = table_row(table, index);
     u64 seen = get(&row->commit);
@@ -71,7 +71,7 @@ bool table_publish(struct table_view *table, u32 index, enum state state, u64 ge
 }
 
 /* Step: a block of no bytes that was leased names a published one; whoever leased it has a reference. */
-bool table_name(struct table_view *table, u32 reference, u32 index)
+bool references_add(struct table_view *table, u32 reference, u32 index)
 {
     const struct row *row = table_row(table, index);
     u64 generation = get(&row->generation), n;
@@ -86,12 +86,12 @@ bool table_name(struct table_view *table, u32 reference, u32 index)
 }
 
 /* Step: what a block names, if it is a reference, it names no more. */
-void table_unname(struct table_view *table, u32 reference)
+void references_remove(struct table_view *table, u32 reference)
 {
     struct row *row = table_row(table, reference);
     if (!is_name(get(&row->used)))
         return;
-    u32 index = table_named(table, reference);
+    u32 index = references_named(table, reference);
     u64 n = index == ROWS ? 0 : counted(table, index);
     put(&row->used, 0);
     FAULT("reference.unnamed");
@@ -104,7 +104,7 @@ void table_unname(struct table_view *table, u32 reference)
 }
 
 /* Rebuilding: before the rows are looked at, and for each that is not free. */
-void table_forget_counts(struct table_view *table, u32 n_rows)
+void references_forget_counts(struct table_view *table, u32 n_rows)
 {
     for (u32 i = 0; i < n_rows; i++)
         if (row_is(table, i, PUBLISHED, get(&table_row(table, i)->generation))) {
@@ -113,9 +113,9 @@ void table_forget_counts(struct table_view *table, u32 n_rows)
         }
 }
 
-void table_count(struct table_view *table, u32 reference)
+void references_count(struct table_view *table, u32 reference)
 {
-    u32 index = table_named(table, reference);
+    u32 index = references_named(table, reference);
     if (index != ROWS)
         set_count(table, index, (get(&table_row(table, index)->channel) & LOW_MASK) + 1);
 }
@@ -132,7 +132,7 @@ static bool may_have_views(struct table_view *table, bool (*is_alive)(void *, u3
 }
 
 /* Step: lease a published block that no reference names; ROWS: there is none. */
-u32 table_take_unheld(struct table_view *table, u32 slot, bool (*is_alive)(void *, u32), void *with)
+u32 references_take_unheld(struct table_view *table, u32 slot, bool (*is_alive)(void *, u32), void *with)
 {
     struct header *header = &table->shared->header;
     if (get(&header->unheld) == 0 || may_have_views(table, is_alive, with))

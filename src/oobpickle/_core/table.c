@@ -450,7 +450,7 @@ void table_free(struct table_view *table, u32 index, u64 generation, bool emptie
     struct row *row = table_row(table, index);
     if (emptied)
         row_emptied(table, index);
-    table_unname(table, index);
+    references_remove(table, index);
     /* Its link stays: whoever follows us, if we die here, frees what is below. */
     put(&row->commit, commit_word(index, FREE, generation));
     FAULT("free.committed");
@@ -524,7 +524,7 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
     free_chain(table, get(&header->draining));
     put(&header->draining, 0);
     table_drain(table);
-    table_forget_counts(table, n_rows);
+    references_forget_counts(table, n_rows);
     for (u32 i = 0; i < LISTS; i++) {
         put_half(&header->warm[i], 0);
         put_half(&header->empty[i], 0);
@@ -558,7 +558,7 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
             put(&row->used, 0);
             link_free(table, i);
         } else {
-            table_count(table, i); /* damaged, too: its reader may be alive */
+            references_count(table, i); /* damaged, too: its reader may be alive */
         }
     }
     put(&header->resident, resident);
