@@ -54,6 +54,8 @@ from oobpickle._statistics import N_LOADED
 _MAGIC: Final = b"OOBE"
 _HEADER: Final = struct.Struct(f"<4sI{NAME_NBYTES}sIIIQ")
 _CRC_FROM: Final = 8
+_CHECKED: Final = struct.Struct(f"<{NAME_NBYTES}sIIIQ")  # the checksum is of this and the rest
+_START: Final = struct.Struct("<Q4sI")  # what comes before: length, magic and checksum
 _INDIRECT: Final = 1
 _IN_FILES: Final = 2
 _PAIR_NBYTES: Final = 16
@@ -142,8 +144,7 @@ def pack(message: core.Message, arena: SharedArena, channel: int = 0) -> Envelop
     lease.seal(channel)
     flags = (_INDIRECT if is_indirect else 0) | (_IN_FILES if told else 0)
     counts = len(blocks), len(sizes) // 8, flags, n_stream
-    framed = _framed(arena.name, counts, body)
-    envelope = Envelope(PREFIX + struct.pack("<Q", len(framed)) + framed + _SUFFIX)
+    envelope = Envelope(_framed(arena.name, counts, body))
     envelope.lease = lease
     envelope.is_indirect = is_indirect
     return envelope
@@ -191,10 +192,9 @@ def _index_nbytes(n_others: int, sizes: bytes, n_stream: int) -> int:
 
 
 def _framed(name: bytes, counts: tuple[int, int, int, int], body: bytes) -> bytes:
-    body += bytes((_PADDED_TO - len(body)) % MODULUS)
-    head = _HEADER.pack(_MAGIC, 0, name, *counts)
-    crc = zlib.crc32(body, zlib.crc32(head[_CRC_FROM:]))
-    return head[:4] + struct.pack("<I", crc) + head[_CRC_FROM:] + body
+    checked = _CHECKED.pack(name, *counts) + body + bytes((_PADDED_TO - len(body)) % MODULUS)
+    start = _START.pack(_CRC_FROM + len(checked), _MAGIC, zlib.crc32(checked))
+    return PREFIX + start + checked + _SUFFIX
 
 
 def _start_at(flags: int, n_blocks: int, n_buffers: int) -> int:
@@ -232,8 +232,8 @@ def _parse(data: bytes) -> _Parsed:
     indirect, in_files = bool(flags & _INDIRECT), bool(flags & _IN_FILES)
     if magic != _MAGIC or flags > _INDIRECT | _IN_FILES:
         raise EnvelopeError(f"not an envelope: magic {magic!r}, flags {flags}, expected {_MAGIC!r}")
-    body = memoryview(data)[_HEADER.size :]
-    found = zlib.crc32(memoryview(data)[_CRC_FROM:])
+    checked = memoryview(data)[_CRC_FROM:]
+    body, found = checked[_CHECKED.size :], zlib.crc32(checked)
     if found != crc:
         raise EnvelopeError(f"envelope altered: checksum {found:#010x}, expected {crc:#010x}")
     wanted = _start_at(flags, n_blocks, n_buffers) + (START_NBYTES if indirect else n_stream)
@@ -315,10 +315,10 @@ def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memor
     stream = rest[start : start + parsed.n_stream]
     pairs = bytes(rest[_PAIR_NBYTES if parsed.indirect else 0 : n_pairs])
     needs = core.plan(sizes)
-    indices = struct.unpack(f"<{len(pairs) // 8}Q", pairs)[::2]
-    if len(needs) != len(indices):
-        raise EnvelopeError(f"{len(indices)} blocks for buffers that need {len(needs)}")
-    if len(set(indices)) != len(indices):
+    n_named = len(pairs) // _PAIR_NBYTES
+    if len(needs) != n_named:
+        raise EnvelopeError(f"{n_named} blocks for buffers that need {len(needs)}")
+    if n_named > 1 and len(set(struct.unpack(f"<{2 * n_named}Q", pairs)[::2])) != n_named:
         raise EnvelopeError("an envelope names a block twice")
     parts = core.spread(claim(pairs, needs, sizes), sizes, True)
     # A need of 0 is a reference, which has a mapping of its own.
