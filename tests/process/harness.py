@@ -250,12 +250,19 @@ def _own_cgroup():
         _, controllers, path = line.split(":", 2)
         if "memory" in controllers.split(","):
             inside = os.path.join(CGROUPS, path.lstrip("/"))
-            return path.lstrip("/") if os.path.isdir(inside) else "."
+            return path.strip("/") or "." if os.path.isdir(inside) else "."
     return "."
 
 
 def shared_nbytes():
-    """Return how much shared memory the whole machine uses, bytes."""
+    """Return how much shared memory is in use, bytes: of our memory cgroup, else of the machine.
+
+    In a cgroup (version 1) of its own a program is not disturbed by others that use shared memory.
+    """
+    if _own_cgroup() != ".":
+        for line in (CGROUPS / _own_cgroup() / "memory.stat").read_text().splitlines():
+            if line.startswith("total_shmem "):
+                return int(line.split()[1])
     for line in Path("/proc/meminfo").read_text().splitlines():
         if line.startswith("Shmem:"):
             return int(line.split()[1]) * 1024
@@ -263,5 +270,5 @@ def shared_nbytes():
 
 
 def assert_shared_memory_returns(before, slack_nbytes):
-    """Poll until the machine uses no more shared memory than before, but for the slack."""
+    """Poll until no more shared memory is in use than before, but for the slack."""
     eventually(lambda: shared_nbytes() <= before + slack_nbytes)
