@@ -178,6 +178,20 @@ def test_the_pages_of_a_large_block_go_as_it_is_read(make_arena):
     assert (pickle.loads(as_pickle(message)) == 1).all()
 
 
+@pytest.mark.parametrize("nbytes", [MIB, MIB + 100, 2 * MIB - 1, 4 * MIB, 5 * MIB + 1])
+def test_a_large_buffer_that_shares_its_block_is_read_without_its_neighbours(arena, nbytes):
+    """As in what is published."""
+    sizes = (nbytes, 1000, nbytes, 70_000, nbytes)
+    obj = [np.full(n, i, np.uint8) for i, n in enumerate(sizes)]
+    message = message_of(obj, arena.blocks, is_coarse=True)
+    assert message.blocks
+
+    message.leave_blocks()
+
+    for sent, arrived in zip(obj, pickle.loads(as_pickle(message)), strict=True):
+        np.testing.assert_array_equal(sent, arrived)
+
+
 def test_what_finds_no_room_is_in_memory_as_a_whole(make_arena):
     arena = make_arena(capacity=2 * MIB)
     obj = [np.full(100_000, float(i)) for i in range(4)]

@@ -34,6 +34,23 @@ def assert_is_the_table(found):
     assert (found["c"] == np.arange(100_000)).all()
 
 
+@pytest.mark.parametrize("publish", [oobpickle.broadcast, oobpickle.share])
+def test_an_object_that_finds_room_only_in_the_end_is_whole(publish):
+    """Pages of free blocks have to go first, and some of its arrays share a block."""
+    sizes = ((1 << 20) + 100, 1000, 40_000_000)
+    obj = [np.full(nbytes, i + 1, np.uint8) for i, nbytes in enumerate(sizes)]
+    with oobpickle.enabled(capacity="64 MiB") as arena:
+        oobpickle.broadcast(np.zeros(30_000_000, np.uint8)).close()
+        with publish(obj) as handle, contextlib.ExitStack() as stack:
+            shared = isinstance(handle, oobpickle.Shared)
+            found = stack.enter_context(handle.reading()) if shared else handle.value
+            for sent, arrived in zip(obj, found, strict=True):
+                np.testing.assert_array_equal(sent, arrived)
+            del found, arrived
+            stack.close()
+        assert not arena.statistics().n_fallbacks
+
+
 REFUSED = {
     "attribute": lambda handle: handle.shape,
     "item": lambda handle: handle["a"],

@@ -325,8 +325,8 @@ static void drop_blocks(struct message *message)
     Py_XDECREF(leased);
 }
 
-/* Copy out of a block that we need no more; of a large one the pages go as they are read, so that no
-   message is there twice. -1 with errno: it cannot be read from disk. */
+/* Copy out of a block that we need no more; if a large buffer is all that is in it, its pages go as they
+   are read, so that no message is there twice. -1 with errno: it cannot be read from disk. */
 static int copy_out_of(struct block *block, u64 at, char *to, u64 nbytes)
 {
     bool is_ours = block->epoch == epoch() && block->state == LEASED;
@@ -334,7 +334,7 @@ static int copy_out_of(struct block *block, u64 at, char *to, u64 nbytes)
     if (block->address == NULL)
         return mapping_read(&block->blocks->disk, table->known[block->index].place.offset + at, to,
                             nbytes);
-    if (nbytes < LARGE || at || !is_ours || !block->is_using) {
+    if (nbytes < LARGE || nbytes != block->nbytes || !is_ours || !block->is_using) {
         copy_now(to, block->address + at, nbytes);
         return 0;
     }
