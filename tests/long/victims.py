@@ -45,7 +45,8 @@ SIZES = (300_000, 1_500_000, 70_000)
 COPIED_NBYTES = 24 << 20
 N_ROUNDS = 40
 _PAGE_NBYTES = 4096
-_SAMPLE_NBYTES = 64
+#: Of what is copied. `memcpy` may write the very first and last bytes when all else is there.
+_EARLY, _LATE = slice(_PAGE_NBYTES, _PAGE_NBYTES + 64), slice(-_PAGE_NBYTES - 64, -_PAGE_NBYTES)
 
 
 class Armed(str):
@@ -326,14 +327,14 @@ class Victim:
     def die_in_a_copy(self):
         """The kill comes when the first bytes of a message are in place, and the last are not."""
         data = content(1, COPIED_NBYTES)
-        first, last = data[:_SAMPLE_NBYTES], data[-_SAMPLE_NBYTES:]
+        first, last = data[_EARLY], data[_LATE]
         for part in (first, last):
             part ^= 0x55  # what no earlier copy can have left there
         self._be_struck_in_a_copy(first.tobytes(), last.tobytes())
         for _ in range(200):
             self.own_write.send(data)
             received = self.own_read.recv()
-            received[:_SAMPLE_NBYTES] = received[-_SAMPLE_NBYTES:] = 0
+            received[_EARLY] = received[_LATE] = 0
             del received
             gc.collect()
         raise AssertionError("no copy was met in the middle")
@@ -354,7 +355,7 @@ class Victim:
                     continue
                 start = table.offset(index)
                 view = memoryview(data_file)[start : start + COPIED_NBYTES]
-                if view[:_SAMPLE_NBYTES] == first and view[-_SAMPLE_NBYTES:] != last:
+                if view[_EARLY] == first and view[_LATE] != last:
                     self._strike(me)
                     os._exit(0)
         os._exit(0)  # it has failed, and says so
