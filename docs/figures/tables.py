@@ -109,7 +109,7 @@ def source(figures: Figures) -> str:
         f"CPython {machine['python']}" if machine.get("python") else "",
         f"NumPy {machine['numpy']}" if machine.get("numpy") else "",
         *(f"{name} {library}" for name, library in figures["libraries"].items()),
-        f"load {machine['load']} at its beginning" if machine.get("load") is not None else "",
+        f"system load {machine['load']} at the start" if machine.get("load") is not None else "",
     ]
     first = f"`{figures['command']}`, oobpickle {version}, {figures['date']}"
     text = f"{first}; {', '.join(filter(None, place))}."
@@ -148,7 +148,8 @@ def speed() -> str:
     sizes = {"192K": "192 KiB", "1M": "1 MiB", "64M": "64 MiB", "1G": "1 GiB"}
     times = [f"{_two(rows[f'result-{name}']['times_plain'])} at {sizes[name]}" for name in sizes]
     times[0] = times[0].replace(" at ", " times as fast at ")
-    first = f"{_two(rows['result-first-1G']['times_plain'])} for a first 1 GiB with nothing warm"
+    first = f"{_two(rows['result-first-1G']['times_plain'])} for the first message, of 1 GiB"
+    first += ", before any memory is ready"
     return paragraph(f"{', '.join(times)}; {first}. {source({**figures, 'note': ''})}")
 
 

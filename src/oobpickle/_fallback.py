@@ -28,8 +28,8 @@ REASONS: Final[dict[str, str]] = {
     "space": "the system refused to reserve pages; see the limits of the mount",
     "table": "the table of blocks was full; send fewer, larger arrays",
     "busy": "the lock of the arena could not be had in time; is a worker stopped?",
-    "channel": "a process that can read there has not joined: it is older than enabled(), or "
-    "another program; make pools, queues and managers inside the block",
+    "channel": "a process that can read that channel has not joined: it is older than enabled(), "
+    "or another program; make pools, queues and managers inside the block",
     "detached": "a process could not attach to the arena, or its descriptors were closed there, as "
     "code does that makes a daemon of a process (os.closerange); see ulimit -n and ulimit -v, and "
     "close only descriptors that you have opened, or before the block",
