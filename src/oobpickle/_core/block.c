@@ -11,7 +11,7 @@ Only the release of a reference then asks for the lock, for milliseconds at most
 may be free. ::
 
     state       LEASED -seal-> IN_FLIGHT -depart-> NONE (the message's)      HELD
-    released    yes            yes                 no                        yes
+    dropped     released       released            nothing                   released
 
 Lifetime. An object remembers the epoch it was made in: in a forked child it releases nothing. Its
 range of the window, which a fork has made private, is mapped from the file again.
@@ -27,7 +27,7 @@ that block then is mapped elsewhere (`is_apart`). Without address space it is co
 
 PyTypeObject *block_type;
 
-#define FAULTS_SUFFICE ((u64)16 << 10)
+#define PAGE_FAULTS_SUFFICE ((u64)16 << 10)
 #define LONG ((u64)1 << 20)
 
 struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nbytes)
@@ -117,7 +117,7 @@ void block_enter(struct block *block, u64 nbytes)
     if (nbytes > entered) {
         known->entered = nbytes;
         blocks->entered_nbytes += nbytes - before;
-        if (nbytes - entered > FAULTS_SUFFICE)
+        if (nbytes - entered > PAGE_FAULTS_SUFFICE)
             populate_for(blocks, block->address + entered, nbytes - entered);
     }
 }
@@ -304,7 +304,7 @@ void block_release(struct block *block)
     u64 seen = atomic_load_explicit(&row->commit, memory_order_acquire);
     if (state == HELD)
         blocks->n_held--;
-    if (state_of(seen) != state || (owner_of(seen) != blocks->lock.slot && !block->is_copy) ||
+    if (state_of(seen) != state || (owner_of(seen) != blocks->lock.slot && !block->is_given_up) ||
         get(&row->generation) != block->generation)
         return; /* damaged, or taken from us */
     u64 used = row_nbytes(row);
@@ -356,8 +356,8 @@ static void leave_window(struct block *block)
     struct known *known = known_of(block);
     const struct place *place = &known->place;
     struct mapping *mapping = mapping_of(blocks, block->index);
-    /* Only the end of the object that was made private may do this, and not that of its sender, which
-       has the same range: while it lives, the private pages are its value. */
+    /* Only the object that was made private may map the range again. The sender's object has the same
+       range, and until it ends the private pages are its content. */
     if (block->is_private && known->is_private &&
         mapping_share(mapping, place->offset, block->address, place->nbytes) == 0)
         known->is_private = false;

@@ -130,13 +130,14 @@ static int lease_all(struct blocks *blocks, const u64 *needs, Py_ssize_t n, u32 
     /* Under the lock: who has had it since the arena was closed sees every lease there will be. */
     if (get(&table->shared->header.closed))
         problem = DETACHED;
-    Py_ssize_t i = 0;
-    for (; i < n && problem == ROOM; i++) {
-        *need = needs[i];
-        problem = (int)table_lease(table, needs[i], where, blocks->lock.slot, &leased[i], room);
+    Py_ssize_t n_leased = 0;
+    while (n_leased < n && problem == ROOM) {
+        *need = needs[n_leased];
+        problem = (int)table_lease(table, *need, where, blocks->lock.slot, &leased[n_leased], room);
+        n_leased += problem == ROOM;
     }
     if (problem != ROOM)
-        for (i -= 2; i >= 0; i--) {
+        for (Py_ssize_t i = n_leased - 1; i >= 0; i--) {
             struct row *row = table_row(table, leased[i].index);
             table_count_pages(table, leased[i].index, row_resident(row, leased[i].index),
                               leased[i].counted);
@@ -267,6 +268,8 @@ PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *pr
         list = fill(list, blocks, &nbytes, 1, &leased);
         if (list && map_all(blocks, list, &nbytes))
             block = Py_NewRef(PyList_GetItem(list, 0));
+        else
+            *problem = DETACHED;
     }
     blocks->lock.keeps_gil = false;
     blocks->lock.is_deaf = was_deaf;
@@ -414,8 +417,8 @@ static PyObject *prepare(PyObject *Py_UNUSED(self), PyObject *list)
 
 /* --- receiving */
 
-/* A reference has no bytes of its own. */
-static bool is_message(struct blocks *blocks, u64 index, u64 generation, u64 nbytes)
+/* In flight with that generation, and as large as the envelope says; of a reference it says 0. */
+static bool is_claimable(struct blocks *blocks, u64 index, u64 generation, u64 nbytes)
 {
     if (index >= ROWS || !row_is(&blocks->table, (u32)index, IN_FLIGHT, generation))
         return false;
@@ -494,7 +497,7 @@ static int copy_out(struct block *block, bool keep)
     block->is_using = block->is_apart = false;
     block->address = copy;
     block->nbytes = n;
-    block->is_copy = true;
+    block->is_copy = block->is_given_up = true;
     if (!keep)
         block_release(block);
     return 0;
@@ -556,7 +559,7 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
             break;
         }
         struct block *block = NULL;
-        if (is_message(blocks, pair[0], pair[1], nbytes)) {
+        if (is_claimable(blocks, pair[0], pair[1], nbytes)) {
             block = block_new(blocks, (u32)pair[0], pair[1], nbytes);
             if (block == NULL)
                 Py_CLEAR(list);
@@ -687,7 +690,7 @@ static PyObject *discard(PyObject *self, PyObject *arguments)
         return NULL;
     if (row_is(&blocks->table, index, IN_FLIGHT, generation)) {
         block->state = IN_FLIGHT;
-        block->is_copy = true; /* whoever the sender was */
+        block->is_given_up = true;
     }
     Py_DECREF((PyObject *)block);
     Py_RETURN_NONE;

@@ -272,6 +272,7 @@ struct block {
     u32 index;
     enum state state; /* LEASED, IN_FLIGHT or HELD; NONE: not ours to release */
     bool is_copy;     /* ordinary memory */
+    bool is_given_up; /* released by who has read it, although its row may say that another owns it */
     bool is_apart;    /* a mapping of its own */
     bool is_private;  /* ordinary memory since a fork */
     bool is_emptied;  /* its pages in the file have gone */

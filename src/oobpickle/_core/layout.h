@@ -89,7 +89,8 @@ struct row {
     word generation; /* counts the leases; never reset */
     word place;      /* check << 40 | offset in pages << 8 | ON_DISK | size class */
     word used;       /* bytes of the message in it; of a reference, what it names */
-    word resident;   /* bytes that have pages, or room on disk, with a check in the upper bits */
+    word resident;   /* bytes whose pages, or room on disk, are counted: there, or about to be made by who
+                        has leased it (`reserved`, core.h); with a check in the upper bits */
     word channel;    /* where the envelope waits, see above; of a published block, how many name it */
     half next;       /* link of a free list: index + 1, or 0 */
     half below;      /* link of the stack of released blocks, likewise, while it is on it */

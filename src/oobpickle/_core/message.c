@@ -14,10 +14,11 @@ stream once the sum of all so far reaches the threshold; what is in the stream b
     IN_MEMORY   in ordinary memory, as an ordinary pickle has them, one after the other: there was no
                 room, or the message will not go through an arena
     NOWHERE     they are counted only
+    LOST        half of the message was given back when the rest could not be read or copied
 
 What lies in published memory and cannot be written (published.c) is not copied: a reference to it is
-sent, wherever the others are; in a pickle that everybody can load it is a copy, too. So is what lies in a
-file that is mapped (mapped.c), of which the place is sent. A reference to what
+sent, wherever the others are. Of what lies in a file that is mapped (mapped.c) the place is sent. A pickle
+that everybody can load has copies of both. A reference to what
 is shared (`refer`) is handed out by its owner; it cannot become a copy, so such a message is refused
 where it would have to travel in-band.
 
@@ -46,7 +47,7 @@ found out when room is waited for. Without memory: MemoryError. */
 /* In the place of the header of a bytearray: its content is a buffer. */
 #define CALL_BYTEARRAY "cbuiltins\nbytearray\n\x97\x85R"
 
-enum where { IN_BLOCKS, IN_MEMORY, NOWHERE };
+enum where { IN_BLOCKS, IN_MEMORY, NOWHERE, LOST };
 
 struct buffer {
     u64 nbytes;
@@ -64,7 +65,7 @@ struct pending {
 
 struct message {
     PyObject_HEAD
-    struct blocks *blocks; /* a reference, or NULL */
+    struct blocks *blocks; /* the arena: a reference, or NULL */
     struct blocks *published; /* the same: whose published memory is sent as references */
     PyObject *tables;      /* (registered, special, general, find) */
     u64 threshold, kept_nbytes, stream_nbytes, buffers_nbytes, fresh_nbytes;
@@ -81,9 +82,9 @@ struct message {
     size_t n_pending, pending_room;
     struct plan plan;
     struct dtype dtype;
-    enum where where, begun;
+    enum where where, begun; /* where it is, and where it began */
     char *memory; /* HEAD_ROOM, and then (header, content) of each buffer */
-    u64 used, room, from;
+    u64 used, room, from; /* `from`: where the pickle begins in it; 0: there is none yet */
     Py_ssize_t n_exports;
     bool keeps_flags; /* read-only arrays arrive read-only, as NumPy sends them */
     bool is_for_one; /* it is written once, and its memory is given back meanwhile */
@@ -299,7 +300,7 @@ static struct block *lease_in(struct message *message, u64 nbytes, u32 where, in
     return is_there ? (struct block *)block : NULL;
 }
 
-/* NULL: there is no room now; or, without memory, with an exception. */
+/* NULL without an exception: there is no room now; with one: there is no memory. */
 static struct block *lease_block(struct message *message, u64 nbytes)
 {
     struct block *block = NULL;
@@ -374,13 +375,13 @@ static int leave_blocks(struct message *message)
             continue;
         char *to = more_for_buffer(message, buffer->nbytes);
         if (to == NULL) {
-            message->where = NOWHERE; /* half of it is gone */
+            message->where = LOST;
             return -1;
         }
         if (buffer->nbytes &&
             copy_out_of(block_of(message, buffer->block), buffer->at, to, buffer->nbytes) != 0) {
             PyErr_SetFromErrno(PyExc_OSError);
-            message->where = NOWHERE;
+            message->where = LOST;
             return -1;
         }
         buffer->at = (u64)(to - message->memory);
@@ -398,7 +399,8 @@ static int leave_blocks(struct message *message)
 
 /* --- taking buffers */
 
-static struct buffer *new_buffer(struct message *message, u64 nbytes)
+/* The caller counts it. */
+static struct buffer *next_buffer(struct message *message, u64 nbytes)
 {
     if (message->n_buffers == message->buffers_room) {
         size_t room = message->buffers_room ? 2 * message->buffers_room : 8;
@@ -449,7 +451,7 @@ static int copy_buffer(struct message *message, struct buffer *buffer, const Py_
         if (PyErr_Occurred() || leave_blocks(message) != 0)
             return -1;
     }
-    if (message->where == NOWHERE || (message->where == IN_BLOCKS && buffer->nbytes == 0))
+    if (message->where >= NOWHERE || (message->where == IN_BLOCKS && buffer->nbytes == 0))
         return 0;
     char *to = more_for_buffer(message, buffer->nbytes);
     if (to == NULL)
@@ -505,7 +507,7 @@ static int take_place(struct message *message, struct buffer *buffer, const Py_b
 
 static int take_memory(struct message *message, const Py_buffer *view)
 {
-    struct buffer *buffer = new_buffer(message, (u64)view->len);
+    struct buffer *buffer = next_buffer(message, (u64)view->len);
     int is_reference = buffer ? take_reference(message, buffer, view) : -1;
     if (is_reference == 0)
         is_reference = take_place(message, buffer, view);
@@ -542,13 +544,13 @@ static int refuse_shared(void)
 /* A reference that its owner has made for this message. */
 static int take_shared(struct message *message, struct block *reference)
 {
-    if (message->where != NOWHERE && (reference->blocks != message->published ||
+    if (message->where < NOWHERE && (reference->blocks != message->published ||
                                       reference->state != LEASED || reference->epoch != epoch()))
         return refuse_shared();
-    struct buffer *buffer = new_buffer(message, 0);
+    struct buffer *buffer = next_buffer(message, 0);
     if (buffer == NULL)
         return -1;
-    if (message->where != NOWHERE) {
+    if (message->where < NOWHERE) {
         if (message->references == NULL && (message->references = PyList_New(0)) == NULL)
             return -1;
         *buffer = (struct buffer){.nbytes = reference->nbytes, .is_reference = true,
@@ -934,7 +936,8 @@ static PyObject *get_blocks(PyObject *self, void *Py_UNUSED(closure))
     return all;
 }
 
-/* Copy a buffer out of ordinary memory, which goes as it is copied; but the disk may refuse the rest. */
+/* Copy a buffer out of ordinary memory. That is given back step by step, except when the copy goes to
+   disk: a refusal must leave the message whole. */
 static int move_one(struct message *message, const struct buffer *buffer, struct block *block, u64 at)
 {
     u64 begun_us = now_us();
@@ -1045,7 +1048,7 @@ static int copy_references(struct message *message)
     free_memory(&before);
     Py_CLEAR(message->references);
     if (result != 0)
-        message->where = NOWHERE; /* half of it is gone */
+        message->where = LOST;
     return result;
 }
 
@@ -1058,7 +1061,9 @@ static PyObject *to_pickle(PyObject *self, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "y*y*y*", &before, &between, &after))
         return NULL;
     PyObject *result = NULL;
-    if (before.len > HEAD_ROOM || message->n_exports || message->from || message->where == NOWHERE) {
+    if (message->where == LOST) {
+        PyErr_SetString(PyExc_RuntimeError, "half of this message is lost: it could not be read or copied");
+    } else if (before.len > HEAD_ROOM || message->n_exports || message->from || message->where == NOWHERE) {
         PyErr_SetString(PyExc_ValueError, "it is a pickle already, or what comes first is too long");
     } else if ((message->where != IN_BLOCKS || leave_blocks(message) == 0) &&
                copy_references(message) == 0) {
