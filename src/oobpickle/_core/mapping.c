@@ -429,12 +429,16 @@ int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes
         munmap(mapped, all);
         return 0;
     }
+    if (FAILS("disk.read"))
+        return -1;
     for (u64 done = 0; done < nbytes;) {
         ssize_t n = pread(mapping->data.fd, to + done, nbytes - done, (off_t)(offset + done));
         if (n > 0)
             done += (u64)n;
-        else if (n == 0 || !again(-1))
+        else if (n == 0 || !again(-1)) {
+            errno = n == 0 ? EIO : errno; /* somebody has made the file shorter */
             return -1;
+        }
     }
     return 0;
 }

@@ -344,6 +344,19 @@ def _pickle_of(message):
     return memoryview(message)
 
 
+def test_a_message_that_cannot_be_read_back_is_lost_and_says_so(spilling):
+    message = message_of([np.arange(100_000), np.arange(200_000)], spilling.blocks)
+    assert message.nbytes_spilled
+    core.arm("disk.read", 2, -errno.EIO)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        message.leave_blocks()
+    core.arm(None, 0, 0)
+    assert caught.value.errno == errno.EIO
+
+    with pytest.raises(RuntimeError, match="half of this message is lost"):
+        _pickle_of(message)
+
+
 @pytest.mark.parametrize("hit", [1, 2, 3])
 def test_an_envelope_that_the_disk_refuses_leaves_nothing(spilling, hit):
     stream = ["t" * 50_000]
