@@ -10,8 +10,8 @@ a life that fails, or does not come to its point, ends with another exit code th
 
 **Lifetime.** Until the kill. What it has sent stays with its receiver.
 
-**When it cannot.** A point that a forked child dies at (`fork.after_in_child`, `views.referred`)
-takes its parent along, so that who watches the parent sees it.
+**When it cannot.** A point that a forked child dies at (`fork.after_in_child`, `participant.born`,
+`views.referred`) takes its parent along, so that who watches the parent sees it.
 """
 
 import contextlib
@@ -119,6 +119,7 @@ REACHED_BY = {
         "fork.after_in_parent",
         "fork.before",
         "fork.privatized",
+        "participant.born",
         "privatize.step",
     },
     "broadcast": {
@@ -152,7 +153,7 @@ class Victim:
     """A participant, and its ends of the channels to the owner."""
 
     def __init__(self, fault, from_owner, to_owner, clogged):
-        of_children = ("fork.after_in_child", "views.referred")
+        of_children = ("fork.after_in_child", "participant.born", "views.referred")
         self._of_children = fault if fault.startswith(of_children) else None
         self.arena = installed.current.arena
         self.from_owner, self.to_owner, self.clogged = from_owner, to_owner, clogged
@@ -275,7 +276,10 @@ class Victim:
         self.talk_to_itself()
         with inside.faulty_children(self._of_children):
             pid = os.fork()
-        self._follow(pid or os._exit(0))
+        if pid == 0:
+            inner(self.arena).acquire([1000]).release()  # it joins
+            os._exit(0)
+        self._follow(pid)
 
     def bury_a_child(self):
         pid = os.fork()
