@@ -166,6 +166,16 @@ def test_a_message_goes_from_blocks_to_memory_and_back(arena):
         np.testing.assert_array_equal(sent, arrived)
 
 
+def test_empty_memory_with_strides_is_empty():
+    empty = memoryview(b"abcd")[0:0:2]
+    message = core.Message(None, 0, _envelope.tables({}))
+    message.write(empty)
+    assert message.stream == b""
+    assert not message.take(pickle.PickleBuffer(empty))
+    assert not message.take(message.stand_in(empty))
+    assert message.sizes == bytes(16)
+
+
 def test_the_pages_of_a_large_block_go_as_it_is_read(make_arena):
     arena = make_arena(capacity=256 * MIB)
     arena.blocks.keep_nbytes = 256 * MIB

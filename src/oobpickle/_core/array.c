@@ -111,7 +111,7 @@ static char *copy_axes(char *to, const char *from, const struct layout *axes, in
 /* In which order memory with gaps is copied, and how much of it has none; false: it has none at all. */
 static bool axes_to_copy(const Py_buffer *view, struct layout *axes, size_t *run)
 {
-    if (view->strides == NULL || view->ndim == 0 || !has_gaps(view))
+    if (view->strides == NULL || view->ndim == 0 || view->len == 0 || !has_gaps(view))
         return false;
     *axes = (struct layout){0};
     for (int i = 0; i < view->ndim; i++) {
