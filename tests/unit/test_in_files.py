@@ -462,6 +462,18 @@ def test_what_was_in_memory_at_first_is_sent_so_too(arena, path):
 # --- whatever becomes of the file on the way
 
 
+def test_a_descriptor_that_somebody_has_closed_is_opened_again(arena, path):
+    """Under the same number, as the first that is free."""
+    loaded = oobpickle.load(path, "r")
+    mapped = message_of(loaded, arena.blocks).places[0][3]
+    fd = mapped.name[2]
+    os.close(fd)
+
+    assert message_of(loaded, arena.blocks).places
+    assert mapped.name[2] == fd
+    assert os.fstat(fd).st_ino == path.stat().st_ino
+
+
 GONE = ("deleted", "moved", "replaced", "replaced by a fifo", "replaced by a folder")
 
 

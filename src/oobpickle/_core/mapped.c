@@ -157,7 +157,8 @@ bool mapped_is_there(struct mapped *mapped)
     int fd = open_again(mapped);
     if (fd < 0)
         return false;
-    if (file_is_ours(&mapped->opened))
+    /* Of the same number: the first one was closed by somebody, and this is the one that there is. */
+    if (fd != mapped->opened.fd && file_is_ours(&mapped->opened))
         close(fd);
     else
         file_note(&mapped->opened, fd);
