@@ -144,6 +144,18 @@ def test_what_lies_in_a_shared_view_is_sent_by_value(one):
     assert message.references == []
 
 
+def test_a_message_that_cannot_become_a_pickle_has_the_sizes_that_it_had(one):
+    message = core.Message(None, 0, ({}, {}, {}, lambda *_: None), one.arena.blocks)
+    for reference in one.block.refer([one.block, one.block]):
+        message.take(message.stand_in(reference))
+    sizes = message.sizes
+    with pytest.raises(TypeError, match="cannot be sent in this message"):
+        message.to_pickle(b"", b"", b"")
+
+    assert message.sizes == sizes
+    assert len(sizes) == 32
+
+
 def test_a_view_that_cannot_be_mapped_shared_is_none(one):
     block = published(one.arena)
     core.arm("view.share", 1, -errno.ENOMEM)

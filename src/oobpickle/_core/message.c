@@ -1218,9 +1218,9 @@ NUMBER(nbytes_fresh, of(self)->fresh_nbytes)
 NUMBER(nbytes_spilled, of(self)->spilled_nbytes)
 NUMBER(us_spilling, of(self)->spilling_us)
 
-static size_t n_references(const struct message *message)
+static bool is_marked(const struct buffer *buffer)
 {
-    return message->references ? (size_t)PyList_Size(message->references) : 0;
+    return buffer->is_reference && buffer->file == NULL;
 }
 
 /* sizes: nbytes of each buffer, 64-bit words; that of a reference is marked, and its offset follows; of
@@ -1228,15 +1228,17 @@ static size_t n_references(const struct message *message)
 static PyObject *get_sizes(PyObject *self, void *Py_UNUSED(closure))
 {
     struct message *message = of(self);
-    size_t n = message->n_buffers + n_references(message);
+    size_t n = message->n_buffers; /* and marks: not as `references` has, which may be gone */
+    for (size_t i = 0; i < message->n_buffers; i++)
+        n += is_marked(&message->buffers[i]);
     PyObject *sizes = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(8 * n));
     char *to = sizes ? PyBytes_AsString(sizes) : NULL;
     for (size_t i = 0; to && i < message->n_buffers; i++) {
         const struct buffer *buffer = &message->buffers[i];
-        const bool is_marked = buffer->is_reference && buffer->file == NULL;
-        const u64 words[2] = {buffer->file ? 0 : buffer->nbytes | (is_marked ? REFERRED : 0), buffer->at};
-        memcpy(to, words, is_marked ? 16 : 8);
-        to += is_marked ? 16 : 8;
+        const u64 mark = is_marked(buffer) ? REFERRED : 0;
+        const u64 words[2] = {buffer->file ? 0 : buffer->nbytes | mark, buffer->at};
+        memcpy(to, words, mark ? 16 : 8);
+        to += mark ? 16 : 8;
     }
     return sizes;
 }
