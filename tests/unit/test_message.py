@@ -4,6 +4,7 @@ import ctypes
 import gc
 import os
 import pickle
+import sys
 import threading
 import warnings
 import weakref
@@ -454,6 +455,85 @@ def test_blocks_that_do_not_fit_are_refused(arena):
     message.move_into(arena.acquire([800_000]).blocks)
     with pytest.raises(ValueError, match="not in memory"):
         message.move_into(arena.acquire([800_000]).blocks)
+
+
+class Asks:
+    """Exports memory, and calls something whenever it is asked for it."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __buffer__(self, flags):
+        self.call()
+        return memoryview(b"x" * 1000)
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no class in Python exports memory")
+@pytest.mark.parametrize("name", ["clear", "leave_blocks", "take", "write", "reduce_array"])
+def test_an_object_that_is_asked_for_its_memory_does_not_change_the_message(name):
+    message = core.Message(None, 0, _envelope.tables({}))
+    argument = {"take": (b"y" * 1000,), "write": (b"y",), "reduce_array": (np.ones(9),)}
+    asks = Asks(lambda: getattr(message, name)(*argument.get(name, ())))
+    for call, given in ((message.take, message.stand_in(asks)), (message.write, asks)):
+        with pytest.raises(RuntimeError, match="being changed already"):
+            call(given)
+    assert message.n_buffers == message.stream_nbytes == 0
+
+    message.write(b"stream")
+    assert not message.take(pickle.PickleBuffer(b"z" * 1000))
+    assert message.n_buffers == 1
+    message.clear()
+
+
+class Dies:
+    """Calls something as it dies."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __del__(self):
+        self.call()
+
+
+def test_what_dies_with_a_message_that_is_cleared_may_look_at_it(arena):
+    message = core.Message(arena.blocks, 0, _envelope.tables({}))
+    found = []
+    looks = Dies(lambda: found.append([message.blocks, message.sizes, message.stream]))
+    array = np.ones(100_000, np.dtype("f8", metadata={"dies": looks}))
+    del looks
+    message.take(message.stand_in(array))
+    message.write(b"stream")
+    del array
+    message.clear()
+
+    assert found == [[[], b"", b""]]
+
+
+def test_another_thread_does_not_change_a_message_on_its_way_to_disk(make_arena, tmp_path):
+    arena = make_arena(spill_dir=str(tmp_path))
+    (block,) = arena.blocks.lease([32 * MIB], True)
+    block.reserve(32 * MIB)
+    refused = []
+
+    def clear(message, is_on_its_way):
+        is_on_its_way.wait()
+        try:
+            message.clear()
+        except RuntimeError as error:
+            refused.append(str(error))
+
+    for _ in range(100):  # the thread may be there too early, or too late
+        message, begins = core.Message(None, 1 << 40, _envelope.tables({})), threading.Event()
+        message.write(os.urandom(32 * MIB))
+        thread = threading.Thread(target=clear, args=(message, begins))
+        thread.start()
+        begins.set()
+        message.write_stream_into(block, 0)
+        thread.join()
+        if refused:
+            break
+    assert "being changed already" in refused[0]
+    block.empty()
 
 
 # --- copied as handed out

@@ -25,6 +25,9 @@ where it would have to travel in-band.
 A message goes from IN_BLOCKS to IN_MEMORY as a whole when there is no room for its next buffer, and
 back as a whole when room was waited for.
 
+A method that asks another object for its memory, drops one, or lets the GIL go (on the way to disk),
+marks the message as busy. Whoever changes it meanwhile, from there or in another thread, is refused.
+
 Lifetime. Blocks and memory are the message's until it is sealed; it may be dropped at any time. A
 forked child that goes on with a message of its parent reads the blocks, and then looks whether they
 were its parent's still.
@@ -89,6 +92,7 @@ struct message {
     bool keeps_flags; /* read-only arrays arrive read-only, as NumPy sends them */
     bool is_for_one; /* it is written once, and its memory is given back meanwhile */
     bool is_spilling; /* memory had no room for one of its buffers: the rest goes to disk, too */
+    bool is_busy; /* one of its methods is in the middle of what others may change */
 };
 
 static PyTypeObject *message_type, *rebuild_type;
@@ -99,6 +103,29 @@ static struct message *of(PyObject *self)
 {
     return (struct message *)self;
 }
+
+/* What changes the message, and runs alone. */
+typedef PyObject *method(PyObject *self, PyObject *argument);
+
+static PyObject *alone(method *change, PyObject *self, PyObject *argument)
+{
+    struct message *message = of(self);
+    if (message->is_busy) {
+        PyErr_SetString(PyExc_RuntimeError, "the message is being changed already: by another thread, or by "
+                                            "whoever has called an object that calls the message");
+        return NULL;
+    }
+    message->is_busy = true;
+    PyObject *result = change(self, argument);
+    message->is_busy = false;
+    return result;
+}
+
+#define ALONE(name)                                                                                \
+    static PyObject *name##_alone(PyObject *self, PyObject *argument)                              \
+    {                                                                                              \
+        return alone(name, self, argument);                                                        \
+    }
 
 /* --- what array.c asks */
 
@@ -787,6 +814,8 @@ static PyObject *reduce_array(PyObject *self, PyObject *array)
     return array_reduce(of(self), array);
 }
 
+ALONE(reduce_array)
+
 /* reduce_array(array): what is called for an exact ndarray where no table has another reducer */
 static PyObject *reduce_exact_array(PyObject *self, PyObject *array)
 {
@@ -814,7 +843,7 @@ static PyObject *reduce_reference(PyObject *self, PyObject *object)
 
 static PyMethodDef reducers[] = {
     {"reduce_as_pickle", reduce_as_pickle, METH_O, NULL},
-    {"reduce_array", reduce_array, METH_O, NULL},
+    {"reduce_array", reduce_array_alone, METH_O, NULL},
     {"reduce_reference", reduce_reference, METH_O, NULL},
 };
 
@@ -1087,7 +1116,7 @@ static PyObject *to_pickle(PyObject *self, PyObject *arguments)
 static int getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
     struct message *message = of(self);
-    if (message->from == 0) {
+    if (message->from == 0 || message->is_busy) {
         PyErr_SetString(PyExc_BufferError, "it is no pickle yet");
         view->obj = NULL;
         return -1;
@@ -1125,7 +1154,6 @@ static void forget(struct message *message)
     Py_CLEAR(message->files);
     Py_CLEAR(message->made);
     Py_CLEAR(message->pieces);
-    dtype_forget(&message->dtype);
     free_memory(message);
     message->n_buffers = 0;
     message->kept_nbytes = message->stream_nbytes = message->buffers_nbytes = 0;
@@ -1150,7 +1178,9 @@ static PyObject *clear(PyObject *self, PyObject *Py_UNUSED(none))
         return NULL;
     }
     forget(of(self));
-    return begin(of(self)) == 0 ? Py_NewRef(Py_None) : NULL;
+    int result = begin(of(self));
+    dtype_forget(&of(self)->dtype); /* at last: what is in one may look at the message as it dies */
+    return result == 0 ? Py_NewRef(Py_None) : NULL;
 }
 
 /* --- the type */
@@ -1195,6 +1225,7 @@ static void dealloc(PyObject *self)
     struct message *message = of(self);
     PyTypeObject *type = Py_TYPE(self);
     forget(message);
+    dtype_forget(&message->dtype);
     free(message->buffers);
     free(message->pending);
     Py_XDECREF(message->tables);
@@ -1322,21 +1353,31 @@ static int set_coarse(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
     return 0;
 }
 
+ALONE(write_piece)
+ALONE(take)
+ALONE(reduce_exact_array)
+ALONE(write_stream_into)
+ALONE(move_into)
+ALONE(leave)
+ALONE(to_pickle)
+ALONE(give_back_range)
+ALONE(clear)
+
 static PyMethodDef methods[] = {
-    {"write", write_piece, METH_O, NULL},
-    {"take", take, METH_O, NULL},
+    {"write", write_piece_alone, METH_O, NULL},
+    {"take", take_alone, METH_O, NULL},
     {"stays", stays, METH_O, NULL},
     {"stand_in", stand_in, METH_O, NULL},
-    {"reduce_array", reduce_exact_array, METH_O, NULL},
+    {"reduce_array", reduce_exact_array_alone, METH_O, NULL},
     {"get", get_reducer, METH_VARARGS, NULL},
     {"small", small, METH_NOARGS, NULL},
     {"start", get_start, METH_O, NULL},
-    {"write_stream_into", write_stream_into, METH_VARARGS, NULL},
-    {"move_into", move_into, METH_O, NULL},
-    {"leave_blocks", leave, METH_NOARGS, NULL},
-    {"to_pickle", to_pickle, METH_VARARGS, NULL},
-    {"give_back", give_back_range, METH_VARARGS, NULL},
-    {"clear", clear, METH_NOARGS, NULL},
+    {"write_stream_into", write_stream_into_alone, METH_VARARGS, NULL},
+    {"move_into", move_into_alone, METH_O, NULL},
+    {"leave_blocks", leave_alone, METH_NOARGS, NULL},
+    {"to_pickle", to_pickle_alone, METH_VARARGS, NULL},
+    {"give_back", give_back_range_alone, METH_VARARGS, NULL},
+    {"clear", clear_alone, METH_NOARGS, NULL},
     {0},
 };
 
