@@ -156,6 +156,12 @@ def test_a_message_that_cannot_become_a_pickle_has_the_sizes_that_it_had(one):
     assert len(sizes) == 32
 
 
+def test_a_reference_has_no_memory_before_it_is_received(one):
+    (reference,) = one.block.refer([one.block])
+    with pytest.raises(BufferError, match="not mapped before it is received"):
+        memoryview(reference)
+
+
 def test_a_view_that_cannot_be_mapped_shared_is_none(one):
     block = published(one.arena)
     core.arm("view.share", 1, -errno.ENOMEM)

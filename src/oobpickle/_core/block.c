@@ -397,7 +397,7 @@ static void dealloc(PyObject *self)
 static int getbuffer(PyObject *self, Py_buffer *view, int flags)
 {
     struct block *block = (struct block *)self;
-    if (block->address == NULL && block->state == LEASED && is_on_disk(&block->blocks->table, block->index)) {
+    if (block->address == NULL && block->nbytes) { /* on disk, or a reference */
         PyErr_SetString(PyExc_BufferError, "it is not mapped before it is received: write() to it");
         view->obj = NULL;
         return -1;
