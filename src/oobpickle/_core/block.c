@@ -383,7 +383,7 @@ static void dealloc(PyObject *self)
         leave_window(block);
     if (block->before)
         block->before->after = block->after;
-    else
+    else if (blocks->first == block) /* else it was detached */
         blocks->first = block->after;
     if (block->after)
         block->after->before = block->before;
@@ -409,6 +409,8 @@ static int getbuffer(PyObject *self, Py_buffer *view, int flags)
 u64 block_fresh(const PyObject *self)
 {
     const struct block *block = (const struct block *)self;
+    if (block->blocks->table.shared == NULL)
+        return 0;
     u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
     return nbytes > block->reserved ? nbytes - block->reserved : 0;
 }
@@ -437,7 +439,9 @@ static PyObject *get_is_reference(PyObject *self, void *Py_UNUSED(closure))
 
 static PyObject *get_is_on_disk(PyObject *self, void *Py_UNUSED(closure))
 {
-    return PyBool_FromLong(is_on_disk(&((struct block *)self)->blocks->table, ((struct block *)self)->index));
+    const struct block *block = (const struct block *)self;
+    const struct table_view *table = &block->blocks->table; /* that of an arena that has ended knows nothing */
+    return PyBool_FromLong(table->shared && is_on_disk(table, block->index));
 }
 
 static PyObject *get_fresh(PyObject *self, void *Py_UNUSED(closure))
@@ -448,17 +452,20 @@ static PyObject *get_fresh(PyObject *self, void *Py_UNUSED(closure))
 static PyObject *get_resident(PyObject *self, void *Py_UNUSED(closure))
 {
     const struct block *block = (struct block *)self;
+    struct table_view *table = &block->blocks->table;
     return PyLong_FromUnsignedLongLong(
-        row_resident(table_row(&block->blocks->table, block->index), block->index));
+        table->shared ? row_resident(table_row(table, block->index), block->index) : 0);
 }
 
 /* Make up to so many more bytes of the pages that were counted for a leased block; -1 with errno. */
 static int reserve_up_to(struct block *block, u64 most)
 {
     struct blocks *blocks = block->blocks;
+    if (block->state != LEASED || block->epoch != epoch())
+        return 0;
     u64 counted = row_resident(table_row(&blocks->table, block->index), block->index);
     u64 nbytes = counted > block->reserved ? counted - block->reserved : 0;
-    if (block->state != LEASED || block->epoch != epoch() || nbytes == 0)
+    if (nbytes == 0)
         return 0;
     if (nbytes > most)
         nbytes = most;

@@ -1043,6 +1043,37 @@ def test_a_damaged_place_is_left_alone(arena):
     arena.reclaim.reap()
 
 
+def claim(arena, pairs, needs):
+    (block,) = arena.blocks.claim(pairs, needs, False)
+    return block
+
+
+def test_what_is_detached_from_its_arena_outlives_it(arena):
+    block = claim(arena, *send(arena, b"x" * MIB))
+    arena.close()
+    assert arena.try_destroy(most_nbytes=MIB)
+
+    assert not block.is_on_disk
+    assert block.nbytes_fresh == block.nbytes_resident == 0
+    block.reserve(1)
+    assert bytes(block) == b"x" * MIB
+
+
+def test_what_is_claimed_after_others_were_detached_keeps_the_arena(arena):
+    messages = [send(arena, content * MIB) for content in (b"x", b"y")]
+    first = claim(arena, *messages[0])
+    arena.close()
+    assert arena.blocks.part(MIB)
+    second = claim(arena, *messages[1])
+    assert bytes(first) == b"x" * MIB
+    del first
+
+    assert not arena.blocks.is_idle
+    assert not arena.blocks.end()
+    assert bytes(second) == b"y" * MIB
+    del second
+
+
 # --- preallocate
 
 
