@@ -62,6 +62,25 @@ def test_among_many_others_the_most_is_kept(sender):
         assert sender(other) == (10, 1_600_000)
 
 
+def test_among_many_small_ones_that_are_sent_more_often_a_large_one_is_kept(sender):
+    array = np.ones(1_000_000)
+    others = [np.full(50_000, n) for n in range(40)]
+    sender(array, 5)
+    for other in others:
+        sender(other, 6)
+
+    assert sender(array, 5) == (10, 8_000_000)
+
+
+def test_a_part_with_the_same_address_is_another(sender):
+    array = np.ones(100_000)
+    for _ in range(10):
+        sender(array[:50_000])
+        found = sender(array)
+
+    assert found == (10, 800_000)
+
+
 def test_what_is_broadcast_is_not_sent_again(sender):
     with oobpickle.broadcast(np.ones(100_000)) as handle:
         assert sender(handle, 20) is None
