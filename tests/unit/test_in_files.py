@@ -588,6 +588,17 @@ def test_a_file_that_is_not_mapped_says_so(path):
         core.MappedFile(file_number_that_is_closed(), 100, "r", bytes(path))
 
 
+def test_a_part_of_a_file_is_not_taken_for_all_of_it(path):
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    with path.open("rb") as file:
+        part = core.MappedFile(file.fileno(), 100, "r", bytes(path))
+        assert core.mapped_as(identity) is None
+        whole = core.MappedFile(file.fileno(), status.st_size, "r", bytes(path))
+        assert core.mapped_as(identity) is whole
+    del part
+
+
 def file_number_that_is_closed():
     read, write = os.pipe()
     os.close(read)

@@ -86,3 +86,11 @@ def test_before_the_message_is_there_whole_chunks_are_leased():
 def test_blocks_that_do_not_fit_are_refused(blocks):
     with pytest.raises((ValueError, IndexError, TypeError)):
         core.spread(blocks, packed([100]), True)
+
+
+def test_a_block_that_ends_before_the_second_of_two_is_refused():
+    with pytest.raises(ValueError, match="smaller than what lies in it"):
+        core.spread([memoryview(bytearray(217))], packed([90, 90]), True)
+    assert [90, 90] == list(
+        map(len, core.spread([memoryview(bytearray(218))], packed([90, 90]), True))
+    )
