@@ -334,6 +334,20 @@ void block_release(struct block *block)
                                    is_on_disk(&blocks->table, block->named));
 }
 
+/* The object is ordinary memory from now on, whatever it was: a copy of its content, from malloc. */
+void block_become_copy(struct block *block, char *copy, u64 nbytes)
+{
+    view_forget(block); /* of a reference nothing is mapped after that */
+    if (block->is_using)
+        mapping_leave(mapping_of(block->blocks, block->index), known_of(block)->place.offset);
+    if (block->is_apart)
+        munmap(block->address, block->mapped);
+    block->is_using = block->is_apart = false;
+    block->address = copy;
+    block->nbytes = nbytes;
+    block->is_copy = true;
+}
+
 /* What is private memory by now belongs to nothing but this object: its arena is about to end. */
 void block_detach(struct block *block)
 {

@@ -489,15 +489,8 @@ static int copy_out(struct block *block, bool keep)
             return -1;
         }
     }
-    if (block->is_using)
-        mapping_leave(mapping_of(blocks, index), offset);
-    view_forget(block);
-    if (block->is_apart)
-        munmap(block->address, block->mapped);
-    block->is_using = block->is_apart = false;
-    block->address = copy;
-    block->nbytes = n;
-    block->is_copy = block->is_given_up = true;
+    block_become_copy(block, copy, n);
+    block->is_given_up = true;
     if (!keep)
         block_release(block);
     return 0;

@@ -329,6 +329,7 @@ int block_map(struct block *block, u64 nbytes);
 void block_enter(struct block *block, u64 nbytes);
 void block_release(struct block *block);
 void block_detach(struct block *block);
+void block_become_copy(struct block *block, char *copy, u64 nbytes);
 void count_in(struct blocks *blocks, u32 counter, u64 amount);
 void leave_others(struct blocks *blocks, u64 nbytes);
 void tail_note(struct block *block);
