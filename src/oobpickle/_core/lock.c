@@ -115,7 +115,8 @@ enum taken lock_take(struct lock *lock, u64 bound_us, bool (*is_alive)(void *, u
                 continue;
             seen |= WAITERS;
             int error = sleep_on(address, seen, lock->keeps_gil);
-            if (error == EINTR && !lock->is_deaf && PyErr_CheckSignals() < 0)
+            /* Whatever has ended the sleep: a signal may come between two of them, and interrupts none. */
+            if (error && !lock->is_deaf && PyErr_CheckSignals() < 0)
                 return LOCK_ERROR;
             is_dead = error == ETIMEDOUT && !is_alive(with, holder - 1);
         }

@@ -1270,6 +1270,89 @@ def test_a_released_block_whose_entry_is_damaged_is_not_used_again(arena):
     table["released"] = index + 1
 
 
+@pytest.fixture
+def while_waiting(arena):
+    """Have something called while this process waits for the lock, which another one has."""
+    other = SharedArena.attach(*map(os.dup, arena.descriptors))
+    before = signal.getsignal(signal.SIGALRM)
+    core.wait_for_the_lock(60_000_000)
+
+    def have_called(act):
+        lock = Table.of(arena).header("lock", "u4")
+
+        def handler(*_):
+            act()
+            lock[0] = 0
+
+        lock[0] = other.blocks.slot + 1  # it lives, and does not move
+        signal.signal(signal.SIGALRM, handler)
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+
+    yield have_called
+    core.wait_for_the_lock(2_000_000)
+    signal.signal(signal.SIGALRM, before)
+    other.blocks.abandon()
+    other._files.close()
+
+
+def test_a_signal_that_interrupts_no_sleep_is_seen(arena, while_waiting):
+    """As one that comes between two of them, or goes to another thread."""
+    while_waiting(lambda: None)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    core.wait_for_the_lock(3_000_000)
+    begins = threading.Event()
+
+    def alarm():
+        begins.wait()
+        signal.pthread_kill(threading.get_ident(), signal.SIGALRM)
+
+    thread = threading.Thread(target=alarm)
+    thread.start()
+    begins.set()
+    n_dead = arena.blocks.reap()
+    thread.join()
+
+    assert n_dead == 0
+
+
+@pytest.mark.parametrize("changed", [[], [None] * 5])
+@pytest.mark.parametrize("name", ["publish", "refer", "free_lost"])
+def test_a_list_that_changes_while_the_lock_is_waited_for_counts_as_it_was(
+    arena, while_waiting, name, changed
+):
+    blocks = arena.acquire([MIB, MIB]).blocks
+    if name == "refer":
+        views = arena.blocks.publish(blocks)
+        assert all(view.share() for view in views)
+        call, items = views[0].refer, views
+    elif name == "publish":
+        call, items = arena.blocks.publish, blocks
+    else:
+        call, items = arena.blocks.free_lost, [(0, 0, 0), (1, 0, 0)]
+    items = list(items)
+
+    def change():
+        items[:] = changed
+
+    while_waiting(change)
+    found = call(items)
+
+    assert items == changed
+    assert found == 0 if name == "free_lost" else len(found) == 2
+
+
+def test_no_code_of_others_runs_under_the_lock(arena):
+    found = []
+
+    class Index:
+        def __index__(self):
+            found.append(Table.of(arena).header("lock", "u4")[0])
+            return 0
+
+    arena.blocks.free_lost([(Index(), 0, 0)])
+    assert found == [0]
+
+
 def test_a_closed_arena_leases_nothing_under_the_lock(arena):
     arena.blocks.close()
     index, *_ = arena.blocks.lease([100])
