@@ -52,6 +52,12 @@ static Py_ssize_t length_of(PyObject *list)
     return -1;
 }
 
+/* A copy of what must be a list: whoever has it may change it while the GIL is gone. */
+PyObject *list_taken(PyObject *list)
+{
+    return length_of(list) < 0 ? NULL : PyList_GetSlice(list, 0, PyList_Size(list));
+}
+
 /* --- steps */
 
 /* Begin a step: 0, a shortage, or -1 with an exception of a signal handler. */
@@ -356,7 +362,9 @@ static PyObject *for_each(PyObject *list, void (*act)(struct block *))
         struct block *block = block_at(list, i);
         if (block == NULL)
             return NULL;
+        Py_INCREF((PyObject *)block); /* the list may lose it while pages go back without the GIL */
         act(block);
+        Py_DECREF((PyObject *)block);
     }
     return n < 0 ? NULL : Py_NewRef(Py_None);
 }

@@ -359,6 +359,7 @@ PyObject *view_again(PyObject *self, PyObject *none);
 PyObject *view_share(PyObject *self, PyObject *none);
 PyObject *refer(PyObject *self, PyObject *list);
 struct block *block_at(PyObject *list, Py_ssize_t i);
+PyObject *list_taken(PyObject *list);
 PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *problem);
 bool blocks_make_room_now(struct blocks *blocks, u64 nbytes);
 bool block_reserve_now(PyObject *block, u64 total);

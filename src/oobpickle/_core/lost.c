@@ -173,6 +173,50 @@ static bool free_one(struct blocks *blocks, u32 index, u64 seen)
     return true;
 }
 
+struct lost { /* as `unowned` has seen it */
+    unsigned int index;
+    unsigned long long seen, channel;
+};
+
+/* Before the lock is taken: what is in the list may be anything, and may run code. NULL with an exception. */
+static struct lost *lost_in(PyObject *heads, Py_ssize_t *n)
+{
+    PyObject *list = list_taken(heads);
+    struct lost *all = NULL;
+    bool are_good = list != NULL;
+    *n = list ? PyList_Size(list) : 0;
+    if (list && (all = calloc((size_t)*n + 1, sizeof *all)) == NULL)
+        PyErr_NoMemory();
+    for (Py_ssize_t i = 0; all && are_good && i < *n; i++) {
+        PyObject *one = PyList_GetItem(list, i);
+        are_good = PyTuple_Check(one) &&
+                   PyArg_ParseTuple(one, "IKK", &all[i].index, &all[i].seen, &all[i].channel);
+    }
+    Py_XDECREF(list);
+    if (all == NULL || are_good)
+        return all;
+    if (!PyErr_Occurred())
+        PyErr_SetString(PyExc_TypeError, "not a list of (index, commit word, channel)");
+    free(all);
+    return NULL;
+}
+
+/* Step: free those that are still what was seen, and what is abandoned; return how many. */
+static long free_all(struct blocks *blocks, const struct view *view, const struct lost *all, Py_ssize_t n)
+{
+    u32 n_rows = table_n_rows(&blocks->table);
+    long n_freed = 0;
+    for (Py_ssize_t i = 0; i < n; i++)
+        /* The channel, too: another thread may have sent the message on. */
+        if (all[i].index < n_rows && is_unowned(blocks, view, all[i].index) &&
+            get(&table_row(&blocks->table, all[i].index)->channel) == all[i].channel)
+            n_freed += free_one(blocks, all[i].index, all[i].seen);
+    for (u32 i = 0; i < n_rows; i++)
+        if (is_abandoned(blocks, i))
+            n_freed += free_one(blocks, i, get(&table_row(&blocks->table, i)->commit));
+    return n_freed;
+}
+
 /* free_lost([(index, commit word, channel)]): free those that are still what was seen, and what is abandoned;
    return how many, or a shortage as a negative number */
 PyObject *lost_free(PyObject *self, PyObject *heads)
@@ -180,39 +224,23 @@ PyObject *lost_free(PyObject *self, PyObject *heads)
     struct blocks *blocks = (struct blocks *)self;
     struct view view;
     long n_freed = 0;
-    if (!PyList_Check(heads)) {
-        PyErr_SetString(PyExc_TypeError, "not a list");
+    Py_ssize_t n;
+    struct lost *all = lost_in(heads, &n);
+    if (all == NULL)
         return NULL;
-    }
-    Py_ssize_t n = PyList_Size(heads);
     int problem = step_begin(blocks);
-    if (problem)
+    if (problem) {
+        free(all);
         return problem < 0 ? NULL : PyLong_FromLong(-problem);
+    }
     if (look(blocks, &view)) {
         /* Processes that saw that it is closed no longer say when they read. */
-        bool is_certain =
-            !view.is_read && !(get(&blocks->table.shared->header.closed) && view.has_others);
-        for (Py_ssize_t i = 0; is_certain && i < n; i++) {
-            unsigned int index;
-            unsigned long long seen, channel;
-            PyObject *one = PyList_GetItem(heads, i);
-            if (!PyTuple_Check(one) || !PyArg_ParseTuple(one, "IKK", &index, &seen, &channel)) {
-                if (!PyErr_Occurred())
-                    PyErr_SetString(PyExc_TypeError, "not a list of (index, commit word, channel)");
-                break;
-            }
-            /* The channel, too: another thread may have sent the message on. */
-            if (index < table_n_rows(&blocks->table) && is_unowned(blocks, &view, index) &&
-                get(&table_row(&blocks->table, index)->channel) == channel)
-                n_freed += free_one(blocks, index, seen);
-        }
-        u32 n_rows = table_n_rows(&blocks->table);
-        for (u32 i = 0; is_certain && i < n_rows; i++)
-            if (is_abandoned(blocks, i))
-                n_freed += free_one(blocks, i, get(&table_row(&blocks->table, i)->commit));
+        if (!view.is_read && !(get(&blocks->table.shared->header.closed) && view.has_others))
+            n_freed = free_all(blocks, &view, all, n);
         free(view.kept);
     }
     step_end(blocks);
+    free(all);
     count_in(blocks, N_RECLAIMED, (u64)n_freed);
     return PyErr_Occurred() ? NULL : PyLong_FromLong(n_freed);
 }

@@ -981,6 +981,43 @@ static int move_one(struct message *message, const struct buffer *buffer, struct
     return 0;
 }
 
+/* Where each buffer goes in these blocks, and is then; -1 with an exception. */
+static int move_all(struct message *message, PyObject *list, struct plan *plan)
+{
+    enum { CHECK, COPY, PLACE, DONE };
+    for (int step = CHECK; step < DONE; step++) {
+        *plan = (struct plan){.is_coarse = message->plan.is_coarse};
+        for (size_t i = 0; i < message->n_buffers; i++) {
+            struct buffer *buffer = &message->buffers[i];
+            if (buffer->nbytes == 0 || buffer->is_reference)
+                continue;
+            struct placed placed = plan_next(plan, buffer->nbytes);
+            struct block *block = block_at(list, (Py_ssize_t)placed.block);
+            if (block == NULL)
+                return -1;
+            if (!block_can_take(block, placed.at + buffer->nbytes)) {
+                PyErr_SetString(PyExc_ValueError, "a block is not leased, or too small");
+                return -1;
+            }
+            if (step == CHECK)
+                continue;
+            if (step == COPY && move_one(message, buffer, block, placed.at) != 0) {
+                PyErr_SetFromErrno(PyExc_OSError); /* all of it is where it was */
+                return -1;
+            }
+            if (step == PLACE) {
+                buffer->block = placed.block;
+                buffer->at = placed.at;
+            }
+        }
+        if (PyList_Size(list) != (Py_ssize_t)plan->n_blocks) {
+            PyErr_SetString(PyExc_ValueError, "not as many blocks as the message needs");
+            return -1;
+        }
+    }
+    return 0;
+}
+
 /* move_into([Block]): from ordinary memory into blocks that were leased for the plan of its sizes, all in
    memory or all on disk; OSError: the disk refuses, and the message is where it was */
 static PyObject *move_into(PyObject *self, PyObject *list)
@@ -991,41 +1028,17 @@ static PyObject *move_into(PyObject *self, PyObject *list)
         PyErr_SetString(PyExc_ValueError, "not in memory of its own, or that is in use");
         return NULL;
     }
-    enum { CHECK, COPY, PLACE, DONE };
-    for (int step = CHECK; step < DONE; step++) {
-        plan = (struct plan){.is_coarse = message->plan.is_coarse};
-        for (size_t i = 0; i < message->n_buffers; i++) {
-            struct buffer *buffer = &message->buffers[i];
-            if (buffer->nbytes == 0 || buffer->is_reference)
-                continue;
-            struct placed placed = plan_next(&plan, buffer->nbytes);
-            struct block *block = block_at(list, (Py_ssize_t)placed.block);
-            if (block == NULL)
-                return NULL;
-            if (!block_can_take(block, placed.at + buffer->nbytes)) {
-                PyErr_SetString(PyExc_ValueError, "a block is not leased, or too small");
-                return NULL;
-            }
-            if (step == CHECK)
-                continue;
-            if (step == COPY && move_one(message, buffer, block, placed.at) != 0)
-                return PyErr_SetFromErrno(PyExc_OSError); /* all of it is where it was */
-            if (step == PLACE) {
-                buffer->block = placed.block;
-                buffer->at = placed.at;
-            }
-        }
-        if (PyList_Size(list) != (Py_ssize_t)plan.n_blocks) {
-            PyErr_SetString(PyExc_ValueError, "not as many blocks as the message needs");
-            return NULL;
-        }
+    PyObject *leased = list_taken(list);
+    if (leased == NULL || move_all(message, leased, &plan) != 0) {
+        Py_XDECREF(leased);
+        return NULL;
     }
     drop_blocks(message);
-    message->leased = PyList_GetSlice(list, 0, PyList_Size(list));
+    message->leased = leased;
     message->where = IN_BLOCKS;
     message->plan = plan;
     free_memory(message);
-    return message->leased ? Py_NewRef(Py_None) : NULL;
+    Py_RETURN_NONE;
 }
 
 /* leave_blocks(): from blocks into ordinary memory */

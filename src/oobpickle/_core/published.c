@@ -259,16 +259,17 @@ static bool refer_all(struct blocks *blocks, PyObject *list, PyObject *reference
 PyObject *refer(PyObject *self, PyObject *list)
 {
     struct blocks *blocks = ((struct block *)self)->blocks;
-    Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
-    bool are_shared = n >= 0;
-    for (Py_ssize_t i = 0; are_shared && i < n; i++) {
+    list = list_taken(list);
+    if (list == NULL)
+        return NULL;
+    Py_ssize_t n = PyList_Size(list);
+    for (Py_ssize_t i = 0; i < n; i++) {
         const struct block *view = block_at(list, i);
-        if (view == NULL)
-            return NULL;
-        are_shared = view->is_shared && view->state == HELD && view->blocks == blocks;
-    }
-    if (!are_shared) {
-        PyErr_SetString(PyExc_TypeError, "not a list of shared views of this arena");
+        if (view && view->is_shared && view->state == HELD && view->blocks == blocks)
+            continue;
+        if (view)
+            PyErr_SetString(PyExc_TypeError, "not a list of shared views of this arena");
+        Py_DECREF(list);
         return NULL;
     }
     PyObject *references = PyList_New(n);
@@ -280,6 +281,7 @@ PyObject *refer(PyObject *self, PyObject *list)
             problem = TABLE;
         step_end(blocks);
     }
+    Py_DECREF(list);
     if (problem == ROOM)
         return references;
     Py_XDECREF(references);
@@ -415,14 +417,15 @@ static bool publish_all(struct blocks *blocks, PyObject *list, PyObject *views)
 PyObject *publish(PyObject *self, PyObject *list)
 {
     struct blocks *blocks = (struct blocks *)self;
-    Py_ssize_t n = PyList_Check(list) ? PyList_Size(list) : -1;
-    for (Py_ssize_t i = 0; i < n; i++)
-        if (block_at(list, i) == NULL)
-            return NULL;
-    if (n < 0) {
-        PyErr_SetString(PyExc_TypeError, "not a list");
+    list = list_taken(list);
+    if (list == NULL)
         return NULL;
-    }
+    Py_ssize_t n = PyList_Size(list);
+    for (Py_ssize_t i = 0; i < n; i++)
+        if (block_at(list, i) == NULL) {
+            Py_DECREF(list);
+            return NULL;
+        }
     PyObject *views = PyList_New(n);
     int problem = views ? step_begin(blocks) : -1;
     if (problem == ROOM) {
@@ -432,6 +435,7 @@ PyObject *publish(PyObject *self, PyObject *list)
             problem = TABLE;
         step_end(blocks);
     }
+    Py_DECREF(list);
     for (Py_ssize_t i = 0; i < n && problem == ROOM; i++)
         if (view_map((struct block *)PyList_GetItem(views, i)) != 0)
             problem = SPACE;

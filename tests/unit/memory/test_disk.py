@@ -7,6 +7,7 @@ import os
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -256,6 +257,30 @@ def test_blocks_are_on_disk_when_memory_is_full(spilling):
         lease.blocks[0].write(99, b"xx")
     lease.release()
     assert os.fstat(spilling.descriptors[3]).st_blocks == 0
+
+
+def test_a_block_that_is_released_outlives_its_list(spilling):
+    """Its pages go back without the GIL."""
+    lease = spilling.acquire([16 * MIB])
+    lease.blocks[0].write(0, os.urandom(16 * MIB))
+    pairs = lease.pairs
+    lease.seal(0)
+    lease.depart()
+    lease.settle()
+    blocks = spilling.blocks.claim(pairs, [16 * MIB], False)
+    begins = threading.Event()
+
+    def clear():
+        begins.wait()
+        blocks.clear()
+
+    thread = threading.Thread(target=clear)
+    thread.start()
+    begins.set()
+    spilling.blocks.release(blocks)
+    thread.join()
+
+    assert spilling.statistics().n_blocks["held"] == 0
 
 
 def test_what_is_prepared_is_memory(spilling):
