@@ -178,8 +178,9 @@ PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
     Py_ssize_t next_reference = PyList_Size(blocks) - n_references;
     u32 looked_at = UINT32_MAX; /* `memory` is that of this block */
     list = PyList_New(n_buffers);
+    PyObject *block = NULL; /* a reference: whoever is asked for its memory may change the list */
     for (Py_ssize_t i = 0, k = 0; list && k < n_buffers; i++, k++) {
-        u64 nbytes = size_at(&view, i);
+        u64 nbytes = i < n ? size_at(&view, i) : 0; /* or the sizes, if they are in a bytearray */
         PyObject *part = NULL;
         if (nbytes == 0) {
             part = PyByteArray_FromStringAndSize(NULL, 0);
@@ -197,14 +198,15 @@ PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
             } else {
                 placed = plan_next(&plan, nbytes);
             }
-            PyObject *block = PyList_GetItem(blocks, (Py_ssize_t)placed.block);
+            Py_XDECREF(block);
+            block = Py_XNewRef(PyList_GetItem(blocks, (Py_ssize_t)placed.block));
             if (block && looked_at != placed.block) {
                 if (memory.obj)
                     PyBuffer_Release(&memory);
                 looked_at = placed.block;
                 if (PyObject_GetBuffer(block, &memory, PyBUF_SIMPLE) != 0) {
                     memory.obj = NULL;
-                    block = NULL;
+                    Py_CLEAR(block);
                 }
             }
             if (block && is_reference && nbytes == (u64)memory.len)
@@ -219,6 +221,7 @@ PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
         else
             PyList_SetItem(list, k, part);
     }
+    Py_XDECREF(block);
     if (memory.obj)
         PyBuffer_Release(&memory);
     PyBuffer_Release(&view);

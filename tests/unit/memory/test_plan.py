@@ -2,6 +2,7 @@
 
 import random
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from oobpickle._native import core
 KIB, MIB = 1 << 10, 1 << 20
 OWN_NBYTES = 32 * KIB
 ALIGN_NBYTES = 64
+MARK = 1 << 63  # of a reference; its offset follows
 
 
 def packed(sizes):
@@ -94,3 +96,26 @@ def test_a_block_that_ends_before_the_second_of_two_is_refused():
     assert [90, 90] == list(
         map(len, core.spread([memoryview(bytearray(218))], packed([90, 90]), True))
     )
+
+
+class Changes:
+    """Exports memory, and changes what it was passed in when it is asked for it."""
+
+    def __init__(self, blocks, sizes):
+        self.blocks, self.sizes = blocks, sizes
+
+    def __buffer__(self, flags):
+        self.blocks.clear()
+        self.sizes[:] = packed([MARK | 5, 0, MARK | 5, 0])
+        return memoryview(b"x" * 100)
+
+    def __getitem__(self, part):
+        return part.stop
+
+
+@pytest.mark.skipif(sys.version_info < (3, 12), reason="no class in Python exports memory")
+def test_who_is_asked_for_memory_may_change_what_was_passed():
+    blocks, sizes = [], bytearray(packed([5, 5, MARK | 5, 0]))
+    blocks += [Changes(blocks, sizes), Changes(blocks, sizes)]
+    with pytest.raises((IndexError, ValueError)):
+        core.spread(blocks, sizes, False)
