@@ -95,8 +95,10 @@ int step_begin(struct blocks *blocks)
 static void release_taken(struct blocks *blocks, u32 index, u64 generation)
 {
     struct block *block = block_new(blocks, index, generation, 0);
-    if (block == NULL)
-        return; /* it is lost until this process ends */
+    if (block == NULL) {
+        PyErr_Clear(); /* it is lost until this process ends; the step is done all the same */
+        return;
+    }
     block->state = LEASED;
     block->reserved = row_resident(table_row(&blocks->table, index), index);
     Py_DECREF((PyObject *)block);

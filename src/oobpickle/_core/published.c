@@ -442,5 +442,5 @@ PyObject *publish(PyObject *self, PyObject *list)
     if (problem == ROOM)
         return views;
     Py_XDECREF(views);
-    return problem < 0 ? NULL : Py_BuildValue("iKK", problem, 0ULL, 0ULL);
+    return problem < 0 || PyErr_Occurred() ? NULL : Py_BuildValue("iKK", problem, 0ULL, 0ULL);
 }

@@ -1353,6 +1353,45 @@ def test_no_code_of_others_runs_under_the_lock(arena):
     assert found == [0]
 
 
+@pytest.mark.parametrize("name", ["lease", "publish", "refer", "claim", "take_idle"])
+def test_without_memory_a_step_raises_or_has_a_result(name):
+    """Whichever allocation fails. Both is an error of the next call."""
+    testing = pytest.importorskip("_testcapi")
+    arena = SharedArena.create(Options(capacity=64 * MIB))
+    blocks = arena.blocks
+    views = blocks.publish(arena.acquire([MIB]).blocks)
+    assert views[0].share()
+    results, is_over = [], False
+    for n in range(1, 40):
+        arguments = {
+            "lease": lambda: ([MIB, MIB],),
+            "publish": lambda: (arena.acquire([4096] * 2).blocks,),
+            "refer": lambda: (views,),
+            "claim": lambda: (*send(arena, b"x" * 5000), False),
+            "take_idle": lambda: (MIB,),
+        }[name]()
+        call = getattr(views[0] if name == "refer" else blocks, name)
+        error = result = None
+        testing.set_nomemory(n, n + 1)
+        try:
+            result = call(*arguments)
+        except MemoryError as caught:
+            error = caught
+        finally:
+            testing.remove_mem_hooks()
+        assert (result is None) == (error is not None)
+        is_over = isinstance(result, list)
+        results.append(type(error or result))
+        del result, error, arguments
+
+    assert is_over
+    assert set(results) <= {list, MemoryError}
+    views = call = None
+    blocks.abandon()  # with blocks that have no object
+    assert blocks.end()
+    arena._files.close()
+
+
 def test_a_closed_arena_leases_nothing_under_the_lock(arena):
     arena.blocks.close()
     index, *_ = arena.blocks.lease([100])
