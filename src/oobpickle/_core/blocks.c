@@ -546,14 +546,17 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
         return NULL;
     Py_ssize_t n = pairs.len / 16;
     u64 total = 0;
+    list = PyList_New(n); /* before a look at the arena: this may run finalizers, which may end it */
+    if (list == NULL)
+        goto done;
     if (n != PyList_Size(needs) || has_ended(blocks) || epoch() == 0) {
         PyErr_SetString(PyExc_ValueError, epoch() ? "not as many sizes as blocks, or ended"
                                                   : "this process was forked without any handler");
+        Py_CLEAR(list);
         goto done;
     }
     if (has_joined(blocks))
         tails_cut(blocks);
-    list = PyList_New(n);
     for (Py_ssize_t i = 0; list && i < n; i++) {
         u64 pair[2], nbytes = PyLong_AsUnsignedLongLong(PyList_GetItem(needs, i));
         memcpy(pair, (const char *)pairs.buf + 16 * i, sizeof pair);
@@ -890,6 +893,9 @@ static PyObject *participants(PyObject *self, PyObject *Py_UNUSED(none))
     if (has_ended(blocks))
         return PyList_New(0);
     PyObject *list = PyList_New(0);
+    if (list == NULL || has_ended(blocks)) /* by a finalizer that ran just now */
+        return list;
+    blocks->n_inside++; /* and no other one ends it */
     for (u32 slot = 0; list && slot < n_slots(blocks); slot++) {
         const struct participant *row = &blocks->table.shared->participants[slot];
         if (get(&row->state) != JOINED)
@@ -899,6 +905,7 @@ static PyObject *participants(PyObject *self, PyObject *Py_UNUSED(none))
             Py_CLEAR(list);
         Py_XDECREF(one);
     }
+    blocks->n_inside--;
     return list;
 }
 

@@ -111,14 +111,15 @@ PyObject *lost_unowned(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct blocks *blocks = (struct blocks *)self;
     struct view view;
+    PyObject *found = PyList_New(0); /* before: this may run finalizers, which may end the arena */
     u32 n_rows = blocks->table.shared ? table_n_rows(&blocks->table) : 0;
-    PyObject *found = PyList_New(0);
     if (found == NULL || n_rows == 0)
         return found;
     if (!look(blocks, &view)) {
         Py_DECREF(found);
         return PyErr_NoMemory();
     }
+    blocks->n_inside++; /* no finalizer ends it now */
     for (u32 i = 0; found && i < n_rows; i++) {
         if (!is_unowned(blocks, &view, i))
             continue;
@@ -128,6 +129,7 @@ PyObject *lost_unowned(PyObject *self, PyObject *Py_UNUSED(none))
             Py_CLEAR(found);
         Py_XDECREF(one);
     }
+    blocks->n_inside--;
     free(view.kept);
     return found;
 }
@@ -136,8 +138,8 @@ PyObject *lost_unowned(PyObject *self, PyObject *Py_UNUSED(none))
 PyObject *lost_sources(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct blocks *blocks = (struct blocks *)self;
-    u32 n_rows = blocks->table.shared ? table_n_rows(&blocks->table) : 0;
     PyObject *found = PyList_New(0);
+    u32 n_rows = blocks->table.shared ? table_n_rows(&blocks->table) : 0;
     for (u32 i = 0; found && i < n_rows; i++) {
         const struct row *row = table_row(&blocks->table, i);
         u64 channel = get(&row->channel);

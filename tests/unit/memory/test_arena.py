@@ -1392,6 +1392,49 @@ def test_without_memory_a_step_raises_or_has_a_result(name):
     arena._files.close()
 
 
+class Ends:
+    """Garbage that ends an arena."""
+
+    def __init__(self, blocks):
+        self.blocks, self.itself = blocks, self
+
+    def __del__(self):
+        self.blocks.end()
+
+
+@pytest.mark.skipif(
+    sys.version_info >= (3, 12), reason="no garbage is collected inside a function in C"
+)
+@pytest.mark.parametrize("name", ["claim", "unowned", "participants"])
+def test_garbage_that_ends_the_arena_does_so_before_or_afterwards(arena, name):
+    sent = [send(arena, b"x" * 5000) for _ in range(1000)]
+    arguments = (*sent[0], False) if name == "claim" else ()
+    call = getattr(arena.blocks, name)
+    threshold = gc.get_threshold()
+    gc.collect()
+    gc.disable()
+    try:
+        Ends(arena.blocks)
+        kept = [[] for _ in range(1000)]  # so that no list is left for the next one
+        gc.set_threshold(1000 if name == "participants" else 1001)
+        gc.enable()
+        try:
+            found = call(*arguments)
+        except ValueError:
+            found = None
+    finally:
+        gc.set_threshold(*threshold)
+        gc.enable()
+    assert len(kept) == 1000
+    del found, call
+    gc.collect()
+    arena.close()
+    if not arena.blocks.ended:
+        arena.blocks.free_lost(arena.blocks.unowned())
+    else:
+        arena._files.close()
+
+
 def test_a_closed_arena_leases_nothing_under_the_lock(arena):
     arena.blocks.close()
     index, *_ = arena.blocks.lease([100])
