@@ -367,6 +367,19 @@ class Special(bytes):
     """What Python knows more about."""
 
 
+def test_what_was_made_for_the_stream_is_not_resized_by_who_has_kept_it():
+    message = core.Message(None, 1 << 30, _envelope.tables({}))
+    *_, (*_, kept) = message.reduce_array(np.arange(5000.0))
+    message.write(kept)
+
+    for resize in (lambda: kept.extend(b"x"), kept.clear):
+        with pytest.raises(BufferError):
+            resize()
+    assert message.stream == np.arange(5000.0).tobytes()
+    del message
+    kept.clear()
+
+
 def test_objects_of_plain_and_special_classes_by_turns():
     """The last plain class is remembered; the first one of a message, too, if it is a new one."""
     large = [Special(bytes([n]) * 100_000) for n in range(40)]

@@ -146,6 +146,7 @@ static void in_child(void)
     for (struct blocks *blocks = fork_arenas(); blocks; blocks = blocks->next_arena) {
         struct birth *birth = &blocks->own.birth;
         put_half(&birth->preparing, 0);
+        blocks->own.is_joining = false; /* that thread is not here */
         if (birth->copies)
             fork_make_childs_own(blocks);
         life_of_parent(&blocks->own.life);

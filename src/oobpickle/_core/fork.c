@@ -205,7 +205,6 @@ PyObject *fork_in_child(PyObject *Py_UNUSED(module), PyObject *Py_UNUSED(none))
         blocks->n_copied = blocks->nbytes_copied = blocks->n_shared = 0;
         fork_make_childs_own(blocks); /* else its handler has */
         blocks->n_forking = blocks->n_inside = 0;
-        blocks->own.is_joining = false;
         blocks->n_held = 0;
         if (blocks->entered_limit == UINT64_MAX) /* its maker keeps everything, we do not */
             blocks->entered_limit = ENTERED_LIMIT;

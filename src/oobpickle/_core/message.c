@@ -73,7 +73,7 @@ struct message {
     PyObject *tables;      /* (registered, special, general, find) */
     u64 threshold, kept_nbytes, stream_nbytes, buffers_nbytes, fresh_nbytes;
     u64 spilled_nbytes, spilling_us; /* of buffers and stream on disk; how long that took */
-    PyObject *pieces; /* of the stream: [bytes, or a bytearray that nobody else changes] */
+    PyObject *pieces; /* of the stream: [bytes, or memoryview of `made`, which nobody resizes then] */
     PyObject *leased; /* [Block] */
     PyObject *references; /* [Block], or NULL */
     PyObject *files; /* [MappedFile] that were found to be there, or NULL */
@@ -649,9 +649,18 @@ static PyObject *stand_in(PyObject *self, PyObject *source)
 
 static const char *content_of(PyObject *piece, Py_ssize_t *nbytes)
 {
-    bool is_bytes = PyBytes_CheckExact(piece);
-    *nbytes = is_bytes ? PyBytes_Size(piece) : PyByteArray_Size(piece);
-    return is_bytes ? PyBytes_AsString(piece) : PyByteArray_AsString(piece);
+    Py_buffer view;
+    if (PyBytes_CheckExact(piece)) {
+        *nbytes = PyBytes_Size(piece);
+        return PyBytes_AsString(piece);
+    }
+    *nbytes = 0;
+    if (PyObject_GetBuffer(piece, &view, PyBUF_SIMPLE) != 0) /* it has been exported once, and is again */
+        return NULL;
+    const char *content = view.buf;
+    *nbytes = view.len;
+    PyBuffer_Release(&view); /* the piece keeps it */
+    return content;
 }
 
 static int add_piece(struct message *message, PyObject *piece)
@@ -698,8 +707,12 @@ static PyObject *write_piece(PyObject *self, PyObject *piece)
 {
     struct message *message = of(self);
     int result;
-    if (PyBytes_CheckExact(piece) || piece == message->made) {
+    if (PyBytes_CheckExact(piece)) {
         result = add_piece(message, piece);
+    } else if (piece == message->made) {
+        PyObject *exported = PyMemoryView_FromObject(piece);
+        result = add_piece(message, exported);
+        Py_XDECREF(exported);
     } else if (PyByteArray_CheckExact(piece) && !message_stays(message, (u64)PyByteArray_Size(piece))) {
         result = take_bytearray(message, piece);
     } else { /* its owner may change it */

@@ -45,6 +45,7 @@ lives) ever taken for dead: a `timeout` ends the wait for it. */
 #define SLOT_BITS 13
 #define INCARNATION_BITS 18 /* of the low half, which is what one sleeps on; 32 more are above */
 #define LOOK_US 2000
+#define SIGNALS_US 1000000
 #define SPINS 100
 #define FOR_EVER UINT64_MAX
 
@@ -463,7 +464,11 @@ static PyObject *wait_for(PyObject *self, PyObject *arguments)
             return say(of(self), teller, "detached", 0);
         if (got == RAISED)
             return NULL;
-        if (got != LATE && sleep_on(version, seen, left) && PyErr_CheckSignals() < 0)
+        if (got == LATE)
+            continue;
+        /* A signal that comes just before the sleep does not interrupt it. */
+        int error = sleep_on(version, seen, left < SIGNALS_US ? left : SIGNALS_US);
+        if (error && PyErr_CheckSignals() < 0)
             return NULL;
     }
 }
