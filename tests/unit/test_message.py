@@ -774,6 +774,61 @@ def test_fresh_pages_are_counted(arena):
     assert 0 == message_of([np.ones(100_000), np.ones(100)], arena.blocks).nbytes_fresh
 
 
+def test_what_was_referred_to_counts_once_it_is_copied(arena):
+    lease = arena.acquire([MIB])
+    (view,) = arena.blocks.publish(lease.blocks)
+    message = core.Message(None, 0, _envelope.tables({}), arena.blocks)
+    message.take(pickle.PickleBuffer(view))
+    assert 1 == len(message.references)
+    assert 0 == message.nbytes
+
+    message.to_pickle(b"", b"", b"")
+
+    assert MIB == message.nbytes == message.nbytes_in_band
+    del view
+
+
+@pytest.fixture
+def limited(make_arena, tmp_path):
+    """An arena, and a function that sets the limit of a cgroup and what is used of it, in MiB."""
+    arena = make_arena()
+
+    def limit(most, usage):
+        (tmp_path / "usage").write_text(f"{usage * MIB}\n")
+        (tmp_path / "stat").write_text("inactive_file 0\n")
+        names = (str(tmp_path / "usage"), str(tmp_path / "stat"), ("inactive_file", "none"))
+        core.headroom(most * MIB, [(most * MIB, *names)])
+        return lambda usage: (tmp_path / "usage").write_text(f"{usage * MIB}\n")
+
+    yield arena, limit
+    arena.sending._tell_limits()
+
+
+def test_room_for_the_next_message_in_band_is_left(limited):
+    arena, limit = limited
+    limit(64, 64 - 20)  # a quarter of it is left in any case; of a large message half of it
+
+    assert message_of(np.ones(2000), arena.blocks).blocks is not None
+    assert message_of(np.ones(1 << 19), arena.blocks).blocks is None
+
+
+def test_what_a_look_has_granted_is_used_up(limited):
+    arena, limit = limited
+    use = limit(64, 0)
+    messages = [message_of(np.ones(2000), arena.blocks)]
+    use(64)
+
+    while messages[-1].blocks is not None and len(messages) < 200:
+        messages.append(message_of(np.ones(2000), arena.blocks))
+
+    assert 10 < len(messages) < 200
+    limit(64, 0)
+    messages.append(message_of(np.ones(2000), arena.blocks))
+    assert messages[-1].blocks is not None
+    limit(64, 64)  # what was granted before is forgotten
+    assert message_of(np.ones(2000), arena.blocks).blocks is None
+
+
 @pytest.mark.parametrize(
     ("usage", "cache", "fits"), [(200, 0, True), (990, 0, False), (990, 900, True)]
 )
