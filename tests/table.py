@@ -122,7 +122,7 @@ class Table:
             name: self._words(at + _AT[f"participant.{name}"], n, "u8")
             for name, n in (
                 *(("state", 1), ("incarnation", 1), ("pid", 1), ("pid_namespace", 1)),
-                *(("reading", 1), ("keeps_all", 1)),
+                *(("reading", 1), ("keeps_all", 1), ("steps", 1), ("inherits", 1)),
                 *(("counters", 48), ("kept", 64)),
             )
         }

@@ -1,5 +1,6 @@
 """The arena in one process: senders, receivers, room, ends."""
 
+import ctypes
 import errno
 import gc
 import multiprocessing
@@ -8,6 +9,7 @@ import signal
 import struct
 import sys
 import threading
+from pickle import PickleBuffer
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,13 +18,24 @@ import pytest
 import oobpickle
 from conftest import eventually
 from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
+from oobpickle._envelope import tables
 from oobpickle._memory import headroom, reclaim, sending
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.files import name_of
 from oobpickle._memory.options import Options
 from oobpickle._memory.pipes import channel_id
 from oobpickle._native import core
-from table import FREE, QUARANTINED, RELEASED, Table, commit_word
+from table import (
+    ADOPTED,
+    FREE,
+    JOINED,
+    PUBLISHED,
+    QUARANTINED,
+    RELEASED,
+    UNPROVEN,
+    Table,
+    commit_word,
+)
 
 MIB = 1 << 20
 
@@ -54,13 +67,13 @@ def arena(make_arena):
     return make_arena()
 
 
-def send(arena, *contents):
+def send(arena, *contents, channel=0):
     """Send buffers; return what an envelope would say of them."""
     lease = arena.acquire([len(content) for content in contents])
     for destination, content in zip(lease.destinations, contents, strict=True):
         destination[:] = content
     pairs, needs = lease.pairs, [len(view) for view in lease.destinations]
-    lease.seal(0)
+    lease.seal(channel)
     lease.depart()
     lease.settle()
     return pairs, needs
@@ -634,6 +647,16 @@ def test_without_the_lock_messages_arrive_and_arrays_die(arena):
     assert {"free": 1000, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
 
 
+def test_each_step_is_counted(arena):
+    """So whoever waits for the lock sees that its holder is not stopped."""
+    steps = Table.of(arena).participant(arena.blocks.slot).steps
+    before = int(steps[0])
+
+    arena.acquire([100]).release()
+
+    assert before < int(steps[0])
+
+
 def test_a_dead_holder_of_the_lock_is_followed(arena):
     other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     lease = other.acquire([MIB])
@@ -702,6 +725,23 @@ def test_what_was_prepared_does_not_count(arena):
     del views
 
     assert 12 * MIB == arena.statistics().nbytes_resident
+
+
+@pytest.mark.parametrize("how", ["a message takes it", "trim"])
+def test_what_was_prepared_is_not_idle_before_it_was_used(arena, how):
+    arena.preallocate(nbytes=MIB)
+    table = Table.of(arena)
+    assert 0 == table["idle"]
+
+    if how == "trim":
+        arena.trim()
+    else:
+        lease = arena.acquire([MIB])
+    assert 0 == table["idle"]
+
+    if how != "trim":
+        lease.release()
+        assert MIB == table["idle"]
 
 
 def test_the_limit_follows_the_memory_that_there_is(arena, monkeypatch):
@@ -1440,3 +1480,317 @@ def test_a_closed_arena_leases_nothing_under_the_lock(arena):
     index, *_ = arena.blocks.lease([100])
     assert core.SHORTAGES[index] == "detached"
     assert arena.statistics().n_blocks["leased"] == 0
+
+
+def test_a_block_whose_word_is_damaged_is_not_released(arena):
+    (view,) = arena.receiving.claim(*send(arena, b"x" * MIB))
+    table = Table.of(arena)
+    index = table.owned()[0][0]
+    commit = table.rows["commit"]
+    commit[index] ^= 1 << 40  # of the check
+
+    del view
+
+    assert table.rows["below"][index] == 0 == table["released"]
+    commit[index] ^= 1 << 40
+
+
+def test_a_second_count_of_rows_that_is_not_the_last_is_not_believed(arena):
+    """A newcomer has not counted them itself, and would write over what is in use."""
+    leases = [arena.acquire([100]) for _ in range(3)]
+    table = Table.of(arena)
+    before = table["n_rows"]
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    table["n_rows"], table["n_rows_again"] = 0xBAD << 40, 2
+
+    with pytest.raises(ArenaFullError) as error:
+        other.acquire([100], wait_timeout=0)
+
+    assert "damaged" == error.value.reason
+    table["n_rows"], table["n_rows_again"] = before, 3
+    vanish(other)
+    arena.reclaim.reap()
+    del leases[:]
+
+
+def test_what_may_be_read_unseen_is_kept_though_its_channel_was_not_proven(arena):
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    sent = send(arena, b"x" * MIB, channel=77 | UNPROVEN)
+    other.blocks.keep(77)
+
+    assert [] == arena.blocks.unowned()
+    vanish(other)
+    arena.reclaim.reap()
+    assert 1 == len(arena.blocks.unowned())
+    arena.receiving.claim(*sent)
+
+
+def test_what_follows_another_message_than_that_in_its_first_block_is_lost(arena):
+    pairs, _ = send(arena, b"x" * MIB, b"y" * MIB)
+    arena.blocks.adopt(*first_of(pairs))
+    arena.receiving.discard(*first_of(pairs))
+    sent = send(arena, b"z" * MIB)
+    assert first_of(pairs)[0] == first_of(sent[0])[0]
+
+    assert arena.blocks.has_abandoned()
+    assert 1 == arena.blocks.free_lost([])
+    arena.receiving.claim(*sent)
+
+
+def test_nothing_is_lost_for_certain_once_others_do_not_say_any_more_that_they_read(arena):
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    sent = send(arena, b"x" * MIB, channel=77)
+    looked = arena.blocks.unowned()
+    assert 1 == len(looked)
+    arena.blocks.close()
+
+    assert 0 == arena.blocks.free_lost(looked)
+    arena.receiving.claim(*sent)
+    vanish(other)
+
+
+def test_who_has_read_what_was_in_a_block_before_has_not_read_what_is_in_it(arena):
+    """It may write so, a moment too late."""
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    sent = send(arena, b"x" * MIB)
+    index, generation = first_of(sent[0])
+    incarnation = int(Table.of(arena).participant(other.blocks.slot).incarnation[0])
+    vanish(other)
+    arena.reclaim.reap()
+    adopted = ADOPTED | incarnation << 28
+    channel = Table.of(arena).rows["channel"]
+
+    channel[index] = adopted | generation - 1
+    assert [] == arena.blocks.unowned()
+    channel[index] = adopted | generation
+    assert 1 == len(arena.blocks.unowned())
+    arena.receiving.claim(*sent)
+
+
+def test_a_reference_takes_no_pages_of_a_free_block(arena):
+    """Nobody would know any more which of them were made."""
+    arena.acquire([100]).release()
+    lease = arena.acquire([MIB])
+    assert 1 == Table.of(arena).n_rows - 1
+
+    (view,) = arena.blocks.publish(lease.blocks)
+
+    assert 0 == view.nbytes_resident
+    del view
+
+
+def test_the_end_of_the_senders_lease_leaves_what_its_reader_has_sent_on(arena):
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    lease = arena.acquire([MIB])
+    pairs = lease.pairs
+    lease.seal(7)
+    other.blocks.adopt(*first_of(pairs))
+    other.blocks.settle(other.blocks.send_on(*first_of(pairs), 8))
+
+    del lease
+
+    (view,) = other.receiving.claim(pairs, [MIB])
+    del view
+    vanish(other)
+    arena.reclaim.reap()
+
+
+def killed(run, point):
+    """Fork a child that is killed when it comes to a point while it runs something."""
+    pid = os.fork()
+    if pid == 0:
+        core.arm(point, 1, signal.SIGKILL)
+        run()
+        os._exit(0)
+    assert -signal.SIGKILL == os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_what_one_was_giving_up_who_died_is_free_though_its_sender_lives(arena):
+    pairs, _ = send(arena, b"x" * MIB)
+
+    def read_and_give_up():
+        arena.blocks.adopt(*first_of(pairs))
+        arena.receiving.discard(*first_of(pairs))
+
+    killed(read_and_give_up, "release.committed")
+
+    arena.reclaim.reap()
+    assert FREE == Table.of(arena).state(0)
+
+
+def test_pages_that_one_had_given_back_who_died_are_not_counted(arena):
+    sent = send(arena, b"x" * MIB)
+
+    def receive_and_drop():
+        arena.blocks.keep_nbytes = 0
+        arena.receiving.claim(*sent)
+
+    killed(receive_and_drop, "release.committed")
+
+    arena.reclaim.reap()
+    assert 0 == arena.statistics().nbytes_resident == arena.blocks.resident
+
+
+def test_a_block_whose_lease_was_only_begun_is_used_again(arena):
+    arena.acquire([MIB]).release()
+
+    killed(lambda: arena.acquire([MIB]), "lease.written")
+
+    arena.acquire([MIB]).release()
+    assert 1 == Table.of(arena).n_rows
+    assert 0 == arena.statistics().n_quarantined
+
+
+def test_the_byte_of_a_slot_is_let_go_if_there_is_no_lock_to_join(arena):
+    go_on = stopped_holder(arena)  # in slot 1
+    newcomer = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    assert not newcomer.blocks.joined
+    go_on()
+
+    others = [SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors)) for _ in range(2)]
+
+    assert [1, 2] == [other.blocks.slot for other in others]
+    for one in (newcomer, *others):
+        vanish(one)
+    arena.reclaim.reap()
+
+
+def test_what_a_dead_one_has_counted_stays_when_its_slot_is_taken_over(arena):
+    """With so many that newcomers take the slots of the dead."""
+    attached = [SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors)) for _ in range(15)]
+    dead = attached.pop(3)
+    slot = dead.blocks.slot
+    send_lost(dead)
+    assert 1 == dead.reclaim.reclaim() == arena.statistics().n_reclaimed
+    vanish(dead)
+
+    attached.append(SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors)))
+
+    assert slot == attached[-1].blocks.slot
+    assert 1 == arena.statistics().n_reclaimed
+    for one in attached:
+        vanish(one)
+    arena.reclaim.reap()
+
+
+def send_lost(arena):
+    read_fd, write_fd = os.pipe()
+    send(arena, b"x", channel=os.fstat(write_fd).st_ino)
+    os.close(read_fd)
+    os.close(write_fd)
+
+
+def test_a_child_keeps_what_its_parent_had_read(arena):
+    """It has the bytes, too."""
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    sent = send(arena, b"x" * MIB)
+    other.blocks.adopt(*first_of(sent[0]))
+    begun, end = os.pipe(), os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.write(begun[1], b"x")
+        os.read(end[0], 1)
+        os._exit(0)
+    os.read(begun[0], 1)
+    vanish(other)
+    try:
+        assert 1 == arena.reclaim.reap()
+        assert [] == arena.blocks.unowned()
+    finally:
+        os.write(end[1], b"x")
+        os.waitpid(pid, 0)
+    arena.reclaim.reap()
+    assert 1 == len(arena.blocks.unowned())
+    arena.receiving.claim(*sent)
+    for fd in (*begun, *end):
+        os.close(fd)
+
+
+def test_a_child_keeps_everything_if_its_parent_cannot_list_more(arena):
+    """Also before it runs anything of ours."""
+    for channel in range(1, 65):
+        assert arena.blocks.keep(channel)
+    sent = send(arena, b"x" * MIB)
+    arena.blocks.adopt(*first_of(sent[0]))
+    libc = ctypes.PyDLL(None)
+    pid = libc.fork()
+    if pid == 0:
+        while True:
+            libc.pause()
+
+    row = Table.of(arena).participant(1)
+    try:
+        eventually(lambda: row.pid[0] == pid)
+        assert 1 == row.keeps_all[0]
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    arena.reclaim.reap()
+    arena.receiving.claim(*sent)
+
+
+# --- what is published
+
+
+def published(arena):
+    """Return a view of what was published, and which block that is."""
+    lease = arena.acquire([MIB])
+    index = lease.blocks[0].index
+    (view,) = arena.blocks.publish(lease.blocks)
+    return view, index
+
+
+def test_references_are_counted_if_their_number_is_damaged(arena):
+    view, index = published(arena)
+    again = view.again()
+    table = Table.of(arena)
+    table.rows["channel"][index] = 0xBAD << 40 | 1
+
+    del again
+
+    assert PUBLISHED == table.state(index)
+    assert 1 == table.n_named(index)
+    del view
+    assert table.state(index) in (FREE, RELEASED)
+
+
+def test_who_died_before_it_had_references_of_its_own_keeps_nothing(arena):
+    view, index = published(arena)
+    again = view.again()
+    del view
+    core.arm("birth.in_child", 1, signal.SIGKILL)
+    pid = os.fork()
+    core.arm(None, 0, 0)
+    assert signal.SIGKILL == os.waitpid(pid, 0)[1]
+    table = Table.of(arena)
+    assert 1 == table.participant(1).inherits[0]
+
+    del again
+
+    assert JOINED == table.participant(1).state[0]
+    assert table.state(index) in (FREE, RELEASED)
+    arena.reclaim.reap()
+
+
+def test_a_view_that_is_dropped_is_unmapped(arena):
+    views = [published(arena)[0] for _ in range(10)]
+    before = number_of_mappings()
+
+    del views
+
+    assert before - 5 > number_of_mappings()
+
+
+def test_nothing_is_referred_to_that_could_not_be_copied_any_more(arena):
+    view, _ = published(arena)
+    data = arena.descriptors[0]
+    kept = os.dup(data)
+    os.close(data)
+    message = core.Message(None, 0, tables({}), arena.blocks)
+    message.take(PickleBuffer(view))
+    os.dup2(kept, data, inheritable=False)
+    os.close(kept)
+
+    assert [] == message.references
+    assert MIB == message.nbytes
+    del view
