@@ -17,6 +17,7 @@ import pytest
 
 import oobpickle
 from conftest import eventually
+from kernel import IS_EMULATED
 from oobpickle import ArenaError, ArenaFullError, EnvelopeError, StaleEnvelopeError
 from oobpickle._envelope import tables
 from oobpickle._memory import headroom, reclaim, sending
@@ -689,6 +690,28 @@ def test_what_a_dead_one_was_about_to_free_is_freed(arena, n_freed):
     assert {"free": 4, "leased": 0, "in_flight": 0, "held": 0} == arena.statistics().n_blocks
 
 
+def test_the_child_of_a_signal_handler_does_not_wait_for_the_lock_in_its_parents_name(arena):
+    go_on = stopped_holder(arena)
+    core.wait_for_the_lock(500_000)
+    pids = []
+    before = signal.signal(signal.SIGALRM, lambda *_: pids.append(os.fork()))
+    signal.setitimer(signal.ITIMER_REAL, 0.05)
+    try:
+        with pytest.raises(ArenaFullError) as error:
+            arena.acquire([100])
+        if pids[0] == 0:
+            os._exit(0 if error.value.reason == "detached" else 1)
+    finally:
+        if pids and pids[0] == 0:
+            os._exit(2)
+        signal.signal(signal.SIGALRM, before)
+        status = os.waitpid(pids[0], 0)[1]
+        go_on()
+
+    assert "busy" == error.value.reason
+    assert 0 == status
+
+
 def test_who_inherits_a_slot_and_its_lock_goes_on(arena):
     other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
     slot = other.blocks.slot
@@ -776,6 +799,43 @@ def test_a_fork_makes_ordinary_memory_of_what_is_held(arena):
     assert index == Table.of(arena).owned()[0][0]
     assert b"c" * MIB == bytes(again)
     eventually(lambda: arena.reclaim.reap() or arena.statistics().n_participants == 1)
+
+
+@pytest.mark.skipif(IS_EMULATED, reason="an emulator makes a fork(3) of it, or ignores the advice")
+def test_the_child_of_a_raw_clone_knows_that_it_is_nobody(arena):
+    """No handler runs there: it releases nothing, and sends nothing."""
+    views = arena.receiving.claim(*send(arena, b"x" * MIB))
+    libc = ctypes.PyDLL(None)
+    number = {"x86_64": 56, "aarch64": 220}[os.uname().machine]
+    pid = libc.syscall(number, int(signal.SIGCHLD), 0, 0, 0, 0)
+    if pid == 0:
+        status = 1
+        try:
+            del views
+            with pytest.raises(ArenaFullError):
+                arena.acquire([MIB])
+            status = core.epoch()
+        finally:
+            os._exit(status)
+
+    assert 0 == os.waitpid(pid, 0)[1]
+    assert 1 == arena.statistics().n_blocks["held"]
+    del views
+
+
+def test_a_fork_gives_back_the_pages_of_a_larger_message_before(arena):
+    del arena.receiving.claim(*send(arena, b"x" * 2 * MIB))[:]
+    (view,) = arena.receiving.claim(*send(arena, b"y" * (MIB + MIB // 2)))
+    assert 1 == Table.of(arena).n_rows
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+
+    assert 0 == os.fstat(arena.descriptors[0]).st_blocks
+    assert b"y" * (MIB + MIB // 2) == bytes(view)
+    del view
+    arena.reclaim.reap()
 
 
 def test_a_child_sees_what_comes_in_a_block_that_was_its_parents(arena):
