@@ -254,6 +254,14 @@ def test_a_pickle_may_have_something_before_it_and_after_it():
         as_pickle(message_of([np.arange(1000)]), head=bytes(2000))
 
 
+def test_a_message_becomes_a_pickle_once():
+    message = message_of([np.ones(100_000)])
+    message.to_pickle(b"", b"", b"")
+
+    with pytest.raises(ValueError, match="a pickle already"):
+        message.to_pickle(b"", b"", b"")
+
+
 def test_what_was_given_back_is_gone_and_the_rest_is_not():
     message = message_of([np.ones(4 * MIB)])
     view = as_pickle(message)

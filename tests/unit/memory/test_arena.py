@@ -1083,6 +1083,14 @@ def test_a_large_block_is_used_again_for_a_larger_message(make_arena):
     assert index == 0
 
 
+def test_a_block_that_is_larger_than_a_window_has_its_own(make_arena):
+    arena = make_arena(capacity=512 * MIB)
+    large, small = arena.blocks.lease([70 * MIB, 100])  # no page of them is made
+
+    assert 128 * MIB == Table.of(arena).offset(small.index)
+    del large, small
+
+
 def test_the_index_of_a_message_that_is_copied_is_held_until_the_rest_is_claimed(make_arena):
     arena = make_arena(copy_on_receive=True)
     pairs, needs = send(arena, b"x" * MIB, b"y" * MIB)
