@@ -48,8 +48,8 @@ SOURCES = {
     "steps-before-the-core": "python benchmarks/steps.py",
     "scaling": "python benchmarks/scaling.py",
     "peers": "python benchmarks/peers.py",
-    "soak-1": "python benchmarks/soak.py --minutes 5 --seed 1",
-    "soak-2": "python benchmarks/soak.py --minutes 5 --seed 2",
+    "soak-1": "python benchmarks/soak.py --minutes 10 --seed 1",
+    "soak-2": "python benchmarks/soak.py --minutes 10 --seed 2",
 }
 #: Files of a version that is gone: they are kept as they are, and no command makes them again.
 KEPT = {"steps-before-the-core"}
