@@ -604,7 +604,7 @@ void block_punch_range(struct block *block, u64 at, u64 nbytes)
 void block_empty_now(PyObject *self)
 {
     struct block *block = (struct block *)self;
-    if (block->state == LEASED && block->epoch == epoch())
+    if (block->state == LEASED && block->epoch == epoch() && !block->is_reference) /* that has no pages */
         punch(block, true);
 }
 

@@ -355,10 +355,11 @@ static PyObject *leave(PyObject *self, PyObject *arguments)
         return NULL;
     }
     holding->is_entered = false;
-    bool is_right = !holding->begins || looks_right(holding, error);
+    const bool begins = holding->begins; /* who looks may use it again */
+    bool is_right = !begins || looks_right(holding, error);
     if (holding->epoch != epoch()) /* a signal handler has forked */
         return is_right ? Py_NewRef(Py_False) : NULL;
-    if (holding->begins)
+    if (begins)
         end_writing(holding->lock->control, is_right && error == Py_None);
     give(holding->lock);
     return is_right ? Py_NewRef(Py_False) : NULL;
