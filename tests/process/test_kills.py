@@ -79,6 +79,6 @@ def test_what_a_thousand_blocks_of_the_dead_take():
 
 
 def test_pools_that_are_terminated_with_unread_results():
-    (found,) = run("of_pools", 5, 60)
+    (found,) = run("of_pools", 40, 60)
 
-    assert found["n_rounds"] == 5
+    assert found["n_rounds"] == 40

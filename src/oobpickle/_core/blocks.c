@@ -1321,11 +1321,24 @@ HEADER_WORD(resident)
 HEADER_WORD(on_disk)
 HEADER_WORD(n_passed)
 
+/* A sum that others change: about right, and after a rebuild perhaps below 0 for a while. */
+static PyObject *about(PyObject *self, size_t offset)
+{
+    if (has_ended(of(self)))
+        return PyLong_FromLong(0);
+    int64_t sum = (int64_t)get((word *)((char *)&of(self)->table.shared->header + offset));
+    return PyLong_FromLongLong(sum > 0 ? sum : 0);
+}
+
 static PyObject *get_held(PyObject *self, void *Py_UNUSED(closure))
 {
-    /* A sum that others change: about right, and after a rebuild perhaps below 0 for a while. */
-    int64_t held = has_ended(of(self)) ? 0 : (int64_t)get(&of(self)->table.shared->header.held);
-    return PyLong_FromLongLong(held > 0 ? held : 0);
+    return about(self, offsetof(struct header, held));
+}
+
+/* Pages of free blocks, bytes. */
+static PyObject *get_idle(PyObject *self, void *Py_UNUSED(closure))
+{
+    return about(self, offsetof(struct header, idle));
 }
 
 static PyObject *get_closed(PyObject *self, void *Py_UNUSED(closure))
@@ -1473,6 +1486,7 @@ static PyGetSetDef attributes[] = {
     {"is_idle", get_is_idle, NULL, NULL, NULL},
     {"held", get_held, NULL, NULL, NULL},
     {"resident", get_resident, NULL, NULL, NULL},
+    {"idle", get_idle, NULL, NULL, NULL},
     {"on_disk", get_on_disk, NULL, NULL, NULL},
     {"has_disk", get_has_disk, NULL, NULL, NULL},
     {"disk_is_memory", get_disk_is_memory, NULL, NULL, NULL},

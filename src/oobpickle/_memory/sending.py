@@ -181,7 +181,10 @@ class Sending:
         if fresh_nbytes:
             if time.monotonic() >= self._tell_limits_at:
                 self._tell_limits()
-            self._reclaim.look_for_lost(fresh_nbytes)  # perhaps the next one needs none
+            idle_nbytes = self._blocks.idle
+            if self._reclaim.look_for_lost(fresh_nbytes):
+                # As long as free blocks have pages nobody looks: what is lost would pile up.
+                self._reclaim.punch_idle(self._blocks.idle - idle_nbytes)
 
     def _tell_limits(self) -> None:
         """Say in which cgroups this process is: it may be moved at any time."""
