@@ -168,10 +168,12 @@ class ScalingSide(Side):
 
     def reclaim(self, n_messages: int) -> float:
         """Seconds of reclaiming so many messages that nobody can read."""
-        os.read(self._lost_reader.fileno(), 1)
+        self._lost_reader.close()
+        self._lost_writer.close()
         start_s = time.perf_counter()
         n_freed = self._arena.reclaim.reclaim()
         elapsed_s = time.perf_counter() - start_s
+        self._lost_reader, self._lost_writer = multiprocessing.Pipe(duplex=False)
         if n_freed != n_messages:
             raise ValueError(f"{n_freed} blocks reclaimed, expected {n_messages}")
         return elapsed_s
