@@ -16,8 +16,6 @@ import pytest
 import oobpickle
 from messages import envelope_of, message_of
 from oobpickle import _envelope
-from oobpickle._memory.arena import SharedArena
-from oobpickle._memory.options import Options
 from oobpickle._native import core
 from oobpickle._pickling.in_band import as_pickle
 from oobpickle._pickling.reducers import Sink
@@ -28,26 +26,18 @@ MIB = 1 << 20
 
 
 @pytest.fixture
-def make_arena():
+def make_arena(make_arena):
+    """Arenas that this process can load envelopes of."""
     arenas = []
 
     def make(**options):
-        arenas.append(SharedArena.create(Options(**{"capacity": 64 * MIB, **options})))
+        arenas.append(make_arena(**options))
         _envelope.introduce(arenas[-1])
         return arenas[-1]
 
     yield make
-    gc.collect()
     for arena in arenas:
         _envelope.forget(arena)
-        arena.close()
-        arena.detach()
-        assert arena.try_destroy(), "a test left a lease, an array or a message"
-
-
-@pytest.fixture
-def arena(make_arena):
-    return make_arena()
 
 
 def used(arena):
