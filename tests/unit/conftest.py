@@ -7,7 +7,6 @@ import pytest
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._native import core
-from table import Table
 
 MIB = 1 << 20
 
@@ -22,6 +21,8 @@ def make_arena():
         return arenas[-1]
 
     yield make
+    from table import Table  # not above: without the extension module it cannot be imported
+
     core.arm(None, 0, 0)
     gc.collect()
     for arena in arenas:
