@@ -52,7 +52,7 @@ def a_child_that_drops_what_it_inherits():
 def a_view_that_comes_while_c_forks():
     """The child has it, and is known to have it, although it was prepared before."""
     dropped, checked, go = Token(), Token(), multiprocessing.get_context("fork").Event()
-    about_to_fork, has_come = threading.Event(), threading.Event()
+    about_to_fork = threading.Event()
     with oobpickle.enabled(capacity=64 * MIB) as arena:
         read, write = multiprocessing.get_context("fork").Pipe()
 
@@ -66,11 +66,10 @@ def a_view_that_comes_while_c_forks():
         def receive():
             about_to_fork.wait()
             has.append(read.recv())
-            has_come.set()
 
         thread = threading.Thread(target=receive)
         thread.start()
-        _before_the_fork[0] = lambda: (about_to_fork.set(), has_come.wait())
+        _before_the_fork[0] = lambda: (about_to_fork.set(), thread.join())
         pid = _libc.fork()
         if pid == 0:
             try:
@@ -80,7 +79,6 @@ def a_view_that_comes_while_c_forks():
             finally:
                 os._exit(0)
         _before_the_fork[0] = lambda: None
-        thread.join()
         has.clear()
         go.set()
         reap(sender)

@@ -39,6 +39,25 @@ def _fork(run, *args, libc=_libc):
     return pid
 
 
+def _fork_beside_threads(run, *args):
+    """The same beside other threads: Python is told in C, as servers do.
+
+    A thread may have asked for the GIL just before. An untold child that runs bytecode hands it
+    over, and waits for that thread, which it does not have, to take it.
+    """
+    _tell_every_child()
+    imp.acquire_lock()
+    pid = _fork_untold(_libc, run, *args)
+    imp.release_lock()
+    return pid
+
+
+@functools.cache
+def _tell_every_child():
+    told = ctypes.cast(ctypes.pythonapi.PyOS_AfterFork_Child, ctypes.c_void_p)
+    assert _libc.__register_atfork(None, None, told, None) == 0
+
+
 def _fork_untold(libc, run, *args):
     """Fork a child in C that runs ``run(*args)``, and no hook of Python's."""
     sys.stdout.flush()
@@ -302,7 +321,7 @@ def in_the_middle_of_another_threads_step():
         assert is_in_arena(arena, _received(2)[1])
         arena.statistics()
 
-    pid = _fork(child)
+    pid = _fork_beside_threads(child)
     begun.take()
     thread.join()
     is_free.give()
@@ -332,7 +351,7 @@ def by_another_thread():
 
     def work():
         for _ in range(10):
-            reap(_fork(child))
+            reap(_fork_beside_threads(child))
             verify(held, 1)
 
     threads = [threading.Thread(target=traffic, args=(seed,)) for seed in (50, 51)]
