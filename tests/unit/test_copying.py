@@ -44,6 +44,22 @@ def test_bytes_of_any_size(nbytes, has_core, monkeypatch):
     assert (source == destination).all()
 
 
+@pytest.mark.skipif(core is None, reason="it is the core that copies past the caches")
+@pytest.mark.parametrize("nbytes", [32 * MIB - 1, 32 * MIB, 32 * MIB + 63, 40 * MIB + 64])
+@pytest.mark.parametrize("to", [0, 1, 16, 63])
+@pytest.mark.parametrize("start", [0, 1, 40])
+def test_large_memory_at_any_place(nbytes, to, start):
+    """What is before and after it stays as it is."""
+    source = np.resize(np.arange(251, dtype="u1"), start + nbytes)[start:]
+    destination = np.full(64 + nbytes + 64, 255, "u1")
+
+    core.copy(destination[to : to + nbytes], source)
+
+    assert np.array_equal(destination[to : to + nbytes], source)
+    assert (destination[:to] == 255).all()
+    assert (destination[to + nbytes :] == 255).all()
+
+
 _N = 5_000_011
 
 
