@@ -431,26 +431,6 @@ u64 block_fresh(const PyObject *self)
 
 /* --- the type */
 
-static PyObject *get_index(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLong(((struct block *)self)->index);
-}
-
-static PyObject *get_generation(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(((struct block *)self)->generation);
-}
-
-static PyObject *get_is_copy(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(((struct block *)self)->is_copy);
-}
-
-static PyObject *get_is_reference(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(((struct block *)self)->is_reference);
-}
-
 static PyObject *get_is_on_disk(PyObject *self, void *Py_UNUSED(closure))
 {
     const struct block *block = (const struct block *)self;
@@ -661,11 +641,15 @@ static PyMethodDef methods[] = {
     {0},
 };
 
+static PyMemberDef members[] = {
+    {"index", T_UINT, offsetof(struct block, index), READONLY, NULL},
+    {"generation", T_ULONGLONG, offsetof(struct block, generation), READONLY, NULL},
+    {"is_copy", T_BOOL, offsetof(struct block, is_copy), READONLY, NULL},
+    {"is_reference", T_BOOL, offsetof(struct block, is_reference), READONLY, NULL},
+    {0},
+};
+
 static PyGetSetDef attributes[] = {
-    {"index", get_index, NULL, NULL, NULL},
-    {"generation", get_generation, NULL, NULL, NULL},
-    {"is_copy", get_is_copy, NULL, NULL, NULL},
-    {"is_reference", get_is_reference, NULL, NULL, NULL},
     {"is_on_disk", get_is_on_disk, NULL, NULL, NULL},
     {"nbytes_fresh", get_fresh, NULL, NULL, NULL},
     {"nbytes_resident", get_resident, NULL, NULL, NULL},
@@ -676,6 +660,7 @@ static PyType_Slot slots[] = {
     {Py_tp_dealloc, dealloc},
     {Py_bf_getbuffer, getbuffer},
     {Py_tp_methods, methods},
+    {Py_tp_members, members},
     {Py_tp_getset, attributes},
     {0, NULL},
 };

@@ -1356,38 +1356,9 @@ static PyObject *get_ended(PyObject *self, void *Py_UNUSED(closure))
     return PyBool_FromLong(has_ended(of(self)));
 }
 
-static PyObject *get_slot(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLong(of(self)->lock.slot);
-}
-
-static PyObject *get_n_held(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLong(of(self)->n_held);
-}
-
 static PyObject *get_is_idle(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(!has_live_objects(of(self)) && !of(self)->n_inside);
-}
-
-static int set_keep(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
-{
-    u64 nbytes = value ? PyLong_AsUnsignedLongLong(value) : 0;
-    if (PyErr_Occurred())
-        return -1;
-    of(self)->keep_nbytes = nbytes;
-    return 0;
-}
-
-static PyObject *get_keep(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyLong_FromUnsignedLongLong(of(self)->keep_nbytes);
-}
-
-static PyObject *get_spills(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(of(self)->spills);
 }
 
 static PyObject *get_has_disk(PyObject *self, void *Py_UNUSED(closure))
@@ -1398,12 +1369,6 @@ static PyObject *get_has_disk(PyObject *self, void *Py_UNUSED(closure))
 static PyObject *get_disk_is_memory(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(of(self)->disk.is_memory);
-}
-
-static int set_spills(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
-{
-    of(self)->spills = value == Py_True && of(self)->table.disk_nbytes;
-    return 0;
 }
 
 static PyObject *get_entered_limit(PyObject *self, void *Py_UNUSED(closure))
@@ -1478,11 +1443,18 @@ static PyMethodDef methods[] = {
     {0},
 };
 
+static PyMemberDef members[] = {
+    {"slot", T_UINT, offsetof(struct blocks, lock.slot), READONLY, NULL},
+    {"n_held", T_UINT, offsetof(struct blocks, n_held), READONLY, NULL},
+    {"keep_nbytes", T_ULONGLONG, offsetof(struct blocks, keep_nbytes), 0, NULL},
+    {"spills", T_BOOL, offsetof(struct blocks, spills), 0, NULL},
+    {0},
+};
+
 static PyGetSetDef attributes[] = {
     {"closed", get_closed, NULL, NULL, NULL},
     {"ended", get_ended, NULL, NULL, NULL},
     {"joined", get_joined, NULL, NULL, NULL},
-    {"slot", get_slot, NULL, NULL, NULL},
     {"is_idle", get_is_idle, NULL, NULL, NULL},
     {"held", get_held, NULL, NULL, NULL},
     {"resident", get_resident, NULL, NULL, NULL},
@@ -1490,10 +1462,7 @@ static PyGetSetDef attributes[] = {
     {"on_disk", get_on_disk, NULL, NULL, NULL},
     {"has_disk", get_has_disk, NULL, NULL, NULL},
     {"disk_is_memory", get_disk_is_memory, NULL, NULL, NULL},
-    {"spills", get_spills, set_spills, NULL, NULL},
     {"n_passed", get_n_passed, NULL, NULL, NULL},
-    {"n_held", get_n_held, NULL, NULL, NULL},
-    {"keep_nbytes", get_keep, set_keep, NULL, NULL},
     {"entered_limit", get_entered_limit, set_entered_limit, NULL, NULL},
     {0},
 };
@@ -1502,6 +1471,7 @@ static PyType_Slot slots[] = {
     {Py_tp_new, blocks_new},
     {Py_tp_dealloc, blocks_dealloc},
     {Py_tp_methods, methods},
+    {Py_tp_members, members},
     {Py_tp_getset, attributes},
     {0, NULL},
 };

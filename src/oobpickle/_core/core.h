@@ -9,6 +9,7 @@
 #define _GNU_SOURCE
 #endif
 #include <Python.h>
+#include <structmember.h>
 
 /* The headers of 3.12 and of the first 3.13 return these without a new reference. They never die
    there, but the same binary runs on 3.11, where each call would take a reference away. */

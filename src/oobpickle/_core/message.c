@@ -1262,18 +1262,10 @@ static void dealloc(PyObject *self)
     Py_DECREF((PyObject *)type);
 }
 
-#define NUMBER(name, value)                                                                        \
-    static PyObject *get_##name(PyObject *self, void *Py_UNUSED(closure))                          \
-    {                                                                                              \
-        return PyLong_FromUnsignedLongLong(value);                                                 \
-    }
-
-NUMBER(stream_nbytes, of(self)->stream_nbytes)
-NUMBER(nbytes, of(self)->stream_nbytes + of(self)->buffers_nbytes)
-NUMBER(n_buffers, of(self)->n_buffers)
-NUMBER(nbytes_fresh, of(self)->fresh_nbytes)
-NUMBER(nbytes_spilled, of(self)->spilled_nbytes)
-NUMBER(us_spilling, of(self)->spilling_us)
+static PyObject *get_nbytes(PyObject *self, void *Py_UNUSED(closure))
+{
+    return PyLong_FromUnsignedLongLong(of(self)->stream_nbytes + of(self)->buffers_nbytes);
+}
 
 static bool is_marked(const struct buffer *buffer)
 {
@@ -1346,39 +1338,6 @@ static PyObject *get_levels(PyObject *self, void *Py_UNUSED(closure))
     return PyTuple_GetSlice(of(self)->tables, 0, 3);
 }
 
-static PyObject *get_for_one(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(of(self)->is_for_one);
-}
-
-static int set_for_one(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
-{
-    of(self)->is_for_one = value == Py_True;
-    return 0;
-}
-
-static PyObject *get_keeps_flags(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(of(self)->keeps_flags);
-}
-
-static int set_keeps_flags(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
-{
-    of(self)->keeps_flags = value == Py_True;
-    return 0;
-}
-
-static PyObject *get_coarse(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(of(self)->plan.is_coarse);
-}
-
-static int set_coarse(PyObject *self, PyObject *value, void *Py_UNUSED(closure))
-{
-    of(self)->plan.is_coarse = value == Py_True;
-    return 0;
-}
-
 ALONE(write_piece)
 ALONE(take)
 ALONE(reduce_exact_array)
@@ -1407,24 +1366,28 @@ static PyMethodDef methods[] = {
     {0},
 };
 
+static PyMemberDef members[] = {
+    {"stream_nbytes", T_ULONGLONG, offsetof(struct message, stream_nbytes), READONLY, NULL},
+    {"n_buffers", T_PYSSIZET, offsetof(struct message, n_buffers), READONLY, NULL},
+    {"nbytes_fresh", T_ULONGLONG, offsetof(struct message, fresh_nbytes), READONLY, NULL},
+    {"nbytes_spilled", T_ULONGLONG, offsetof(struct message, spilled_nbytes), READONLY, NULL},
+    {"us_spilling", T_ULONGLONG, offsetof(struct message, spilling_us), READONLY, NULL},
+    {"is_for_one", T_BOOL, offsetof(struct message, is_for_one), 0, NULL},
+    {"keeps_flags", T_BOOL, offsetof(struct message, keeps_flags), 0, NULL},
+    {"is_coarse", T_BOOL, offsetof(struct message, plan.is_coarse), 0, NULL},
+    {0},
+};
+
 static PyGetSetDef attributes[] = {
     {"table", get_table, NULL, NULL, NULL},
     {"levels", get_levels, NULL, NULL, NULL},
     {"stream", get_stream, NULL, NULL, NULL},
-    {"stream_nbytes", get_stream_nbytes, NULL, NULL, NULL},
     {"nbytes", get_nbytes, NULL, NULL, NULL},
-    {"n_buffers", get_n_buffers, NULL, NULL, NULL},
-    {"nbytes_fresh", get_nbytes_fresh, NULL, NULL, NULL},
-    {"nbytes_spilled", get_nbytes_spilled, NULL, NULL, NULL},
-    {"us_spilling", get_us_spilling, NULL, NULL, NULL},
     {"sizes", get_sizes, NULL, NULL, NULL},
     {"blocks", get_blocks, NULL, NULL, NULL},
     {"references", get_references, NULL, NULL, NULL},
     {"places", get_places, NULL, NULL, NULL},
     {"nbytes_in_band", get_nbytes_in_band, NULL, NULL, NULL},
-    {"is_for_one", get_for_one, set_for_one, NULL, NULL},
-    {"keeps_flags", get_keeps_flags, set_keeps_flags, NULL, NULL},
-    {"is_coarse", get_coarse, set_coarse, NULL, NULL},
     {0},
 };
 
@@ -1432,6 +1395,7 @@ static PyType_Slot slots[] = {
     {Py_tp_new, new_message},
     {Py_tp_dealloc, dealloc},
     {Py_tp_methods, methods},
+    {Py_tp_members, members},
     {Py_tp_getset, attributes},
     {Py_mp_subscript, subscript},
     {Py_bf_getbuffer, getbuffer},
@@ -1473,7 +1437,7 @@ static PyObject *new_rebuild(PyTypeObject *Py_UNUSED(type), PyObject *arguments,
     return reduced ? rebuild_new(reduced) : NULL;
 }
 
-static PyObject *get_reduced(PyObject *self, void *Py_UNUSED(closure))
+static PyObject *rebuild_reduce(PyObject *self, PyObject *Py_UNUSED(none))
 {
     return Py_NewRef(((struct rebuild *)self)->reduced);
 }
@@ -1481,14 +1445,9 @@ static PyObject *get_reduced(PyObject *self, void *Py_UNUSED(closure))
 static PyObject *reduce_rebuild(PyObject *Py_UNUSED(module), PyObject *rebuild)
 {
     if (Py_TYPE(rebuild) == rebuild_type)
-        return get_reduced(rebuild, NULL);
+        return rebuild_reduce(rebuild, NULL);
     PyErr_SetString(PyExc_TypeError, "not a Rebuild");
     return NULL;
-}
-
-static PyObject *rebuild_reduce(PyObject *self, PyObject *Py_UNUSED(none))
-{
-    return get_reduced(self, NULL);
 }
 
 static void rebuild_dealloc(PyObject *self)
@@ -1501,12 +1460,15 @@ static void rebuild_dealloc(PyObject *self)
 
 static PyMethodDef rebuild_methods[] = {{"__reduce__", rebuild_reduce, METH_NOARGS, NULL}, {0}};
 static PyMethodDef rebuild_reducer = {"reduce_rebuild", reduce_rebuild, METH_O, NULL};
-static PyGetSetDef rebuild_attributes[] = {{"reduced", get_reduced, NULL, NULL, NULL}, {0}};
+static PyMemberDef rebuild_members[] = {
+    {"reduced", T_OBJECT_EX, offsetof(struct rebuild, reduced), READONLY, NULL},
+    {0},
+};
 static PyType_Slot rebuild_slots[] = {
     {Py_tp_new, new_rebuild},
     {Py_tp_dealloc, rebuild_dealloc},
     {Py_tp_methods, rebuild_methods},
-    {Py_tp_getset, rebuild_attributes},
+    {Py_tp_members, rebuild_members},
     {0, NULL},
 };
 
