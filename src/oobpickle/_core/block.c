@@ -32,15 +32,14 @@ PyTypeObject *block_type;
 
 struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nbytes)
 {
-    struct block *block = PyObject_New(struct block, block_type);
+    struct block *block = (struct block *)PyType_GenericAlloc(block_type, 0); /* zeroed */
     if (block == NULL)
         return NULL;
-    PyObject head = *(PyObject *)block;
-    *block = (struct block){
-        .index = index, .generation = generation, .nbytes = nbytes, .epoch = epoch()};
-    *(PyObject *)block = head;
-    Py_INCREF((PyObject *)blocks);
-    block->blocks = blocks;
+    block->index = index;
+    block->generation = generation;
+    block->nbytes = nbytes;
+    block->epoch = epoch();
+    block->blocks = (struct blocks *)Py_NewRef((PyObject *)blocks);
     block->after = blocks->first;
     if (blocks->first)
         blocks->first->before = block;
@@ -672,9 +671,7 @@ static PyType_Spec spec = {
     .slots = slots,
 };
 
-int block_type_make(void)
+int block_type_make(PyObject *module)
 {
-    if (block_type == NULL)
-        block_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return block_type ? 0 : -1;
+    return type_make(module, &block_type, &spec);
 }

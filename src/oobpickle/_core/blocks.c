@@ -1266,12 +1266,11 @@ static PyObject *blocks_new(PyTypeObject *type, PyObject *arguments, PyObject *P
     int data, table, locks, disk = -1;
     if (!PyArg_ParseTuple(arguments, "iii|i", &data, &table, &locks, &disk))
         return NULL;
-    struct blocks *blocks = PyObject_New(struct blocks, type);
+    struct blocks *blocks = (struct blocks *)PyType_GenericAlloc(type, 0); /* zeroed */
     if (blocks == NULL)
         return NULL;
-    PyObject head = *(PyObject *)blocks;
-    *blocks = (struct blocks){.keep_nbytes = KEEP_LEAST, .entered_limit = ENTERED_LIMIT};
-    *(PyObject *)blocks = head;
+    blocks->keep_nbytes = KEEP_LEAST;
+    blocks->entered_limit = ENTERED_LIMIT;
     blocks->own.handle.fd = -1;
     blocks->own.life = blocks->own.birth.life = NO_LIFE;
     blocks->disk.data.fd = -1;
@@ -1485,12 +1484,6 @@ static PyType_Spec spec = {
 
 int blocks_type_make(PyObject *module)
 {
-    if (blocks_type == NULL)
-        blocks_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    if (reading_type == NULL)
-        reading_type = (PyTypeObject *)PyType_FromSpec(&reading_spec);
-    if (blocks_type == NULL || reading_type == NULL || block_type_make() != 0)
-        return -1;
-    return PyModule_AddObjectRef(module, "Blocks", (PyObject *)blocks_type) ||
-           PyModule_AddObjectRef(module, "Block", (PyObject *)block_type);
+    return type_make(module, &blocks_type, &spec) || type_make(module, &reading_type, &reading_spec) ||
+           block_type_make(module);
 }

@@ -22,6 +22,10 @@
 
 #include "layout.h"
 
+/* --- module.c */
+
+int type_make(PyObject *module, PyTypeObject **type, PyType_Spec *spec);
+
 /* --- faults.c: places where a test can have this process killed */
 
 extern const char *fault_armed;
@@ -335,7 +339,7 @@ void count_in(struct blocks *blocks, u32 counter, u64 amount);
 void leave_others(struct blocks *blocks, u64 nbytes);
 void tail_note(struct block *block);
 void tails_cut(struct blocks *blocks);
-int block_type_make(void);
+int block_type_make(PyObject *module);
 int blocks_type_make(PyObject *module);
 bool is_blocks(PyObject *object);
 

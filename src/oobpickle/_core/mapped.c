@@ -91,16 +91,18 @@ static PyObject *new_mapped(PyTypeObject *type, PyObject *arguments, PyObject *P
     char *address = map_whole(fd, nbytes, access);
     if (address == NULL)
         return PyErr_SetFromErrno(PyExc_OSError);
-    struct mapped *mapped = PyObject_New(struct mapped, type);
+    struct mapped *mapped = (struct mapped *)PyType_GenericAlloc(type, 0); /* zeroed */
     if (mapped == NULL) {
         munmap(address, nbytes);
         return NULL;
     }
-    PyObject head = *(PyObject *)mapped;
-    *mapped = (struct mapped){.after = first, .address = address, .nbytes = nbytes, .access = access,
-                              .identity = identity_in(&status), .opened = {.fd = -1},
-                              .path = Py_NewRef(path)};
-    *(PyObject *)mapped = head;
+    mapped->after = first;
+    mapped->address = address;
+    mapped->nbytes = nbytes;
+    mapped->access = access;
+    mapped->identity = identity_in(&status);
+    mapped->opened.fd = -1;
+    mapped->path = Py_NewRef(path);
     if (first)
         first->before = mapped;
     first = mapped;
@@ -207,7 +209,5 @@ static PyType_Spec spec = {
 
 int mapped_type_make(PyObject *module)
 {
-    if (mapped_type == NULL)
-        mapped_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    return mapped_type ? PyModule_AddObjectRef(module, "MappedFile", (PyObject *)mapped_type) : -1;
+    return type_make(module, &mapped_type, &spec);
 }

@@ -1226,12 +1226,10 @@ static PyObject *new_message(PyTypeObject *type, PyObject *arguments, PyObject *
         PyErr_SetString(PyExc_TypeError, "expected Blocks, None or False, a threshold, four tables");
         return NULL;
     }
-    struct message *message = PyObject_New(struct message, type);
+    struct message *message = (struct message *)PyType_GenericAlloc(type, 0); /* zeroed */
     if (message == NULL)
         return NULL;
-    PyObject head = *(PyObject *)message;
-    *message = (struct message){.threshold = threshold};
-    *(PyObject *)message = head;
+    message->threshold = threshold;
     message->begun = blocks == Py_None ? IN_MEMORY : blocks == Py_False ? NOWHERE : IN_BLOCKS;
     message->where = message->begun;
     message->tables = Py_NewRef(tables);
@@ -1481,10 +1479,6 @@ static PyType_Spec rebuild_spec = {
 
 int message_type_make(PyObject *module)
 {
-    if (message_type == NULL)
-        message_type = (PyTypeObject *)PyType_FromSpec(&spec);
-    if (rebuild_type == NULL)
-        rebuild_type = (PyTypeObject *)PyType_FromSpec(&rebuild_spec);
     if (as_pickle == NULL)
         as_pickle = PyCFunction_NewEx(&reducers[0], NULL, NULL);
     if (as_rebuild == NULL)
@@ -1501,9 +1495,7 @@ int message_type_make(PyObject *module)
     if (shared_stand_in == NULL && picklebuffer && nothing)
         shared_stand_in = PyObject_CallFunctionObjArgs(picklebuffer, nothing, NULL);
     Py_XDECREF(nothing);
-    if (!message_type || !rebuild_type || !as_pickle || !as_rebuild || !shared_stand_in || !reduce_ex ||
-        !protocol)
+    if (!as_pickle || !as_rebuild || !shared_stand_in || !reduce_ex || !protocol)
         return -1;
-    return PyModule_AddObjectRef(module, "Message", (PyObject *)message_type) ||
-           PyModule_AddObjectRef(module, "Rebuild", (PyObject *)rebuild_type);
+    return type_make(module, &message_type, &spec) || type_make(module, &rebuild_type, &rebuild_spec);
 }

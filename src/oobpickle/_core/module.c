@@ -145,6 +145,14 @@ static PyObject *layout(void)
     return found;
 }
 
+/* Make a type, once in the process, and name it in the module. */
+int type_make(PyObject *module, PyTypeObject **type, PyType_Spec *spec)
+{
+    if (*type == NULL)
+        *type = (PyTypeObject *)PyType_FromSpec(spec);
+    return *type ? PyModule_AddType(module, *type) : -1;
+}
+
 static PyMethodDef functions[] = {
     {"header", new_header, METH_VARARGS, NULL},
     {"constants", constants, METH_O, NULL},

@@ -398,12 +398,11 @@ static PyObject *new_holding(PyObject *self, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "OpOOO", &object, &is_writing, &seconds, &teller, &looker) ||
         timeout_of(seconds, &timeout_us) != 0)
         return NULL;
-    struct holding *holding = PyObject_New(struct holding, holding_type);
+    struct holding *holding = (struct holding *)PyType_GenericAlloc(holding_type, 0); /* zeroed */
     if (holding == NULL)
         return NULL;
-    PyObject head = *(PyObject *)holding;
-    *holding = (struct holding){.timeout_us = timeout_us, .is_writing = is_writing};
-    *(PyObject *)holding = head;
+    holding->timeout_us = timeout_us;
+    holding->is_writing = is_writing;
     holding->lock = of(Py_NewRef(self));
     holding->object = Py_NewRef(object);
     holding->tell = Py_NewRef(teller);
@@ -552,12 +551,5 @@ static PyType_Spec holding_spec = {
 
 int shared_lock_type_make(PyObject *module)
 {
-    if (lock_type == NULL)
-        lock_type = (PyTypeObject *)PyType_FromSpec(&lock_spec);
-    if (holding_type == NULL)
-        holding_type = (PyTypeObject *)PyType_FromSpec(&holding_spec);
-    if (lock_type == NULL || holding_type == NULL)
-        return -1;
-    return PyModule_AddObjectRef(module, "SharedLock", (PyObject *)lock_type) ||
-           PyModule_AddObjectRef(module, "Holding", (PyObject *)holding_type);
+    return type_make(module, &lock_type, &lock_spec) || type_make(module, &holding_type, &holding_spec);
 }
