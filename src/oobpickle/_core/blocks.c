@@ -1280,8 +1280,8 @@ static PyObject *blocks_new(PyTypeObject *type, PyObject *arguments, PyObject *P
         goto error;
     if (file_note(&blocks->table.file, table) != 0)
         goto error;
-    blocks->table.shared = (struct table *)(void *)map_quietly(table, 0, sizeof(struct table),
-                                                               PROT_READ | PROT_WRITE, true);
+    blocks->table.shared = (struct table *)(void *)map_quietly(
+        table, 0, sizeof(struct table), MAP_SHARED, PROT_READ | PROT_WRITE, true);
     if (blocks->table.shared == NULL)
         goto error;
     const struct header *header = &blocks->table.shared->header;

@@ -78,8 +78,8 @@ struct range {
 
 bool file_is_ours(const struct file *file);
 int file_note(struct file *file, int fd);
-char *map_behind(char *first, u64 offset, u64 nbytes, bool huge);
-char *map_quietly(int fd, u64 offset, u64 nbytes, int protection, bool huge);
+char *map_behind(char *first, u64 offset, u64 nbytes, int protection, bool huge);
+char *map_quietly(int fd, u64 offset, u64 nbytes, int sharing, int protection, bool huge);
 int mapping_start(struct mapping *mapping, int fd, bool is_on_disk);
 char *mapping_at(struct mapping *mapping, u64 offset, u64 stride, u64 nbytes);
 char *mapping_again(const struct mapping *mapping, u64 offset, u64 nbytes);

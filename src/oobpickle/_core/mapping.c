@@ -56,12 +56,15 @@ int file_note(struct file *file, int fd)
     return 0;
 }
 
-/* Whether the descriptor is still the file that it was: somebody may have closed it. */
+/* Whether the descriptor is still the file that it was: somebody may have closed it. Else errno says so. */
 bool file_is_ours(const struct file *file)
 {
     struct stat status;
-    return file->fd >= 0 && fstat(file->fd, &status) == 0 && status.st_dev == file->device &&
-           status.st_ino == file->inode;
+    if (file->fd >= 0 && fstat(file->fd, &status) == 0 && status.st_dev == file->device &&
+        status.st_ino == file->inode)
+        return true;
+    errno = EBADF;
+    return false;
 }
 
 static bool again(int result)
@@ -126,11 +129,10 @@ static void advise_always(char *address, u64 nbytes, bool huge)
         madvise(address, nbytes, MADV_HUGEPAGE);
 }
 
-/* Map a sparse file, so that mlockall(2) of the past brings nothing in. */
-char *map_quietly(int fd, u64 offset, u64 nbytes, int protection, bool huge)
+/* Map a sparse file, MAP_SHARED or MAP_PRIVATE, so that mlockall(2) of the past brings nothing in. */
+char *map_quietly(int fd, u64 offset, u64 nbytes, int sharing, int protection, bool huge)
 {
-    char *address =
-        mmap(NULL, nbytes, PROT_NONE, MAP_SHARED | MAP_NORESERVE, fd, (off_t)offset);
+    char *address = mmap(NULL, nbytes, PROT_NONE, sharing | MAP_NORESERVE, fd, (off_t)offset);
     if (address == MAP_FAILED)
         return NULL;
     munlock(address, nbytes);
@@ -142,6 +144,20 @@ char *map_quietly(int fd, u64 offset, u64 nbytes, int protection, bool huge)
     }
     advise_always(address, nbytes, huge);
     return address;
+}
+
+/* Map a range of the data; NULL with EBADF if its descriptor is that of another file by now. */
+static char *map_data(const struct mapping *mapping, u64 offset, u64 nbytes, int sharing, int protection)
+{
+    if (!file_is_ours(&mapping->data))
+        return NULL;
+    char *address = map_quietly(mapping->data.fd, offset, nbytes, sharing, protection,
+                                !mapping->is_on_disk);
+    if (address == NULL || file_is_ours(&mapping->data))
+        return address;
+    munmap(address, nbytes); /* closed a moment ago, and perhaps another file was mapped */
+    errno = EBADF;
+    return NULL;
 }
 
 int mapping_start(struct mapping *mapping, int fd, bool is_on_disk)
@@ -161,12 +177,12 @@ int mapping_start(struct mapping *mapping, int fd, bool is_on_disk)
         return -1;
     }
     /* Or NULL, and one thing less to fall back on. */
-    mapping->first = map_quietly(fd, 0, PAGE, PROT_NONE, false);
+    mapping->first = map_quietly(fd, 0, PAGE, MAP_SHARED, PROT_NONE, false);
     return 0;
 }
 
 /* Map a range of a file whose beginning is mapped at `first`, without its descriptor. */
-char *map_behind(char *first, u64 offset, u64 nbytes, bool huge)
+char *map_behind(char *first, u64 offset, u64 nbytes, int protection, bool huge)
 {
     if (first == NULL) {
         errno = EBADF;
@@ -177,7 +193,7 @@ char *map_behind(char *first, u64 offset, u64 nbytes, bool huge)
         return NULL;
     if (offset)
         munmap(all, offset);
-    if (mprotect(all + offset, nbytes, PROT_READ | PROT_WRITE) != 0) {
+    if (mprotect(all + offset, nbytes, protection) != 0) {
         munmap(all + offset, nbytes);
         return NULL;
     }
@@ -185,59 +201,32 @@ char *map_behind(char *first, u64 offset, u64 nbytes, bool huge)
     return all + offset;
 }
 
+static char *map_anyhow(const struct mapping *mapping, u64 offset, u64 nbytes, int protection)
+{
+    char *address = map_data(mapping, offset, nbytes, MAP_SHARED, protection);
+    if (address || errno != EBADF)
+        return address;
+    return map_behind(mapping->first, offset, nbytes, protection, !mapping->is_on_disk);
+}
+
 /* Map a range of the file at another address, also if its descriptor was closed. */
 char *mapping_again(const struct mapping *mapping, u64 offset, u64 nbytes)
 {
-    if (file_is_ours(&mapping->data)) {
-        char *mapped = map_quietly(mapping->data.fd, offset, nbytes, PROT_READ | PROT_WRITE,
-                                   !mapping->is_on_disk);
-        if (mapped == NULL || file_is_ours(&mapping->data))
-            return mapped;
-        munmap(mapped, nbytes); /* closed a moment ago, and perhaps another file was mapped */
-    }
-    return map_behind(mapping->first, offset, nbytes, !mapping->is_on_disk);
+    return map_anyhow(mapping, offset, nbytes, PROT_READ | PROT_WRITE);
 }
 
 /* Map a range of the file so that what is written to it is this process's own. Without the file's
    descriptor it is a copy. */
 char *mapping_view(const struct mapping *mapping, u64 offset, u64 nbytes, bool writable)
 {
-    const int flags = MAP_PRIVATE | MAP_NORESERVE, access = PROT_READ | (writable ? PROT_WRITE : 0);
+    const int access = PROT_READ | (writable ? PROT_WRITE : 0);
     if (FAILS("mapping.view"))
         return NULL;
-    if (!file_is_ours(&mapping->data)) {
-        errno = EBADF;
-        return NULL;
-    }
     /* First without access, and unlocked: mlockall(2) of the past would write every page. */
-    char *address = mmap(NULL, nbytes, PROT_NONE, flags, mapping->data.fd, (off_t)offset);
-    if (address == MAP_FAILED)
-        return NULL;
-    munlock(address, nbytes);
-    /* The descriptor may have been closed a moment ago, and another file mapped. */
-    if (file_is_ours(&mapping->data) && mprotect(address, nbytes, access) == 0) {
-        advise_always(address, nbytes, !mapping->is_on_disk);
-        return address;
-    }
-    munmap(address, nbytes);
-    return NULL;
+    return map_data(mapping, offset, nbytes, MAP_PRIVATE, access);
 }
 
 /* --- windows */
-
-static char *map_window(const struct mapping *mapping, u64 offset, u64 nbytes)
-{
-    if (file_is_ours(&mapping->data)) {
-        char *address = map_quietly(mapping->data.fd, offset, nbytes, PROT_NONE, !mapping->is_on_disk);
-        if (address == NULL || file_is_ours(&mapping->data))
-            return address;
-        munmap(address, nbytes);
-    }
-    char *address = mapping_again(mapping, offset, nbytes);
-    if (address)
-        mprotect(address, nbytes, PROT_NONE);
-    return address;
-}
 
 static u32 units_of(u64 within, u64 nbytes)
 {
@@ -287,10 +276,10 @@ char *mapping_at(struct mapping *mapping, u64 offset, u64 stride, u64 nbytes)
         u64 size = within + stride <= WINDOW ? WINDOW : stride;
         if (offset - within + size > mapping->data_nbytes)
             size = mapping->data_nbytes - (offset - within);
-        window->address = map_window(mapping, offset - within, size);
+        window->address = map_anyhow(mapping, offset - within, size, PROT_NONE);
         if (window->address == NULL && errno == ENOMEM) {
             mapping_unmap_unused(mapping);
-            window->address = map_window(mapping, offset - within, size);
+            window->address = map_anyhow(mapping, offset - within, size, PROT_NONE);
         }
         if (window->address == NULL)
             return NULL;
@@ -382,10 +371,8 @@ void mapping_end(struct mapping *mapping)
 int mapping_reserve(const struct mapping *mapping, u64 offset, char *address, u64 nbytes, bool by_fault)
 {
     int result;
-    if (!file_is_ours(&mapping->data)) {
-        errno = EBADF;
+    if (!file_is_ours(&mapping->data))
         return -1;
-    }
     if (mapping->is_on_disk ? FAILS("disk.reserve") : FAILS("mapping.reserve"))
         return -1;
     if (by_fault)
@@ -406,10 +393,8 @@ int mapping_punch(const struct mapping *mapping, u64 offset, char *address, u64 
         return 0;
     if (address && advise(address, nbytes, MADV_REMOVE) == 0)
         return 0;
-    if (!file_is_ours(&mapping->data)) {
-        errno = EBADF;
+    if (!file_is_ours(&mapping->data))
         return -1;
-    }
     do
         result = fallocate(mapping->data.fd, FALLOC_FL_KEEP_SIZE | FALLOC_FL_PUNCH_HOLE,
                            (off_t)offset, (off_t)nbytes);
@@ -422,7 +407,7 @@ int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes
 {
     if (!file_is_ours(&mapping->data)) {
         u64 within = offset % PAGE, all = round_up(within + nbytes, PAGE);
-        char *mapped = map_behind(mapping->first, offset - within, all, !mapping->is_on_disk);
+        char *mapped = map_behind(mapping->first, offset - within, all, PROT_READ, !mapping->is_on_disk);
         if (mapped == NULL)
             return -1;
         memcpy(to, mapped + within, nbytes);
@@ -446,10 +431,8 @@ int mapping_read(const struct mapping *mapping, u64 offset, char *to, u64 nbytes
 /* What has room on disk is written to. */
 int mapping_write(const struct mapping *mapping, u64 offset, const char *from, u64 nbytes)
 {
-    if (!file_is_ours(&mapping->data)) {
-        errno = EBADF;
+    if (!file_is_ours(&mapping->data))
         return -1;
-    }
     for (u64 done = 0; done < nbytes;) {
         u64 step = nbytes - done < MOST_WRITTEN ? nbytes - done : MOST_WRITTEN;
         if (FAILS("disk.write"))
@@ -491,6 +474,17 @@ PyObject *mapping_try(PyObject *Py_UNUSED(module), PyObject *argument)
 
 /* --- private memory at the same address */
 
+/* Move a mapping to where another one is, in its place; -1: then it is gone, or there was none. */
+static int move_to(char *address, char *mapped, u64 nbytes)
+{
+    if (mapped == NULL)
+        return -1;
+    if (mremap(mapped, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, address) != MAP_FAILED)
+        return 0;
+    munmap(mapped, nbytes);
+    return -1;
+}
+
 static int replace_by_copy(char *address, u64 nbytes)
 {
     char *copy =
@@ -499,10 +493,7 @@ static int replace_by_copy(char *address, u64 nbytes)
         return -1;
     madvise(copy, nbytes, MADV_HUGEPAGE);
     memcpy(copy, address, nbytes);
-    if (mremap(copy, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, address) != MAP_FAILED)
-        return 0;
-    munmap(copy, nbytes);
-    return -1;
+    return move_to(address, copy, nbytes);
 }
 
 /* Write to each page what is there; what another thread writes meanwhile is not lost. */
@@ -534,13 +525,7 @@ static void free_step(const struct mapping *mapping, u64 offset, u64 nbytes)
 int mapping_own(const struct mapping *mapping, u64 offset, char *address, u64 nbytes)
 {
     nbytes = round_up(nbytes, PAGE);
-    char *view = mapping_view(mapping, offset, nbytes, true);
-    if (view == NULL)
-        return -1;
-    if (mremap(view, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, address) != MAP_FAILED)
-        return 0;
-    munmap(view, nbytes);
-    return -1;
+    return move_to(address, mapping_view(mapping, offset, nbytes, true), nbytes);
 }
 
 /* Turn a range into ordinary private memory of this process.
@@ -586,11 +571,5 @@ int mapping_privatize(const struct mapping *mapping, u64 offset, char *address, 
 int mapping_share(const struct mapping *mapping, u64 offset, char *address, u64 nbytes)
 {
     nbytes = round_up(nbytes, PAGE);
-    char *mapped = mapping_again(mapping, offset, nbytes);
-    if (mapped == NULL)
-        return -1;
-    if (mremap(mapped, nbytes, nbytes, MREMAP_MAYMOVE | MREMAP_FIXED, address) != MAP_FAILED)
-        return 0;
-    munmap(mapped, nbytes);
-    return -1;
+    return move_to(address, mapping_again(mapping, offset, nbytes), nbytes);
 }

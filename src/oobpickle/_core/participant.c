@@ -82,10 +82,8 @@ static void let_go(const struct file *life, u32 slot)
 int life_open(const struct file *handle, struct life *life)
 {
     char path[40];
-    if (!file_is_ours(handle)) { /* before it is opened: to open a strange file can have effects */
-        errno = EBADF;
+    if (!file_is_ours(handle)) /* before it is opened: to open a strange file can have effects */
         return -1;
-    }
     snprintf(path, sizeof path, "/proc/self/fd/%d", handle->fd);
     int fd = open(path, O_RDWR | O_CLOEXEC | O_NOCTTY);
     if (fd < 0)

@@ -55,10 +55,11 @@ void table_count_idle(struct table_view *table, u32 index, int64_t nbytes)
 static struct row *map_chunk(struct table_view *table, u32 chunk)
 {
     static struct row unmapped[CHUNK]; /* no address space: none of its rows is in order */
+    const int access = PROT_READ | PROT_WRITE;
     u64 nbytes = CHUNK * sizeof(struct row), offset = sizeof(struct table) + chunk * nbytes;
     char *mapped = file_is_ours(&table->file)
-                       ? map_quietly(table->file.fd, offset, nbytes, PROT_READ | PROT_WRITE, true)
-                       : map_behind((char *)table->shared, offset, nbytes, true);
+                       ? map_quietly(table->file.fd, offset, nbytes, MAP_SHARED, access, true)
+                       : map_behind((char *)table->shared, offset, nbytes, access, true);
     if (mapped == NULL)
         return unmapped;
     return table->chunks[chunk] = (struct row *)(void *)mapped;
