@@ -89,17 +89,24 @@ int block_map(struct block *block, u64 nbytes)
     return 0;
 }
 
-static void populate_for(struct blocks *blocks, char *address, u64 nbytes)
+/* Let the GIL go, unless it is to be kept, while nobody ends the arena; `go_on` takes it again. */
+static PyThreadState *let_others_run(struct blocks *blocks, bool keeps_gil)
 {
-    if (nbytes <= LONG || blocks->lock.keeps_gil) {
-        populate(address, nbytes, false);
-        return;
-    }
+    if (keeps_gil)
+        return NULL;
     blocks->n_inside++;
-    Py_BEGIN_ALLOW_THREADS
-    populate(address, nbytes, false);
-    Py_END_ALLOW_THREADS
+    return PyEval_SaveThread();
+}
+
+/* With the errno of what was done meanwhile. */
+static void go_on(struct blocks *blocks, PyThreadState *ours)
+{
+    int error = errno;
+    if (ours == NULL)
+        return;
+    PyEval_RestoreThread(ours);
     blocks->n_inside--;
+    errno = error;
 }
 
 /* Have the first bytes, which have pages, in our page tables; not what is on disk: all of it might have
@@ -116,8 +123,13 @@ void block_enter(struct block *block, u64 nbytes)
     if (nbytes > entered) {
         known->entered = nbytes;
         blocks->entered_nbytes += nbytes - before;
-        if (nbytes - entered > PAGE_FAULTS_SUFFICE)
-            populate_for(blocks, block->address + entered, nbytes - entered);
+        char *from = block->address + entered;
+        nbytes -= entered;
+        if (nbytes > PAGE_FAULTS_SUFFICE) {
+            PyThreadState *ours = let_others_run(blocks, nbytes <= LONG || blocks->lock.keeps_gil);
+            populate(from, nbytes, false);
+            go_on(blocks, ours);
+        }
     }
 }
 
@@ -217,11 +229,9 @@ static void tail_punch(struct block *block, u64 kept, u64 nbytes)
     const struct mapping *mapping = mapping_of(blocks, block->index);
     char *address = block->address + kept;
     Py_INCREF((PyObject *)block); /* it may be dropped while the GIL is gone */
-    blocks->n_inside++;
-    Py_BEGIN_ALLOW_THREADS
+    PyThreadState *ours = let_others_run(blocks, false);
     mapping_punch(mapping, offset, address, nbytes);
-    Py_END_ALLOW_THREADS
-    blocks->n_inside--;
+    go_on(blocks, ours);
     Py_DECREF((PyObject *)block);
 }
 
@@ -262,15 +272,9 @@ static void punch(struct block *block, bool keeps_gil)
     if (nbytes > place.stride)
         nbytes = place.stride;
     tell_emptied(row);
-    if (keeps_gil) {
-        mapping_punch(mapping, place.offset, address, nbytes);
-    } else {
-        blocks->n_inside++;
-        Py_BEGIN_ALLOW_THREADS
-        mapping_punch(mapping, place.offset, address, nbytes);
-        Py_END_ALLOW_THREADS
-        blocks->n_inside--;
-    }
+    PyThreadState *ours = let_others_run(blocks, keeps_gil);
+    mapping_punch(mapping, place.offset, address, nbytes);
+    go_on(blocks, ours);
     block->is_emptied = true;
 }
 
@@ -466,22 +470,11 @@ static int reserve_up_to(struct block *block, u64 most)
     const struct mapping *mapping = mapping_of(blocks, block->index);
     char *address = block->address ? block->address + block->reserved : NULL;
     bool by_fault = blocks->table.by_fault && counted >= HUGE && address;
-    int result, error;
-    if (blocks->lock.keeps_gil) {
-        result = mapping_reserve(mapping, at, address, nbytes, by_fault);
-        error = errno;
-    } else {
-        blocks->n_inside++;
-        Py_BEGIN_ALLOW_THREADS
-        result = mapping_reserve(mapping, at, address, nbytes, by_fault);
-        error = errno;
-        Py_END_ALLOW_THREADS
-        blocks->n_inside--;
-    }
-    if (result != 0) {
-        errno = error;
+    PyThreadState *ours = let_others_run(blocks, blocks->lock.keeps_gil);
+    int result = mapping_reserve(mapping, at, address, nbytes, by_fault);
+    go_on(blocks, ours);
+    if (result != 0)
         return -1;
-    }
     FAULT("block.reserved");
     block->reserved += nbytes;
     if (address && !block->is_apart) {
@@ -543,20 +536,10 @@ int block_write(struct block *block, u64 at, const char *from, u64 nbytes, bool 
     }
     struct blocks *blocks = block->blocks;
     u64 offset = known_of(block)->place.offset + at;
-    int result, error;
-    if (keeps_gil) {
-        result = mapping_write(&blocks->disk, offset, from, nbytes);
-        error = errno;
-    } else {
-        blocks->n_inside++;
-        Py_BEGIN_ALLOW_THREADS
-        result = mapping_write(&blocks->disk, offset, from, nbytes);
-        error = errno;
-        Py_END_ALLOW_THREADS
-        blocks->n_inside--;
-    }
+    PyThreadState *ours = let_others_run(blocks, keeps_gil);
+    int result = mapping_write(&blocks->disk, offset, from, nbytes);
+    go_on(blocks, ours);
     FAULT("block.spilled");
-    errno = error;
     return result;
 }
 
