@@ -50,6 +50,18 @@ struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nb
     return block;
 }
 
+/* An object for what this process has just leased. NULL: it is lost until the process ends. */
+struct block *block_leased(struct blocks *blocks, u32 index, u64 nbytes)
+{
+    const struct row *row = table_row(&blocks->table, index);
+    struct block *block = block_new(blocks, index, get(&row->generation), nbytes);
+    if (block) {
+        block->state = LEASED;
+        block->reserved = row_resident(row, index);
+    }
+    return block;
+}
+
 struct mapping *mapping_of(struct blocks *blocks, u32 index)
 {
     return is_on_disk(&blocks->table, index) ? &blocks->disk : &blocks->mapping;

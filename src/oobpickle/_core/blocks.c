@@ -91,33 +91,22 @@ int step_begin(struct blocks *blocks)
     return ROOM;
 }
 
-/* Release what was leased because nobody refers to it any more. */
-static void release_taken(struct blocks *blocks, u32 index, u64 generation)
-{
-    struct block *block = block_new(blocks, index, generation, 0);
-    if (block == NULL) {
-        PyErr_Clear(); /* it is lost until this process ends; the step is done all the same */
-        return;
-    }
-    block->state = LEASED;
-    block->reserved = row_resident(table_row(&blocks->table, index), index);
-    Py_DECREF((PyObject *)block);
-}
-
 void step_end(struct blocks *blocks)
 {
     u32 taken[MOST_UNHELD], n = 0;
-    u64 generations[MOST_UNHELD];
     while (n < MOST_UNHELD && get(&blocks->table.shared->header.unheld)) {
         u32 index = references_take_unheld(&blocks->table, blocks->lock.slot, is_alive, blocks);
         if (index == ROWS)
             break;
-        taken[n] = index;
-        generations[n++] = get(&table_row(&blocks->table, index)->generation);
+        taken[n++] = index;
     }
     lock_give(&blocks->lock);
-    while (n-- > 0)
-        release_taken(blocks, taken[n], generations[n]);
+    while (n-- > 0) { /* leased because nobody refers to it any more: to be released */
+        PyObject *block = (PyObject *)block_leased(blocks, taken[n], 0);
+        if (block == NULL)
+            PyErr_Clear(); /* the step is done all the same */
+        Py_XDECREF(block);
+    }
 }
 
 static PyObject *shortage(int reason, u64 need, u64 room)
@@ -163,14 +152,12 @@ static PyObject *fill(PyObject *list, struct blocks *blocks, const u64 *needs, P
                       const struct leased *leased)
 {
     for (Py_ssize_t i = 0; list && i < n; i++) {
-        struct row *row = table_row(&blocks->table, leased[i].index);
-        struct block *block = block_new(blocks, leased[i].index, get(&row->generation), needs[i]);
+        struct block *block = block_leased(blocks, leased[i].index, needs[i]);
         if (block == NULL) {
-            Py_CLEAR(list); /* what has no object yet is lost until this process ends */
+            Py_CLEAR(list);
             break;
         }
-        block->state = LEASED;
-        block->reserved = leased[i].present;
+        block->reserved = leased[i].present; /* the rest of what is counted is still to be made */
         PyList_SetItem(list, i, (PyObject *)block);
     }
     return list;
@@ -1015,12 +1002,9 @@ static PyObject *take_idle_blocks(struct blocks *blocks, u64 wanted)
         u32 index = table_take_warm(&blocks->table, size_class, blocks->lock.slot);
         if (index == ROWS)
             continue;
-        struct row *row = table_row(&blocks->table, index);
-        struct block *block = block_new(blocks, index, get(&row->generation), 0);
+        struct block *block = block_leased(blocks, index, 0);
         if (block == NULL)
-            break; /* what has no object is lost until this process ends */
-        block->state = LEASED;
-        block->reserved = row_resident(row, index);
+            break;
         taken += size_class & ON_DISK ? 0 : block->reserved;
         int result = PyList_Append(list, (PyObject *)block);
         Py_DECREF((PyObject *)block);

@@ -330,6 +330,7 @@ int step_begin(struct blocks *blocks);
 void step_end(struct blocks *blocks);
 struct mapping *mapping_of(struct blocks *blocks, u32 index);
 struct block *block_new(struct blocks *blocks, u32 index, u64 generation, u64 nbytes);
+struct block *block_leased(struct blocks *blocks, u32 index, u64 nbytes);
 int block_map(struct block *block, u64 nbytes);
 void block_enter(struct block *block, u64 nbytes);
 void block_release(struct block *block);

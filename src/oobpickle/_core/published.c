@@ -152,13 +152,20 @@ PyObject *view_freeze(PyObject *self, PyObject *Py_UNUSED(none))
 
 /* --- making references */
 
-static enum shortage lease_reference(struct blocks *blocks, u32 *index)
+static bool lease_reference(struct blocks *blocks, u32 *index)
 {
     struct leased leased = {0};
     u64 room;
     enum shortage shortage = table_lease(&blocks->table, 0, 0, blocks->lock.slot, &leased, &room);
     *index = leased.index;
-    return shortage;
+    return shortage == ROOM;
+}
+
+/* The same with an object; NULL: there is none, perhaps with an exception. */
+static struct block *new_reference(struct blocks *blocks)
+{
+    u32 index;
+    return lease_reference(blocks, &index) ? block_leased(blocks, index, 0) : NULL;
 }
 
 static void hold(struct blocks *blocks, u32 index)
@@ -173,26 +180,20 @@ static void hold(struct blocks *blocks, u32 index)
 PyObject *refer_now(struct blocks *blocks, const struct block *view)
 {
     const bool was_deaf = blocks->lock.is_deaf, kept_gil = blocks->lock.keeps_gil;
-    PyObject *object = NULL;
-    u32 index;
+    struct block *block = NULL;
     if (!file_is_ours(&blocks->mapping.data))
         return NULL;
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
     if (step_begin(blocks) == ROOM) {
-        if (lease_reference(blocks, &index) == ROOM) {
-            struct row *row = table_row(&blocks->table, index);
-            struct block *block = block_new(blocks, index, get(&row->generation), 0);
-            if (block) /* without an object it is lost until this process ends */
-                block->state = LEASED;
-            object = (PyObject *)block;
-            if (block && references_add(&blocks->table, index, view->named))
-                reference_look(block);
-        }
+        block = new_reference(blocks);
+        if (block && references_add(&blocks->table, block->index, view->named))
+            reference_look(block);
         step_end(blocks);
     }
     blocks->lock.keeps_gil = kept_gil;
     blocks->lock.is_deaf = was_deaf;
-    if (object && !((struct block *)object)->is_reference)
+    PyObject *object = (PyObject *)block;
+    if (object && !block->is_reference)
         Py_CLEAR(object);
     if (object == NULL)
         PyErr_Clear();
@@ -234,20 +235,42 @@ PyObject *view_share(PyObject *self, PyObject *Py_UNUSED(none))
     Py_RETURN_TRUE;
 }
 
+/* Make something of each block of a list, under one lock; takes over the list. `problem`: 0, a shortage, or
+   -1 with an exception. */
+static PyObject *in_one_step(struct blocks *blocks, PyObject *list,
+                             bool (*make)(struct blocks *, PyObject *list, PyObject *made), int *problem)
+{
+    PyObject *made = PyList_New(PyList_Size(list));
+    *problem = made ? step_begin(blocks) : -1;
+    if (*problem == ROOM) {
+        if (get(&blocks->table.shared->header.closed))
+            *problem = DETACHED;
+        else if (!make(blocks, list, made))
+            *problem = TABLE;
+        step_end(blocks);
+    }
+    Py_DECREF(list);
+    return made;
+}
+
+/* Takes over what was made. */
+static PyObject *made_or_shortage(PyObject *made, int problem)
+{
+    if (problem == ROOM)
+        return made;
+    Py_XDECREF(made);
+    return problem < 0 || PyErr_Occurred() ? NULL : Py_BuildValue("iKK", problem, 0ULL, 0ULL);
+}
+
 static bool refer_all(struct blocks *blocks, PyObject *list, PyObject *references)
 {
     for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
         const struct block *view = block_at(list, i);
-        u32 index;
-        if (lease_reference(blocks, &index) != ROOM)
-            return false;
-        u64 generation = get(&table_row(&blocks->table, index)->generation);
-        struct block *block = block_new(blocks, index, generation, 0);
+        struct block *block = new_reference(blocks);
         if (block == NULL)
             return false;
-        block->state = LEASED;
         PyList_SetItem(references, i, (PyObject *)block);
-        if (!references_add(&blocks->table, index, view->named) || !reference_look(block))
+        if (!references_add(&blocks->table, block->index, view->named) || !reference_look(block))
             return false;
         block->is_shared = true;
     }
@@ -272,20 +295,9 @@ PyObject *refer(PyObject *self, PyObject *list)
         Py_DECREF(list);
         return NULL;
     }
-    PyObject *references = PyList_New(n);
-    int problem = references ? step_begin(blocks) : -1;
-    if (problem == ROOM) {
-        if (get(&blocks->table.shared->header.closed))
-            problem = DETACHED;
-        else if (!refer_all(blocks, list, references))
-            problem = TABLE;
-        step_end(blocks);
-    }
-    Py_DECREF(list);
-    if (problem == ROOM)
-        return references;
-    Py_XDECREF(references);
-    return problem < 0 || PyErr_Occurred() ? NULL : Py_BuildValue("iKK", problem, 0ULL, 0ULL);
+    int problem;
+    PyObject *references = in_one_step(blocks, list, refer_all, &problem);
+    return made_or_shortage(references, problem);
 }
 
 /* Free what nobody refers to any more, if the lock can be had; with `reap` also what was left by the
@@ -316,7 +328,7 @@ void views_take(struct blocks *blocks)
         u32 index;
         if (view->epoch == epoch() || view->state != HELD)
             continue;
-        if (lease_reference(blocks, &index) != ROOM)
+        if (!lease_reference(blocks, &index))
             return; /* at the next step, perhaps */
         hold(blocks, index);
         if (!references_add(&blocks->table, index, view->named))
@@ -373,7 +385,7 @@ bool block_publish_in_place(struct block *block)
     bool is_view = false;
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
     if (step_begin(blocks) == ROOM) {
-        if (lease_reference(blocks, &reference) == ROOM) {
+        if (lease_reference(blocks, &reference)) {
             struct row *row = table_row(&blocks->table, reference);
             is_view = references_publish(&blocks->table, block->index, HELD, block->generation, reference) &&
                       row_change(row, reference, get(&row->commit), low_of(HELD, blocks->lock.slot));
@@ -392,21 +404,16 @@ static bool publish_all(struct blocks *blocks, PyObject *list, PyObject *views)
 {
     for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
         struct block *block = block_at(list, i), *view;
-        u32 index;
         if (block->state != LEASED || block->epoch != epoch() || block->blocks != blocks ||
-            lease_reference(blocks, &index) != ROOM)
+            (view = new_reference(blocks)) == NULL)
             return false;
-        view = block_new(blocks, index, get(&table_row(&blocks->table, index)->generation), 0);
-        if (view == NULL)
-            return false;
-        view->state = LEASED;
         PyList_SetItem(views, i, (PyObject *)view);
-        if (!references_publish(&blocks->table, block->index, LEASED, block->generation, index))
+        if (!references_publish(&blocks->table, block->index, LEASED, block->generation, view->index))
             return false;
         block->state = NONE; /* nobody's, from now on */
         reference_look(view);
         view->is_frozen = true;
-        hold(blocks, index);
+        hold(blocks, view->index);
         view->state = HELD;
     }
     return true;
@@ -426,21 +433,10 @@ PyObject *publish(PyObject *self, PyObject *list)
             Py_DECREF(list);
             return NULL;
         }
-    PyObject *views = PyList_New(n);
-    int problem = views ? step_begin(blocks) : -1;
-    if (problem == ROOM) {
-        if (get(&blocks->table.shared->header.closed))
-            problem = DETACHED;
-        else if (!publish_all(blocks, list, views))
-            problem = TABLE;
-        step_end(blocks);
-    }
-    Py_DECREF(list);
+    int problem;
+    PyObject *views = in_one_step(blocks, list, publish_all, &problem);
     for (Py_ssize_t i = 0; i < n && problem == ROOM; i++)
         if (view_map((struct block *)PyList_GetItem(views, i)) != 0)
             problem = SPACE;
-    if (problem == ROOM)
-        return views;
-    Py_XDECREF(views);
-    return problem < 0 || PyErr_Occurred() ? NULL : Py_BuildValue("iKK", problem, 0ULL, 0ULL);
+    return made_or_shortage(views, problem);
 }
