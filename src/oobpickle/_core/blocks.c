@@ -77,10 +77,9 @@ int step_begin(struct blocks *blocks)
     blocks->n_inside--;
     if (taken == LOCK_ERROR)
         return -1;
-    if (taken == LOCK_BUSY && blocks->lock.keeps_gil)
-        return BUSY;
     if (taken == LOCK_BUSY) {
-        blocks->hurried_until = now_us() + HURRY_US;
+        if (!blocks->lock.keeps_gil)
+            blocks->hurried_until = now_us() + HURRY_US;
         return BUSY;
     }
     if (taken == TAKEN_DIRTY)
@@ -713,9 +712,7 @@ static PyObject *send_on(PyObject *self, PyObject *arguments)
         row_change(row, index, seen, low_of(IN_FLIGHT, blocks->lock.slot)))
         put(&row->channel, channel);
     forget_adopted(blocks, index, generation);
-    if (PyList_Append(list, (PyObject *)block) < 0)
-        Py_CLEAR(list);
-    Py_DECREF((PyObject *)block);
+    list_add(&list, (PyObject *)block);
     return list;
 }
 
@@ -887,10 +884,7 @@ static PyObject *participants(PyObject *self, PyObject *Py_UNUSED(none))
         const struct participant *row = &blocks->table.shared->participants[slot];
         if (get(&row->state) != JOINED)
             continue;
-        PyObject *one = Py_BuildValue("IKK", slot, get(&row->pid), get(&row->pid_namespace));
-        if (one == NULL || PyList_Append(list, one) < 0)
-            Py_CLEAR(list);
-        Py_XDECREF(one);
+        list_add(&list, Py_BuildValue("IKK", slot, get(&row->pid), get(&row->pid_namespace)));
     }
     blocks->n_inside--;
     return list;
@@ -910,16 +904,13 @@ static PyObject *lives(PyObject *self, PyObject *argument)
 static PyObject *count(PyObject *self, PyObject *const *arguments, Py_ssize_t n)
 {
     struct blocks *blocks = of(self);
-    if (has_ended(blocks) || !has_joined(blocks))
-        Py_RETURN_NONE;
-    word *counters = blocks->table.shared->participants[blocks->lock.slot].counters;
     for (Py_ssize_t i = 0; i + 1 < n; i += 2) {
         u64 counter = PyLong_AsUnsignedLongLong(arguments[i]);
         u64 amount = PyLong_AsUnsignedLongLong(arguments[i + 1]);
         if (PyErr_Occurred())
             return NULL;
         if (counter < COUNTERS)
-            put(&counters[counter], get(&counters[counter]) + amount);
+            count_in(blocks, (u32)counter, amount);
     }
     Py_RETURN_NONE;
 }
@@ -946,10 +937,7 @@ static PyObject *counters(PyObject *self, PyObject *Py_UNUSED(none))
     }
     if (problem == ROOM)
         step_end(blocks);
-    PyObject *list = PyList_New(COUNTERS);
-    for (u32 k = 0; list && k < COUNTERS; k++)
-        PyList_SetItem(list, (Py_ssize_t)k, PyLong_FromUnsignedLongLong(sums[k]));
-    return list;
+    return list_of(sums, COUNTERS);
 }
 
 /* census(): blocks, and bytes in them in memory: free, leased, in flight, held, published (on disk too),
@@ -1134,12 +1122,9 @@ static PyObject *passed_since(PyObject *self, PyObject *argument)
         ends[i - seen] = get(&header->passed[i % PASSED]);
     /* Read first, then looked whether they were overwritten meanwhile. */
     atomic_thread_fence(memory_order_acquire);
-    if (get(&header->n_passed) - seen >= PASSED) /* the oldest is the next to be written over */
+    if (n - seen >= PASSED || get(&header->n_passed) - seen >= PASSED) /* the oldest is the next to go */
         Py_RETURN_NONE;
-    PyObject *list = PyList_New((Py_ssize_t)(n - seen));
-    for (u64 i = 0; list && i < n - seen; i++)
-        PyList_SetItem(list, (Py_ssize_t)i, PyLong_FromUnsignedLongLong(ends[i]));
-    return list;
+    return list_of(ends, n - seen);
 }
 
 /* --- beginning and end */

@@ -25,6 +25,8 @@
 /* --- module.c */
 
 int type_make(PyObject *module, PyTypeObject **type, PyType_Spec *spec);
+void list_add(PyObject **list, PyObject *made);
+PyObject *list_of(const u64 *numbers, size_t n);
 
 /* --- faults.c: places where a test can have this process killed */
 

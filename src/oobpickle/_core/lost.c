@@ -124,10 +124,7 @@ PyObject *lost_unowned(PyObject *self, PyObject *Py_UNUSED(none))
         if (!is_unowned(blocks, &view, i))
             continue;
         const struct row *row = table_row(&blocks->table, i);
-        PyObject *one = Py_BuildValue("IKK", i, get(&row->commit), get(&row->channel));
-        if (one == NULL || PyList_Append(found, one) < 0)
-            Py_CLEAR(found);
-        Py_XDECREF(one);
+        list_add(&found, Py_BuildValue("IKK", i, get(&row->commit), get(&row->channel)));
     }
     blocks->n_inside--;
     free(view.kept);
@@ -146,10 +143,7 @@ PyObject *lost_sources(PyObject *self, PyObject *Py_UNUSED(none))
         if (state_of(get(&row->commit)) != IN_FLIGHT || channel & FOLLOWS)
             continue;
         channel &= channel & ADOPTED ? ~ADOPTION_MASK : ~UNPROVEN;
-        PyObject *one = PyLong_FromUnsignedLongLong(channel);
-        if (one == NULL || PyList_Append(found, one) < 0)
-            Py_CLEAR(found);
-        Py_XDECREF(one);
+        list_add(&found, PyLong_FromUnsignedLongLong(channel));
     }
     return found;
 }

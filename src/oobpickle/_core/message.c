@@ -155,19 +155,26 @@ void message_made(struct message *message, PyObject *memory)
     message->made = Py_XNewRef(memory);
 }
 
+/* An array with room for one more than the `n` in it, perhaps elsewhere; NULL with an exception. */
+static void *with_room(void *array, size_t n, size_t *room, size_t each)
+{
+    if (n < *room)
+        return array;
+    size_t larger = *room ? 2 * *room : 8;
+    array = realloc(array, larger * each);
+    if (array == NULL)
+        return PyErr_NoMemory();
+    *room = larger;
+    return array;
+}
+
 static struct pending *new_pending(struct message *message)
 {
-    if (message->n_pending == message->pending_room) {
-        size_t room = message->pending_room ? 2 * message->pending_room : 8;
-        struct pending *more = realloc(message->pending, room * sizeof *more);
-        if (more == NULL) {
-            PyErr_NoMemory();
-            return NULL;
-        }
-        message->pending = more;
-        message->pending_room = room;
-    }
-    return memset(&message->pending[message->n_pending], 0, sizeof *message->pending);
+    struct pending *all = with_room(message->pending, message->n_pending, &message->pending_room, sizeof *all);
+    if (all == NULL)
+        return NULL;
+    message->pending = all;
+    return memset(&all[message->n_pending], 0, sizeof *all);
 }
 
 /* What the pickler gets in the place of memory that leaves the stream; takes over `view`. One for all
@@ -429,19 +436,12 @@ static int leave_blocks(struct message *message)
 /* The caller counts it. */
 static struct buffer *next_buffer(struct message *message, u64 nbytes)
 {
-    if (message->n_buffers == message->buffers_room) {
-        size_t room = message->buffers_room ? 2 * message->buffers_room : 8;
-        struct buffer *more = realloc(message->buffers, room * sizeof *more);
-        if (more == NULL) {
-            PyErr_NoMemory();
-            return NULL;
-        }
-        message->buffers = more;
-        message->buffers_room = room;
-    }
-    struct buffer *buffer = &message->buffers[message->n_buffers];
-    *buffer = (struct buffer){.nbytes = nbytes};
-    return buffer;
+    struct buffer *all = with_room(message->buffers, message->n_buffers, &message->buffers_room, sizeof *all);
+    if (all == NULL)
+        return NULL;
+    message->buffers = all;
+    all[message->n_buffers] = (struct buffer){.nbytes = nbytes};
+    return &all[message->n_buffers];
 }
 
 static void note_spilled(struct message *message, const struct block *block, u64 nbytes, u64 begun_us)
@@ -822,21 +822,16 @@ static PyObject *reduce_as_pickle(PyObject *Py_UNUSED(module), PyObject *object)
     return reduced;
 }
 
-static PyObject *reduce_array(PyObject *self, PyObject *array)
-{
-    return array_reduce(of(self), array);
-}
-
-ALONE(reduce_array)
-
 /* reduce_array(array): what is called for an exact ndarray where no table has another reducer */
-static PyObject *reduce_exact_array(PyObject *self, PyObject *array)
+static PyObject *reduce_array(PyObject *self, PyObject *array)
 {
     if (is_ndarray(Py_TYPE(array)))
         return array_reduce(of(self), array);
     PyErr_SetString(PyExc_TypeError, "not an exact ndarray");
     return NULL;
 }
+
+ALONE(reduce_array)
 
 /* memoryview(memory): a reference that its owner hands out arrives as the block that it names */
 static PyObject *reduce_reference(PyObject *self, PyObject *object)
@@ -951,13 +946,6 @@ static PyObject *get_reducer(PyObject *self, PyObject *arguments)
 }
 
 /* --- what becomes of it */
-
-static PyObject *references_of(const struct message *message)
-{
-    return message->references
-               ? PyList_GetSlice(message->references, 0, PyList_Size(message->references))
-               : PyList_New(0);
-}
 
 /* blocks: [Block] with the buffers, in the order of the plan, each as large as what is in it, and the
    references behind them; None if the buffers are not in blocks */
@@ -1297,14 +1285,9 @@ static PyObject *get_places(PyObject *self, void *Py_UNUSED(closure))
     PyObject *places = PyList_New(0);
     for (size_t i = 0; places && message->files && i < message->n_buffers; i++) {
         const struct buffer *buffer = &message->buffers[i];
-        PyObject *place = NULL;
-        if (buffer->file == NULL)
-            continue;
-        place = Py_BuildValue("nKKO", (Py_ssize_t)i, (unsigned long long)buffer->at,
-                              (unsigned long long)buffer->nbytes, (PyObject *)buffer->file);
-        if (place == NULL || PyList_Append(places, place) != 0)
-            Py_CLEAR(places);
-        Py_XDECREF(place);
+        if (buffer->file)
+            list_add(&places, Py_BuildValue("nKKO", (Py_ssize_t)i, (unsigned long long)buffer->at,
+                                            (unsigned long long)buffer->nbytes, (PyObject *)buffer->file));
     }
     return places;
 }
@@ -1321,7 +1304,8 @@ static PyObject *get_nbytes_in_band(PyObject *self, void *Py_UNUSED(closure))
 /* references: [Block] */
 static PyObject *get_references(PyObject *self, void *Py_UNUSED(closure))
 {
-    return references_of(of(self));
+    PyObject *references = of(self)->references;
+    return references ? PyList_GetSlice(references, 0, PyList_Size(references)) : PyList_New(0);
 }
 
 /* table: where a pickler is to look for reducers */
@@ -1338,7 +1322,6 @@ static PyObject *get_levels(PyObject *self, void *Py_UNUSED(closure))
 
 ALONE(write_piece)
 ALONE(take)
-ALONE(reduce_exact_array)
 ALONE(write_stream_into)
 ALONE(move_into)
 ALONE(leave)
@@ -1351,7 +1334,7 @@ static PyMethodDef methods[] = {
     {"take", take_alone, METH_O, NULL},
     {"stays", stays, METH_O, NULL},
     {"stand_in", stand_in, METH_O, NULL},
-    {"reduce_array", reduce_exact_array_alone, METH_O, NULL},
+    {"reduce_array", reduce_array_alone, METH_O, NULL},
     {"get", get_reducer, METH_VARARGS, NULL},
     {"small", small, METH_NOARGS, NULL},
     {"start", get_start, METH_O, NULL},

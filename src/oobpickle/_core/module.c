@@ -153,6 +153,23 @@ int type_make(PyObject *module, PyTypeObject **type, PyType_Spec *spec)
     return *type ? PyModule_AddType(module, *type) : -1;
 }
 
+/* Append what was made just now; NULL: an exception, and then the list goes, too. */
+void list_add(PyObject **list, PyObject *made)
+{
+    if (made == NULL || PyList_Append(*list, made) < 0)
+        Py_CLEAR(*list);
+    Py_XDECREF(made);
+}
+
+/* NULL with an exception. */
+PyObject *list_of(const u64 *numbers, size_t n)
+{
+    PyObject *list = PyList_New(0);
+    for (size_t i = 0; list && i < n; i++)
+        list_add(&list, PyLong_FromUnsignedLongLong(numbers[i]));
+    return list;
+}
+
 static PyMethodDef functions[] = {
     {"header", new_header, METH_VARARGS, NULL},
     {"constants", constants, METH_O, NULL},
