@@ -349,9 +349,9 @@ int array_view(struct dtype *known, PyObject *array, Py_buffer *view)
 /* ndarray, (shape, dtype, memory[, 0, strides]); takes over `memory` and `strides` */
 static PyObject *arguments_of(PyObject *array, PyObject *sent, PyObject *memory, PyObject *strides)
 {
-    PyObject *shape = attribute(array, "shape");
+    PyObject *shape = memory ? attribute(array, "shape") : NULL;
     PyObject *result = NULL;
-    if (shape && memory)
+    if (shape)
         result = strides ? Py_BuildValue("OOOiO", shape, sent, memory, 0, strides)
                          : Py_BuildValue("OOO", shape, sent, memory);
     Py_XDECREF(shape);
@@ -410,26 +410,22 @@ static int settle(Py_buffer *view)
 /* The reducer of exact ndarrays, of the message at hand. */
 PyObject *array_reduce(struct message *message, PyObject *array)
 {
-    PyObject *dtype = attribute(array, "dtype");
+    PyObject *dtype = attribute(array, "dtype"), *kind = (PyObject *)Py_TYPE(array);
+    PyObject *result = NULL, *strides = NULL, *memory;
     struct dtype *known = message_dtype(message);
-    if (dtype == NULL || dtype_learn(known, dtype) != 0) {
-        Py_XDECREF(dtype);
-        return NULL;
-    }
+    Py_buffer view = {0};
+    if (dtype == NULL || dtype_learn(known, dtype) != 0)
+        goto done;
     if (!known->is_ours) {
-        Py_DECREF(dtype);
-        return as_numpy_does(array);
+        result = as_numpy_does(array);
+        goto done;
     }
-    PyObject *kind = (PyObject *)Py_TYPE(array), *result = NULL, *strides = NULL;
-    Py_buffer view;
-    if (view_of(array, known, &view) != 0) {
-        Py_DECREF(dtype);
-        return NULL;
-    }
+    if (view_of(array, known, &view) != 0)
+        goto done;
     if (message_keeps_flags(message) && (view.readonly || view.len == 0)) {
         PyBuffer_Release(&view);
-        Py_DECREF(dtype);
-        return as_numpy_does(array);
+        result = as_numpy_does(array);
+        goto done;
     }
     if (view.len == 0) {
         PyObject *shape = attribute(array, "shape");
@@ -442,27 +438,22 @@ PyObject *array_reduce(struct message *message, PyObject *array)
         goto done;
     if (view.len >= MIN_BUFFER && !message_stays(message, (u64)view.len)) {
         /* The pickler comes to the dtype before it asks for the memory. */
-        if (known->may_run_code && settle(&view) != 0) {
-            Py_XDECREF(strides);
-            Py_DECREF(dtype);
-            return NULL;
-        }
-        PyObject *stand_in = message_stand_in(message, &view);
-        Py_DECREF(dtype);
-        return call_of(kind, arguments_of(array, known->sent, stand_in, strides));
-    }
-    if (view.len <= MOST_OWNED) {
+        bool is_there = !known->may_run_code || settle(&view) == 0;
+        memory = is_there ? message_stand_in(message, &view) : NULL;
+        view.obj = NULL; /* the message has it */
+    } else if (view.len <= MOST_OWNED) {
         result = reduce_owned(array, known, &view, strides);
         goto done;
+    } else {
+        memory = PyByteArray_FromStringAndSize(NULL, view.len);
+        if (memory) {
+            memory_copy(PyByteArray_AsString(memory), &view);
+            message_made(message, memory);
+        }
     }
-    PyObject *memory = PyByteArray_FromStringAndSize(NULL, view.len);
-    if (memory == NULL)
-        goto done;
-    memory_copy(PyByteArray_AsString(memory), &view);
-    message_made(message, memory);
     result = call_of(kind, arguments_of(array, known->sent, memory, strides));
 done:
     PyBuffer_Release(&view);
-    Py_DECREF(dtype);
+    Py_XDECREF(dtype);
     return result;
 }

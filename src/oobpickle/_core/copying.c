@@ -22,7 +22,6 @@ on x86, where each processor can. */
 
 #include "core.h"
 
-#include <fcntl.h>
 #include <pthread.h>
 #include <sched.h>
 #include <signal.h>
@@ -73,12 +72,8 @@ static bool is_a_core_idle(void)
 {
     char text[128], *running;
     cpu_set_t cores;
-    int fd = open("/proc/loadavg", O_RDONLY | O_CLOEXEC);
-    if (fd < 0)
+    if (!read_text("/proc/loadavg", text, sizeof text)) /* 0.01 0.05 0.01 running/all last-pid */
         return false;
-    ssize_t n = read(fd, text, sizeof text - 1);
-    close(fd);
-    text[n > 0 ? n : 0] = 0; /* 0.01 0.05 0.01 running/all last-pid */
     running = strchr(text, '/');
     while (running && running > text && running[-1] != ' ')
         running--;

@@ -416,6 +416,7 @@ PyObject *copy_bytes(PyObject *module, PyObject *arguments);
 
 /* --- headroom.c: may so many fresh pages be made? */
 
+bool read_text(const char *path, char *text, size_t room);
 bool headroom_has(u64 nbytes, u64 total);
 bool headroom_allows(u64 nbytes, u64 total);
 PyObject *headroom_limits(PyObject *module, PyObject *arguments);

@@ -202,10 +202,10 @@ u32 participant_reap(struct blocks *blocks)
 
 /* --- joining */
 
-/* A slot in the range that nobody has had, or that was recovered; its byte is held then. */
-static u32 hold_vacant(const struct blocks *blocks, const struct file *life, u32 from, u32 to)
+/* A slot that nobody has had, or that was recovered; its byte is held then. */
+u32 participant_vacant(const struct blocks *blocks, const struct file *life)
 {
-    for (u32 slot = from; slot < to; slot++) {
+    for (u32 slot = 0; slot < SLOTS; slot++) {
         if (get(&row_of(blocks, slot)->state) != VACANT || !hold(life, slot))
             continue;
         if (get(&row_of(blocks, slot)->state) == VACANT)
@@ -213,11 +213,6 @@ static u32 hold_vacant(const struct blocks *blocks, const struct file *life, u32
         let_go(life, slot); /* whoever had it died a moment ago */
     }
     return SLOTS;
-}
-
-u32 participant_vacant(const struct blocks *blocks, const struct file *life)
-{
-    return hold_vacant(blocks, life, 0, SLOTS);
 }
 
 /* Whether the next ones to join should have dead ones recovered, rather than take new slots. */

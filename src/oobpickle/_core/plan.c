@@ -63,12 +63,9 @@ struct placed plan_next(struct plan *plan, u64 nbytes)
 }
 
 /* What Python passes as sizes: 64-bit words. */
-static int sizes_of(PyObject *argument, Py_buffer *view, Py_ssize_t *n)
+static Py_ssize_t n_sizes(const Py_buffer *sizes)
 {
-    if (PyObject_GetBuffer(argument, view, PyBUF_SIMPLE) != 0)
-        return -1;
-    *n = view->len / (Py_ssize_t)sizeof(u64);
-    return 0;
+    return sizes->len / (Py_ssize_t)sizeof(u64);
 }
 
 static u64 size_at(const Py_buffer *view, Py_ssize_t i)
@@ -78,23 +75,10 @@ static u64 size_at(const Py_buffer *view, Py_ssize_t i)
     return nbytes;
 }
 
-/* How many sizes are marked, each with an offset behind it. */
-static Py_ssize_t references_in(const Py_buffer *view, Py_ssize_t n)
-{
-    Py_ssize_t n_references = 0;
-    for (Py_ssize_t i = 0; i + 1 < n; i++)
-        if (size_at(view, i) & REFERRED) {
-            n_references++;
-            i++;
-        }
-    return n_references;
-}
-
 /* The range of the next reference among the sizes from `*i` on; false: there is none. */
 bool plan_next_reference(const Py_buffer *sizes, Py_ssize_t *i, u64 *at, u64 *nbytes)
 {
-    const Py_ssize_t n = sizes->len / (Py_ssize_t)sizeof(u64);
-    for (; *i + 1 < n; ++*i)
+    for (; *i + 1 < n_sizes(sizes); ++*i)
         if (size_at(sizes, *i) & REFERRED) {
             *nbytes = size_at(sizes, *i) & ~REFERRED;
             *at = size_at(sizes, *i + 1);
@@ -104,17 +88,25 @@ bool plan_next_reference(const Py_buffer *sizes, Py_ssize_t *i, u64 *at, u64 *nb
     return false;
 }
 
+/* How many sizes are marked, each with an offset behind it. */
+static Py_ssize_t references_in(const Py_buffer *sizes)
+{
+    Py_ssize_t n = 0, i = 0;
+    u64 at, nbytes;
+    while (plan_next_reference(sizes, &i, &at, &nbytes))
+        n++;
+    return n;
+}
+
 /* plan(sizes, before, coarse): [bytes used of each block, and 0 of each reference]; or before the message
    is there, what is leased */
 PyObject *plan_needs(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
-    PyObject *sizes;
     Py_buffer view;
-    Py_ssize_t n;
     int before = 0, coarse = 0;
-    if (!PyArg_ParseTuple(arguments, "O|pp", &sizes, &before, &coarse) || sizes_of(sizes, &view, &n) != 0)
+    if (!PyArg_ParseTuple(arguments, "y*|pp", &view, &before, &coarse))
         return NULL;
-    u32 n_references = (u32)references_in(&view, n);
+    const Py_ssize_t n = n_sizes(&view);
     struct plan plan = {.is_coarse = coarse};
     u64 *needs = calloc((size_t)n + 1, sizeof *needs);
     PyObject *list = needs ? NULL : PyErr_NoMemory();
@@ -130,16 +122,8 @@ PyObject *plan_needs(PyObject *Py_UNUSED(module), PyObject *arguments)
                 needs[placed.block] = placed.capacity;
         }
     }
-    u32 n_needs = plan.n_blocks + n_references; /* a reference needs nothing */
     if (needs)
-        list = PyList_New(n_needs);
-    for (u32 i = 0; list && i < n_needs; i++) {
-        PyObject *need = PyLong_FromUnsignedLongLong(needs[i]);
-        if (need == NULL)
-            Py_CLEAR(list);
-        else
-            PyList_SetItem(list, i, need);
-    }
+        list = list_of(needs, plan.n_blocks + (size_t)references_in(&view)); /* a reference needs nothing */
     free(needs);
     PyBuffer_Release(&view);
     return list;
@@ -151,30 +135,20 @@ static PyObject *part_of(PyObject *block, const Py_buffer *memory, u64 at, u64 n
         return PyByteArray_FromStringAndSize((const char *)memory->buf + at, (Py_ssize_t)nbytes);
     if (at == 0 && nbytes == (u64)memory->len)
         return Py_NewRef(block);
-    PyObject *start = PyLong_FromUnsignedLongLong(at), *part = NULL;
-    PyObject *end = PyLong_FromUnsignedLongLong(at + nbytes);
-    PyObject *range = start && end ? PySlice_New(start, end, NULL) : NULL;
-    if (range)
-        part = PyObject_GetItem(block, range);
-    Py_XDECREF(range);
-    Py_XDECREF(start);
-    Py_XDECREF(end);
-    return part;
+    return PySequence_GetSlice(block, (Py_ssize_t)at, (Py_ssize_t)(at + nbytes));
 }
 
 /* spread([memoryview of each block], sizes, received, coarse): [memory of each buffer]; of what was
    received the smallest are copies */
 PyObject *plan_spread(PyObject *Py_UNUSED(module), PyObject *arguments)
 {
-    PyObject *blocks, *sizes, *list = NULL;
+    PyObject *blocks, *list = NULL;
     Py_buffer view, memory = {0};
-    Py_ssize_t n;
     int received, coarse = 0;
-    if (!PyArg_ParseTuple(arguments, "O!Op|p", &PyList_Type, &blocks, &sizes, &received, &coarse) ||
-        sizes_of(sizes, &view, &n) != 0)
+    if (!PyArg_ParseTuple(arguments, "O!y*p|p", &PyList_Type, &blocks, &view, &received, &coarse))
         return NULL;
     struct plan plan = {.is_coarse = coarse};
-    Py_ssize_t n_references = references_in(&view, n), n_buffers = n - n_references;
+    const Py_ssize_t n = n_sizes(&view), n_references = references_in(&view), n_buffers = n - n_references;
     Py_ssize_t next_reference = PyList_Size(blocks) - n_references;
     u32 looked_at = UINT32_MAX; /* `memory` is that of this block */
     list = PyList_New(n_buffers);
