@@ -1138,11 +1138,6 @@ static PyObject *abandon(PyObject *self, PyObject *Py_UNUSED(none))
     Py_RETURN_NONE;
 }
 
-static bool has_live_objects(const struct blocks *blocks)
-{
-    return blocks->first != NULL;
-}
-
 static void let_go(struct blocks *blocks)
 {
     fork_unwatch(blocks);
@@ -1177,8 +1172,8 @@ static bool are_held(const struct blocks *blocks, size_t *n, u64 *nbytes)
     return true;
 }
 
-/* part(most): if what this process has of a closed arena is nothing but up to so many bytes of arrays,
-   make these its own, so that the arena can end; else False */
+/* part(most): if what this process has of a closed arena is nothing, or up to so many bytes of arrays and
+   nothing else, make these its own, so that the arena can end; else False */
 static PyObject *part(PyObject *self, PyObject *argument)
 {
     struct blocks *blocks = of(self);
@@ -1214,7 +1209,7 @@ static PyObject *part(PyObject *self, PyObject *argument)
 static PyObject *end(PyObject *self, PyObject *Py_UNUSED(none))
 {
     struct blocks *blocks = of(self);
-    if (has_live_objects(blocks) || blocks->n_inside)
+    if (blocks->first || blocks->n_inside)
         Py_RETURN_FALSE;
     let_go(blocks);
     Py_RETURN_TRUE;
@@ -1245,9 +1240,8 @@ static PyObject *blocks_new(PyTypeObject *type, PyObject *arguments, PyObject *P
     blocks->disk.data.fd = -1;
     if (file_note(&blocks->own.handle, locks) != 0 ||
         mapping_start(&blocks->mapping, data, false) != 0 ||
-        (disk >= 0 && mapping_start(&blocks->disk, disk, true) != 0))
-        goto error;
-    if (file_note(&blocks->table.file, table) != 0)
+        (disk >= 0 && mapping_start(&blocks->disk, disk, true) != 0) ||
+        file_note(&blocks->table.file, table) != 0)
         goto error;
     blocks->table.shared = (struct table *)(void *)map_quietly(
         table, 0, sizeof(struct table), MAP_SHARED, PROT_READ | PROT_WRITE, true);
@@ -1278,35 +1272,23 @@ void count_in(struct blocks *blocks, u32 counter, u64 amount)
     put(counted, get(counted) + amount);
 }
 
-#define HEADER_WORD(name)                                                                          \
-    static PyObject *get_##name(PyObject *self, void *Py_UNUSED(closure))                          \
-    {                                                                                              \
-        return PyLong_FromUnsignedLongLong(                                                        \
-            has_ended(of(self)) ? 0 : get(&of(self)->table.shared->header.name));                  \
-    }
+/* A word of the header: `offset` is that of its attribute. */
+static u64 word_of(PyObject *self, void *offset)
+{
+    char *shared = (char *)of(self)->table.shared;
+    return shared ? get((word *)(void *)(shared + (uintptr_t)offset)) : 0;
+}
 
-HEADER_WORD(resident)
-HEADER_WORD(on_disk)
-HEADER_WORD(n_passed)
+static PyObject *get_word(PyObject *self, void *offset)
+{
+    return PyLong_FromUnsignedLongLong(word_of(self, offset));
+}
 
 /* A sum that others change: about right, and after a rebuild perhaps below 0 for a while. */
-static PyObject *about(PyObject *self, size_t offset)
+static PyObject *get_sum(PyObject *self, void *offset)
 {
-    if (has_ended(of(self)))
-        return PyLong_FromLong(0);
-    int64_t sum = (int64_t)get((word *)((char *)&of(self)->table.shared->header + offset));
+    int64_t sum = (int64_t)word_of(self, offset);
     return PyLong_FromLongLong(sum > 0 ? sum : 0);
-}
-
-static PyObject *get_held(PyObject *self, void *Py_UNUSED(closure))
-{
-    return about(self, offsetof(struct header, held));
-}
-
-/* Pages of free blocks, bytes. */
-static PyObject *get_idle(PyObject *self, void *Py_UNUSED(closure))
-{
-    return about(self, offsetof(struct header, idle));
 }
 
 static PyObject *get_closed(PyObject *self, void *Py_UNUSED(closure))
@@ -1322,11 +1304,6 @@ static PyObject *get_joined(PyObject *self, void *Py_UNUSED(closure))
 static PyObject *get_ended(PyObject *self, void *Py_UNUSED(closure))
 {
     return PyBool_FromLong(has_ended(of(self)));
-}
-
-static PyObject *get_is_idle(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(!has_live_objects(of(self)) && !of(self)->n_inside);
 }
 
 static PyObject *get_has_disk(PyObject *self, void *Py_UNUSED(closure))
@@ -1423,14 +1400,13 @@ static PyGetSetDef attributes[] = {
     {"closed", get_closed, NULL, NULL, NULL},
     {"ended", get_ended, NULL, NULL, NULL},
     {"joined", get_joined, NULL, NULL, NULL},
-    {"is_idle", get_is_idle, NULL, NULL, NULL},
-    {"held", get_held, NULL, NULL, NULL},
-    {"resident", get_resident, NULL, NULL, NULL},
-    {"idle", get_idle, NULL, NULL, NULL},
-    {"on_disk", get_on_disk, NULL, NULL, NULL},
+    {"held", get_sum, NULL, NULL, (void *)offsetof(struct header, held)},
+    {"resident", get_word, NULL, NULL, (void *)offsetof(struct header, resident)},
+    {"idle", get_sum, NULL, NULL, (void *)offsetof(struct header, idle)}, /* pages of free blocks, bytes */
+    {"on_disk", get_word, NULL, NULL, (void *)offsetof(struct header, on_disk)},
     {"has_disk", get_has_disk, NULL, NULL, NULL},
     {"disk_is_memory", get_disk_is_memory, NULL, NULL, NULL},
-    {"n_passed", get_n_passed, NULL, NULL, NULL},
+    {"n_passed", get_word, NULL, NULL, (void *)offsetof(struct header, n_passed)},
     {"entered_limit", get_entered_limit, set_entered_limit, NULL, NULL},
     {0},
 };

@@ -353,13 +353,6 @@ static struct block *lease_block(struct message *message, u64 nbytes)
     return block;
 }
 
-static void drop_blocks(struct message *message)
-{
-    PyObject *leased = message->leased;
-    message->leased = NULL;
-    Py_XDECREF(leased);
-}
-
 /* Copy out of a block that we need no more; if a large buffer is all that is in it, its pages go as they
    are read, so that no message is there twice. -1 with errno: it cannot be read from disk. */
 static int copy_out_of(struct block *block, u64 at, char *to, u64 nbytes)
@@ -422,7 +415,7 @@ static int leave_blocks(struct message *message)
     }
     message->spilled_nbytes = 0;
     bool is_sound = are_unchanged(message);
-    drop_blocks(message);
+    Py_CLEAR(message->leased);
     message->where = IN_MEMORY;
     if (is_sound)
         return 0;
@@ -1034,7 +1027,7 @@ static PyObject *move_into(PyObject *self, PyObject *list)
         Py_XDECREF(leased);
         return NULL;
     }
-    drop_blocks(message);
+    Py_CLEAR(message->leased);
     message->leased = leased;
     message->where = IN_BLOCKS;
     message->plan = plan;
@@ -1163,7 +1156,7 @@ static void forget(struct message *message)
 {
     while (message->n_pending)
         drop_pending(message, message->n_pending - 1);
-    drop_blocks(message);
+    Py_CLEAR(message->leased);
     Py_CLEAR(message->references);
     Py_CLEAR(message->files);
     Py_CLEAR(message->made);

@@ -27,34 +27,25 @@ When it cannot. It cannot fail. */
 
 /* What is published lives as a whole, and each block is a mapping for each reader: so few of them. The
    chunks grow with what is in them. */
-static struct placed plan_coarse(struct plan *plan, u64 nbytes)
+static u64 coarse_capacity(u64 before, u64 nbytes)
 {
-    struct chunk *chunk = &plan->shared;
-    u64 at = round_up(chunk->filled, ALIGN), capacity = 0;
-    if (nbytes >= COARSE)
-        return (struct placed){.block = plan->n_blocks++, .capacity = nbytes};
-    if (at + nbytes > chunk->capacity) {
-        capacity = 2 * chunk->capacity < CHUNK_NBYTES ? CHUNK_NBYTES : 2 * chunk->capacity;
-        capacity = capacity > COARSE ? COARSE : capacity < nbytes ? round_up(nbytes, PAGE) : capacity;
-        *chunk = (struct chunk){.block = plan->n_blocks++, .capacity = capacity};
-        at = 0;
-    }
-    chunk->filled = at + nbytes;
-    return (struct placed){.block = chunk->block, .at = at, .capacity = capacity};
+    u64 capacity = 2 * before < CHUNK_NBYTES ? CHUNK_NBYTES : 2 * before;
+    return capacity > COARSE ? COARSE : capacity < nbytes ? round_up(nbytes, PAGE) : capacity;
 }
 
 /* The place of the next buffer, which is not empty. */
 struct placed plan_next(struct plan *plan, u64 nbytes)
 {
-    if (plan->is_coarse)
-        return plan_coarse(plan, nbytes);
-    if (nbytes >= OWN)
-        return (struct placed){.block = plan->n_blocks++, .capacity = nbytes};
-    struct chunk *chunk = nbytes < SMALL ? &plan->small : &plan->shared;
+    bool is_small = nbytes < SMALL && !plan->is_coarse;
+    struct chunk *chunk = is_small ? &plan->small : &plan->shared;
     u64 at = round_up(chunk->filled, ALIGN), capacity = 0;
+    if (nbytes >= (plan->is_coarse ? COARSE : OWN))
+        return (struct placed){.block = plan->n_blocks++, .capacity = nbytes};
     if (at + nbytes > chunk->capacity) {
         /* The first is not larger than those of the others: most messages have few. */
-        capacity = nbytes < SMALL && chunk->capacity ? LARGE_CHUNK_NBYTES : CHUNK_NBYTES;
+        capacity = is_small && chunk->capacity ? LARGE_CHUNK_NBYTES : CHUNK_NBYTES;
+        if (plan->is_coarse)
+            capacity = coarse_capacity(chunk->capacity, nbytes);
         *chunk = (struct chunk){.block = plan->n_blocks++, .capacity = capacity};
         at = 0;
     }

@@ -288,7 +288,7 @@ class SharedArena:
             # With the lock once since it was closed: who leased before that is seen.
             is_certain = blocks.reap() >= 0
             (_, n_leased, n_in_flight, *_), _, _ = blocks.census()
-            is_needed = n_leased or n_in_flight or not (blocks.is_idle or blocks.part(most_nbytes))
+            is_needed = n_leased or n_in_flight or not blocks.part(most_nbytes)
             if not is_certain or is_needed:
                 blocks.unmap()
                 return False
