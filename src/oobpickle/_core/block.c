@@ -299,12 +299,6 @@ static bool is_too_much(const struct block *block)
            (idle > 0 ? (u64)idle : 0) + nbytes > block->blocks->keep_nbytes;
 }
 
-/* Its pages were counted, and not all of them made. */
-static bool is_incomplete(const struct block *block)
-{
-    return block->reserved < row_resident(table_row(&block->blocks->table, block->index), block->index);
-}
-
 /* Release the block, if it is ours to release. */
 void block_release(struct block *block)
 {
@@ -325,7 +319,7 @@ void block_release(struct block *block)
     u64 used = row_nbytes(row);
     bool is_reference = is_name(get(&row->used)), on_disk = is_on_disk(&blocks->table, block->index);
     if (!block->is_emptied && !is_reference &&
-        ((state == LEASED && is_incomplete(block)) || (!block->is_kept && is_too_much(block))))
+        ((state == LEASED && block_fresh(block)) || (!block->is_kept && is_too_much(block))))
         /* An array has died, and the disk may be writing what was in it: others can go on meanwhile. */
         punch(block, state != HELD || !on_disk);
     u64 resident = row_resident(row, block->index);
@@ -435,9 +429,9 @@ static int getbuffer(PyObject *self, Py_buffer *view, int flags)
                              flags);
 }
 
-u64 block_fresh(const PyObject *self)
+/* Bytes of pages that were counted for it and not made. */
+u64 block_fresh(const struct block *block)
 {
-    const struct block *block = (const struct block *)self;
     if (block->blocks->table.shared == NULL)
         return 0;
     u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
@@ -455,7 +449,7 @@ static PyObject *get_is_on_disk(PyObject *self, void *Py_UNUSED(closure))
 
 static PyObject *get_fresh(PyObject *self, void *Py_UNUSED(closure))
 {
-    return PyLong_FromUnsignedLongLong(block_fresh(self));
+    return PyLong_FromUnsignedLongLong(block_fresh((struct block *)self));
 }
 
 static PyObject *get_resident(PyObject *self, void *Py_UNUSED(closure))
@@ -472,8 +466,7 @@ static int reserve_up_to(struct block *block, u64 most)
     struct blocks *blocks = block->blocks;
     if (block->state != LEASED || block->epoch != epoch())
         return 0;
-    u64 counted = row_resident(table_row(&blocks->table, block->index), block->index);
-    u64 nbytes = counted > block->reserved ? counted - block->reserved : 0;
+    u64 nbytes = block_fresh(block), counted = block->reserved + nbytes;
     if (nbytes == 0)
         return 0;
     if (nbytes > most)
@@ -500,15 +493,14 @@ static int reserve_up_to(struct block *block, u64 most)
 
 /* All of them, in the middle of a message that has taken `total` bytes of fresh pages with these: in
    steps, each after a look at what is left of the machine's memory; the page cache is not in the way. */
-bool block_reserve_now(PyObject *self, u64 total)
+bool block_reserve_now(struct block *block, u64 total)
 {
-    struct block *block = (struct block *)self;
     struct lock *lock = &block->blocks->lock;
     const bool is_memory = mapping_of(block->blocks, block->index)->is_memory;
-    u64 left = block_fresh(self);
+    u64 left = block_fresh(block);
     if (is_memory && left > WINDOW && !headroom_has(left, total))
         return false; /* rather than make what would have to go back */
-    while ((left = block_fresh(self)) > 0) {
+    while ((left = block_fresh(block)) > 0) {
         u64 step = left < WINDOW ? left : WINDOW;
         if (is_memory && !headroom_allows(step, total))
             return false;
@@ -532,11 +524,11 @@ static PyObject *reserve(PyObject *self, PyObject *argument)
     Py_RETURN_NONE;
 }
 
-bool block_can_take(const struct block *block, u64 nbytes)
+bool block_can_take(const struct block *block, u64 at, u64 nbytes)
 {
     return block->state == LEASED && block->epoch == epoch() &&
            (block->address || is_on_disk(&block->blocks->table, block->index)) &&
-           nbytes <= block->nbytes && block->reserved >= nbytes;
+           at <= block->nbytes && nbytes <= block->nbytes - at && block->reserved >= at + nbytes;
 }
 
 /* Write to a leased block that can take it; -1 with errno: the disk refuses. */
@@ -575,9 +567,8 @@ void block_punch_range(struct block *block, u64 at, u64 nbytes)
 }
 
 /* The same of all of it, at once. */
-void block_empty_now(PyObject *self)
+void block_empty_now(struct block *block)
 {
-    struct block *block = (struct block *)self;
     if (block->state == LEASED && block->epoch == epoch() && !block->is_reference) /* that has no pages */
         punch(block, true);
 }
@@ -592,7 +583,7 @@ static PyObject *write_bytes(PyObject *self, PyObject *arguments)
         return NULL;
     u64 nbytes = (u64)from.len;
     PyObject *result = NULL;
-    if (at > block->nbytes || nbytes > block->nbytes - at || !block_can_take(block, at + nbytes))
+    if (!block_can_take(block, at, nbytes))
         PyErr_SetString(PyExc_ValueError, "the block is not leased, or too small");
     else if (block_write(block, at, from.buf, nbytes, false) != 0)
         PyErr_SetFromErrno(PyExc_OSError);

@@ -241,7 +241,7 @@ bool is_blocks(PyObject *object)
 
 /* Lease a block in the middle of a message, with the GIL kept. NULL, without an exception: there is none
    at once; `problem` says why. */
-PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *problem)
+struct block *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *problem)
 {
     struct leased leased = {0};
     u64 need, left;
@@ -253,7 +253,8 @@ PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *pr
         *problem = where ? SPACE : FULL;
     if (*problem != ROOM)
         return NULL;
-    PyObject *list = PyList_New(1), *block = NULL; /* before: this may run finalizers */
+    PyObject *list = PyList_New(1); /* before: this may run finalizers */
+    struct block *block = NULL;
     const bool was_deaf = blocks->lock.is_deaf; /* the hook of a fork waits without the GIL */
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
     if (list)
@@ -261,7 +262,7 @@ PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *pr
     if (list && *problem == ROOM) {
         list = fill(list, blocks, &nbytes, 1, &leased);
         if (list && map_all(blocks, list, &nbytes))
-            block = Py_NewRef(PyList_GetItem(list, 0));
+            block = (struct block *)Py_NewRef(PyList_GetItem(list, 0));
         else
             *problem = DETACHED;
     }
@@ -1034,7 +1035,7 @@ bool blocks_make_room_now(struct blocks *blocks, u64 nbytes)
         PyErr_Clear();
     Py_ssize_t n = taken ? PyList_Size(taken) : 0;
     for (Py_ssize_t i = 0; i < n; i++)
-        block_empty_now(PyList_GetItem(taken, i));
+        block_empty_now((struct block *)PyList_GetItem(taken, i));
     Py_XDECREF(taken);
     return n > 0;
 }

@@ -368,13 +368,13 @@ PyObject *view_share(PyObject *self, PyObject *none);
 PyObject *refer(PyObject *self, PyObject *list);
 struct block *block_at(PyObject *list, Py_ssize_t i);
 PyObject *list_taken(PyObject *list);
-PyObject *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *problem);
+struct block *blocks_lease_now(struct blocks *blocks, u64 nbytes, u32 where, int *problem);
 bool blocks_make_room_now(struct blocks *blocks, u64 nbytes);
-bool block_reserve_now(PyObject *block, u64 total);
-u64 block_fresh(const PyObject *block);
-bool block_can_take(const struct block *block, u64 nbytes);
+bool block_reserve_now(struct block *block, u64 total);
+u64 block_fresh(const struct block *block);
+bool block_can_take(const struct block *block, u64 at, u64 nbytes);
 int block_write(struct block *block, u64 at, const char *from, u64 nbytes, bool keeps_gil);
-void block_empty_now(PyObject *block);
+void block_empty_now(struct block *block);
 void block_use(struct block *block, u64 nbytes);
 void block_punch_range(struct block *block, u64 at, u64 nbytes);
 

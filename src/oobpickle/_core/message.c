@@ -322,16 +322,16 @@ static struct block *block_of(const struct message *message, u32 i)
 
 static struct block *lease_in(struct message *message, u64 nbytes, u32 where, int *problem)
 {
-    PyObject *block = blocks_lease_now(message->blocks, nbytes, where, problem);
+    struct block *block = blocks_lease_now(message->blocks, nbytes, where, problem);
     if (block == NULL)
         return NULL;
     u64 fresh = block_fresh(block);
     bool is_there = block_reserve_now(block, message->fresh_nbytes + fresh);
     *problem = is_there ? ROOM : SPACE;
-    is_there = is_there && PyList_Append(message->leased, block) == 0;
+    is_there = is_there && PyList_Append(message->leased, (PyObject *)block) == 0;
     message->fresh_nbytes += fresh;
-    Py_DECREF(block); /* the list has it */
-    return is_there ? (struct block *)block : NULL;
+    Py_DECREF((PyObject *)block); /* the list has it */
+    return is_there ? block : NULL;
 }
 
 /* NULL without an exception: there is no room now; with one: there is no memory. */
@@ -783,7 +783,7 @@ static PyObject *write_stream_into(PyObject *self, PyObject *arguments)
         return NULL;
     struct block *block = (struct block *)given;
     u64 nbytes = message->stream_nbytes, begun_us = now_us();
-    if (at > block->nbytes || nbytes > block->nbytes - at || !block_can_take(block, at + nbytes)) {
+    if (!block_can_take(block, at, nbytes)) {
         PyErr_Format(PyExc_ValueError, "a stream of %llu bytes does not fit into %llu from %llu on",
                      (unsigned long long)nbytes, (unsigned long long)block->nbytes, at);
         return NULL;
@@ -989,7 +989,7 @@ static int move_all(struct message *message, PyObject *list, struct plan *plan)
             struct block *block = block_at(list, (Py_ssize_t)placed.block);
             if (block == NULL)
                 return -1;
-            if (!block_can_take(block, placed.at + buffer->nbytes)) {
+            if (!block_can_take(block, placed.at, buffer->nbytes)) {
                 PyErr_SetString(PyExc_ValueError, "a block is not leased, or too small");
                 return -1;
             }
