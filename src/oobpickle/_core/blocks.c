@@ -819,15 +819,14 @@ static PyObject *keep_source(PyObject *self, PyObject *argument)
 static PyObject *forget_source(PyObject *self, PyObject *argument)
 {
     struct blocks *blocks = of(self);
-    u64 source = PyLong_AsUnsignedLongLong(argument), others[KEPT];
-    size_t n = 0;
+    u64 source = PyLong_AsUnsignedLongLong(argument);
+    bool others[KEPT];
     if (PyErr_Occurred())
         return NULL;
     for (u32 k = 0; k < KEPT; k++)
-        if (blocks->own.kept[k] && blocks->own.kept[k] != source)
-            others[n++] = blocks->own.kept[k];
+        others[k] = blocks->own.kept[k] != source;
     if (!has_ended(blocks))
-        participant_retain(blocks, others, n);
+        participant_retain(blocks, others);
     Py_RETURN_NONE;
 }
 
@@ -844,19 +843,17 @@ static PyObject *keep_all(PyObject *self, PyObject *Py_UNUSED(none))
 /* retain([source]): keep none but these */
 static PyObject *retain(PyObject *self, PyObject *list)
 {
-    u64 sources[KEPT];
-    size_t n_kept = 0;
+    bool needed[KEPT] = {0};
     Py_ssize_t n = length_of(list);
-    for (Py_ssize_t i = 0; i < n && !has_ended(of(self)); i++) {
+    for (Py_ssize_t i = 0; i < n; i++) {
         u64 source = PyLong_AsUnsignedLongLong(PyList_GetItem(list, i));
         for (u32 k = 0; k < KEPT; k++)
-            if (of(self)->own.kept[k] == source && source && n_kept < KEPT)
-                sources[n_kept++] = source;
+            needed[k] |= of(self)->own.kept[k] == source;
     }
     if (PyErr_Occurred())
         return NULL;
     if (!has_ended(of(self)))
-        participant_retain(of(self), sources, n_kept);
+        participant_retain(of(self), needed);
     Py_RETURN_NONE;
 }
 

@@ -254,7 +254,7 @@ bool participant_should_reap(const struct blocks *blocks);
 u64 participant_write(struct blocks *blocks, u32 slot, u64 pid, u64 pid_namespace);
 void participant_inherit(struct blocks *blocks, bool inherits);
 bool participant_keep(struct blocks *blocks, u64 source);
-void participant_retain(struct blocks *blocks, const u64 *sources, size_t n);
+void participant_retain(struct blocks *blocks, const bool *needed);
 u32 n_slots(const struct blocks *blocks);
 
 /* --- birth.c: a child is a participant from the moment of the fork */

@@ -402,15 +402,12 @@ bool participant_keep(struct blocks *blocks, u64 source)
     return false;
 }
 
-/* Keep none but these. */
-void participant_retain(struct blocks *blocks, const u64 *sources, size_t n)
+/* Keep none but those in these places of the list. */
+void participant_retain(struct blocks *blocks, const bool *needed)
 {
     struct participation *own = &blocks->own;
     for (u32 k = 0; k < KEPT; k++) {
-        bool is_needed = false; /* nor is an empty place */
-        for (size_t i = 0; i < n && !is_needed; i++)
-            is_needed = sources[i] == own->kept[k];
-        if (is_needed)
+        if (needed[k])
             continue;
         own->kept[k] = 0;
         if (has_joined(blocks))

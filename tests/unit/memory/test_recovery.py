@@ -470,6 +470,15 @@ def test_a_child_keeps_what_its_parent_had_read(arena):
         os.close(fd)
 
 
+def test_a_channel_with_many_messages_displaces_no_other_from_the_list(arena):
+    for channel in (1, 2):
+        assert arena.blocks.keep(channel)
+    arena.blocks.retain([1] * 64 + [2])
+
+    kept = Table.of(arena).participant(arena.blocks.slot).kept
+    assert [1, 2] == [channel for channel in kept if channel]
+
+
 def test_a_child_keeps_everything_if_its_parent_cannot_list_more(arena):
     """Also before it runs anything of ours."""
     for channel in range(1, 65):
