@@ -26,7 +26,6 @@ on x86, where each processor can. */
 #include <sched.h>
 #include <signal.h>
 #include <stdio.h>
-#include <stdlib.h>
 #include <string.h>
 #include <sys/syscall.h>
 #include <time.h>
@@ -70,16 +69,12 @@ static void *help(void *with)
 
 static bool is_a_core_idle(void)
 {
-    char text[128], *running;
+    char text[128]; /* 0.01 0.05 0.01 running/all last-pid */
+    int running;
     cpu_set_t cores;
-    if (!read_text("/proc/loadavg", text, sizeof text)) /* 0.01 0.05 0.01 running/all last-pid */
-        return false;
-    running = strchr(text, '/');
-    while (running && running > text && running[-1] != ' ')
-        running--;
-    if (running == NULL || sched_getaffinity(0, sizeof cores, &cores) != 0)
-        return false;
-    return atoi(running) < CPU_COUNT(&cores);
+    return read_text("/proc/loadavg", text, sizeof text) &&
+           sscanf(text, "%*s %*s %*s %d/", &running) == 1 &&
+           sched_getaffinity(0, sizeof cores, &cores) == 0 && running < CPU_COUNT(&cores);
 }
 
 /* Whoever is runnable may be queued behind us for a slice of some milliseconds, with little to do, while
