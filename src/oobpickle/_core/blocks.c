@@ -1309,11 +1309,6 @@ static PyObject *get_has_disk(PyObject *self, void *Py_UNUSED(closure))
     return PyBool_FromLong(of(self)->table.disk_nbytes != 0);
 }
 
-static PyObject *get_disk_is_memory(PyObject *self, void *Py_UNUSED(closure))
-{
-    return PyBool_FromLong(of(self)->disk.is_memory);
-}
-
 static PyObject *get_entered_limit(PyObject *self, void *Py_UNUSED(closure))
 {
     u64 nbytes = of(self)->entered_limit;
@@ -1391,6 +1386,7 @@ static PyMemberDef members[] = {
     {"n_held", T_UINT, offsetof(struct blocks, n_held), READONLY, NULL},
     {"keep_nbytes", T_ULONGLONG, offsetof(struct blocks, keep_nbytes), 0, NULL},
     {"spills", T_BOOL, offsetof(struct blocks, spills), 0, NULL},
+    {"disk_is_memory", T_BOOL, offsetof(struct blocks, disk.is_memory), READONLY, NULL},
     {0},
 };
 
@@ -1403,7 +1399,6 @@ static PyGetSetDef attributes[] = {
     {"idle", get_sum, NULL, NULL, (void *)offsetof(struct header, idle)}, /* pages of free blocks, bytes */
     {"on_disk", get_word, NULL, NULL, (void *)offsetof(struct header, on_disk)},
     {"has_disk", get_has_disk, NULL, NULL, NULL},
-    {"disk_is_memory", get_disk_is_memory, NULL, NULL, NULL},
     {"n_passed", get_word, NULL, NULL, (void *)offsetof(struct header, n_passed)},
     {"entered_limit", get_entered_limit, set_entered_limit, NULL, NULL},
     {0},
