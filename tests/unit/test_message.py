@@ -348,6 +348,19 @@ def test_who_has_no_reduce_ex_is_asked_for_its_reduce():
     assert pickle.loads(message_of(Hides(), threshold=1000).stream) == "found"
 
 
+class Lacks:
+    def __reduce_ex__(self, protocol):
+        return self.what_it_lacks
+
+
+def test_an_attribute_that_a_reducer_lacks_is_what_is_said():
+    """Not that there is no reducer."""
+    with pytest.raises(AttributeError, match="what_it_lacks") as caught:
+        message_of(Lacks(), threshold=1000)
+    assert caught.value.obj.__class__ is Lacks
+    assert caught.traceback[-1].name == "__reduce_ex__"
+
+
 Deep = ctypes.c_int
 for _ in range(70):
     Deep = Deep * 1

@@ -801,17 +801,26 @@ static PyObject *write_stream_into(PyObject *self, PyObject *arguments)
 
 /* --- where reducers are found */
 
+/* Without making a method object for it, as pickle does. */
 static PyObject *reduce_as_pickle(PyObject *Py_UNUSED(module), PyObject *object)
 {
-    PyObject *reduce = PyObject_GetAttr(object, reduce_ex);
-    if (reduce == NULL) {
-        if (!PyErr_ExceptionMatches(PyExc_AttributeError))
-            return NULL;
+    PyObject *reduced = PyObject_CallMethodObjArgs(object, reduce_ex, protocol, NULL);
+    if (reduced || !PyErr_ExceptionMatches(PyExc_AttributeError))
+        return reduced;
+    PyObject *type, *error, *traceback; /* of the method, or there is none */
+    PyErr_Fetch(&type, &error, &traceback);
+    PyObject *method = PyObject_GetAttr(object, reduce_ex);
+    if (method == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
         PyErr_Clear();
-        return PyObject_CallMethod(object, "__reduce__", NULL);
+        reduced = PyObject_CallMethod(object, "__reduce__", NULL);
+    } else if (method) {
+        PyErr_Restore(type, error, traceback);
+        type = error = traceback = NULL;
     }
-    PyObject *reduced = PyObject_CallFunctionObjArgs(reduce, protocol, NULL);
-    Py_DECREF(reduce);
+    Py_XDECREF(method);
+    Py_XDECREF(type);
+    Py_XDECREF(error);
+    Py_XDECREF(traceback);
     return reduced;
 }
 
@@ -897,6 +906,8 @@ static PyObject *subscript(PyObject *self, PyObject *kind)
         if (found || PyErr_Occurred())
             return found;
     }
+    if (kind == message->plain) /* of many of one class all but the first */
+        return Py_NewRef(as_pickle);
     PyTypeObject *type = (PyTypeObject *)kind;
     if (is_ndarray(type))
         return PyCFunction_NewEx(&reducers[1], self, NULL);
@@ -908,8 +919,6 @@ static PyObject *subscript(PyObject *self, PyObject *kind)
         PyErr_SetObject(PyExc_KeyError, kind); /* its instances are classes, pickled by their names */
         return NULL;
     }
-    if (kind == message->plain) /* of many of one class all but the first */
-        return Py_NewRef(as_pickle);
     if (may_be_special(type)) {
         PyObject *find = PyTuple_GetItem(message->tables, 3);
         PyObject *found = PyObject_CallFunctionObjArgs(find, kind, self, NULL);
