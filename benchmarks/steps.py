@@ -3,6 +3,8 @@
 What
     ``python benchmarks/steps.py [--passes 3] [--json FILE]`` prints microseconds: a block leased
     and given back, beside few and many live ones, and an array sent through a pipe and received.
+    And what a task of a plain ``Pool(1)`` takes above a copy in it whose result is not sent: no
+    library can be faster, since that is all waking, with caches that the copy has filled.
 
 How it works
     Each pass takes the median of seven batches, and the least and the most of all passes are
@@ -31,6 +33,7 @@ import oobpickle
 
 _BLOCK_NBYTES = 256 << 10
 _SIZES = (256 << 10, 1 << 20, 4 << 20)
+_SIZES_IN_POOL = tuple(4**k << 20 for k in range(5))
 
 
 def _timed_s(call: Callable[[], object], n: int) -> float:
@@ -80,6 +83,35 @@ def _measure() -> dict[str, float]:
     return found
 
 
+_arrays: list[np.ndarray[tuple[int], np.dtype[np.uint8]]] = []  # of a worker
+
+
+def _copy_there(nbytes: int) -> float:
+    """Seconds of a copy between arrays that the worker keeps."""
+    if not _arrays or _arrays[0].nbytes != nbytes:
+        _arrays[:] = [np.ones(nbytes, np.uint8) for _ in range(2)]
+    source, destination = _arrays
+    start_s = time.perf_counter()
+    np.copyto(destination, source)
+    return time.perf_counter() - start_s
+
+
+def _measure_pool() -> dict[str, float]:
+    """Medians of one pass through a plain pool."""
+    found = {}
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        for nbytes in _SIZES_IN_POOL:
+            copies_s, others_s = [], []
+            for _ in range(max(15, min(300, (4 << 30) // nbytes))):
+                start_s = time.perf_counter()
+                copies_s.append(pool.apply(_copy_there, (nbytes,)))
+                others_s.append(time.perf_counter() - start_s - copies_s[-1])
+            name = f"a task that copies {nbytes >> 20} MiB"
+            found[f"{name}, the copy"] = statistics.median(copies_s)
+            found[f"{name}, above it"] = statistics.median(others_s)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--passes", type=int, default=3)
@@ -87,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     # It is what this does; `broadcast` would be no help.
     warnings.simplefilter("ignore", oobpickle.RepeatedWarning)
-    passes = [_measure() for _ in range(options.passes)]
+    passes = [{**_measure(), **_measure_pool()} for _ in range(options.passes)]
     figures = {}
     print("microseconds: the least and the most of the medians")
     for name in passes[0]:

@@ -436,6 +436,19 @@ def steps() -> str:
     return "\n\n".join([*map(paragraph, texts), table])
 
 
+def pool_limit() -> str:
+    figures = load("steps")
+    rows, lines = figures["rows"], []
+    for name in rows:
+        if name.startswith("a task that copies ") and name.endswith(", above it"):
+            task = name.removesuffix(", above it")
+            copy_s, above_s = rows[f"{task}, the copy"]["least_s"], rows[name]["least_s"]
+            limit = three(copy_s / (copy_s + above_s))
+            lines.append([task, seconds(copy_s), seconds(above_s), limit])
+    head = ["in a plain `Pool(1)`", "the copy", "above it", "of `np.copyto`, at most"]
+    return listed(figures, grid(head, lines, right=3))
+
+
 def _us(duration_s: float) -> str:
     return three(duration_s * 1e6)
 
@@ -640,6 +653,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "many-small": many_small,
     "forking": forking,
     "steps": steps,
+    "pool-limit": pool_limit,
     "scaling-arrays": scaling_arrays,
     "scaling-leased": scaling_leased,
     "scaling-processes": scaling_processes,
