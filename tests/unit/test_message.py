@@ -1,5 +1,6 @@
 """A message as it is taken apart: in blocks, in memory, and from one to the other."""
 
+import copyreg
 import ctypes
 import gc
 import os
@@ -359,6 +360,17 @@ def test_an_attribute_that_a_reducer_lacks_is_what_is_said():
         message_of(Lacks(), threshold=1000)
     assert caught.value.obj.__class__ is Lacks
     assert caught.traceback[-1].name == "__reduce_ex__"
+
+
+def test_what_is_registered_between_two_attempts_counts(monkeypatch):
+    message = core.Message(None, 1 << 30, _envelope.tables({}))
+    for expected in (Plain, str):
+        pickler = pickle.Pickler(message, 5, buffer_callback=message.take)
+        pickler.dispatch_table = message.table
+        pickler.dump([Plain(1), Plain(2)])
+        assert [type(one) for one in pickle.loads(message.stream)] == [expected, expected]
+        message.clear()
+        monkeypatch.setitem(copyreg.dispatch_table, Plain, lambda plain: (str, ("registered",)))
 
 
 Deep = ctypes.c_int

@@ -801,26 +801,17 @@ static PyObject *write_stream_into(PyObject *self, PyObject *arguments)
 
 /* --- where reducers are found */
 
-/* Without making a method object for it, as pickle does. */
 static PyObject *reduce_as_pickle(PyObject *Py_UNUSED(module), PyObject *object)
 {
-    PyObject *reduced = PyObject_CallMethodObjArgs(object, reduce_ex, protocol, NULL);
-    if (reduced || !PyErr_ExceptionMatches(PyExc_AttributeError))
-        return reduced;
-    PyObject *type, *error, *traceback; /* of the method, or there is none */
-    PyErr_Fetch(&type, &error, &traceback);
-    PyObject *method = PyObject_GetAttr(object, reduce_ex);
-    if (method == NULL && PyErr_ExceptionMatches(PyExc_AttributeError)) {
+    PyObject *reduce = PyObject_GetAttr(object, reduce_ex);
+    if (reduce == NULL) {
+        if (!PyErr_ExceptionMatches(PyExc_AttributeError))
+            return NULL;
         PyErr_Clear();
-        reduced = PyObject_CallMethod(object, "__reduce__", NULL);
-    } else if (method) {
-        PyErr_Restore(type, error, traceback);
-        type = error = traceback = NULL;
+        return PyObject_CallMethod(object, "__reduce__", NULL);
     }
-    Py_XDECREF(method);
-    Py_XDECREF(type);
-    Py_XDECREF(error);
-    Py_XDECREF(traceback);
+    PyObject *reduced = PyObject_CallFunctionObjArgs(reduce, protocol, NULL);
+    Py_DECREF(reduce);
     return reduced;
 }
 
@@ -901,13 +892,14 @@ static PyObject *found_in(PyObject *table, PyObject *kind)
 static PyObject *subscript(PyObject *self, PyObject *kind)
 {
     struct message *message = of(self);
+    /* Of many of one class all but the first. What is registered meanwhile, plain pickle misses, too. */
+    if (kind == message->plain)
+        return Py_NewRef(as_pickle);
     for (Py_ssize_t i = 0; i < 3; i++) {
         PyObject *found = found_in(PyTuple_GetItem(message->tables, i), kind);
         if (found || PyErr_Occurred())
             return found;
     }
-    if (kind == message->plain) /* of many of one class all but the first */
-        return Py_NewRef(as_pickle);
     PyTypeObject *type = (PyTypeObject *)kind;
     if (is_ndarray(type))
         return PyCFunction_NewEx(&reducers[1], self, NULL);
@@ -1170,6 +1162,7 @@ static void forget(struct message *message)
     Py_CLEAR(message->files);
     Py_CLEAR(message->made);
     Py_CLEAR(message->pieces);
+    Py_CLEAR(message->plain);
     free_memory(message);
     message->n_buffers = 0;
     message->kept_nbytes = message->stream_nbytes = message->buffers_nbytes = 0;
@@ -1243,7 +1236,6 @@ static void dealloc(PyObject *self)
     free(message->buffers);
     free(message->pending);
     Py_XDECREF(message->tables);
-    Py_XDECREF(message->plain);
     Py_XDECREF((PyObject *)message->blocks);
     Py_XDECREF((PyObject *)message->published);
     PyObject_Free(self);
