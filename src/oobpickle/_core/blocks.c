@@ -165,7 +165,6 @@ static PyObject *fill(PyObject *list, struct blocks *blocks, const u64 *needs, P
 /* What is on disk is not mapped to be written. */
 static bool map_all(struct blocks *blocks, PyObject *list, const u64 *needs)
 {
-    u64 total = 0;
     for (Py_ssize_t i = 0; i < PyList_Size(list); i++) {
         struct block *block = (struct block *)PyList_GetItem(list, i);
         if (is_on_disk(&blocks->table, block->index))
@@ -173,9 +172,7 @@ static bool map_all(struct blocks *blocks, PyObject *list, const u64 *needs)
         if (block_map(block, table_pages(&blocks->table, 0, needs[i])) != 0)
             return false;
         block_enter(block, needs[i] < block->reserved ? needs[i] : block->reserved);
-        total += needs[i];
     }
-    leave_others(blocks, total);
     return true;
 }
 
@@ -394,10 +391,22 @@ static PyObject *depart(PyObject *Py_UNUSED(self), PyObject *list)
     return for_each(list, depart_one);
 }
 
-/* settle([Block]): it has left, or may have */
-static PyObject *settle(PyObject *Py_UNUSED(self), PyObject *list)
+/* settle([Block]): it has left, or may have. Only now it is known how much the message, and probably the
+   next one, needs in our page tables. */
+static PyObject *settle(PyObject *self, PyObject *list)
 {
-    return for_each(list, settle_one);
+    u64 total = 0;
+    Py_ssize_t n = length_of(list);
+    for (Py_ssize_t i = 0; i < n; i++) {
+        const struct block *block = block_at(list, i);
+        if (block == NULL)
+            return NULL;
+        total += block->nbytes;
+    }
+    PyObject *done = for_each(list, settle_one);
+    if (total && !has_ended(of(self)))
+        leave_others(of(self), total);
+    return done;
 }
 
 /* release([Block]): it has not left; what is in flight comes back although it has departed */

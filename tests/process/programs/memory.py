@@ -1,6 +1,7 @@
 """What memory is given back, and when: by arrays that die, by workers, under ``mlockall``."""
 
 import ctypes
+import functools
 import gc
 import multiprocessing
 import os
@@ -278,6 +279,37 @@ def resident_size(method):
     # It keeps 36 MB in the first loop, and nothing in the second.
     assert grown < 12 * NBYTES + 24 * MIB, grown
     assert shrunk < 24 * MIB, shrunk
+
+
+@functools.cache
+def _several():
+    return [message(seed, NBYTES) for seed in range(8)]
+
+
+def _make_several():
+    return _several()
+
+
+def _n_faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+
+def several_blocks(method):
+    """What a message of several arrays needed in its sender's page tables is there for the next."""
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled(capacity=256 * MIB) as arena, context.Pool(1, _little) as pool:
+        for n in range(6):
+            if n == 3:
+                before = pool.apply(_n_faults)
+            for seed, one in enumerate(pool.apply(_make_several)):
+                verify(one, seed)
+            del one
+        n_faults = pool.apply(_n_faults) - before
+        assert arena.statistics().n_fallbacks == 0
+        pool.close()
+        pool.join()
+    n_pages = 8 * NBYTES // 4096
+    assert n_faults < n_pages / 20, (n_faults, n_pages)
 
 
 def _verified(one):
