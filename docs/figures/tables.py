@@ -445,7 +445,7 @@ def pool_limit() -> str:
             copy_s, above_s = rows[f"{task}, the copy"]["least_s"], rows[name]["least_s"]
             limit = three(copy_s / (copy_s + above_s))
             lines.append([task, seconds(copy_s), seconds(above_s), limit])
-    head = ["in a plain `Pool(1)`", "the copy", "above it", "of `np.copyto`, at most"]
+    head = ["in a plain `Pool(1)`", "the copy", "above it", "of `np.copyto`"]
     return listed(figures, grid(head, lines, right=3))
 
 
