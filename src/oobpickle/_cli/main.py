@@ -33,7 +33,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = parser.parse_args(arguments)
     try:
-        return int(given.command(given))
+        code = int(given.command(given))
+        if sys.stdout is sys.__stdout__ and sys.stdout and not sys.stdout.closed:
+            sys.stdout.flush()  # at the end of the process nobody could catch what this raises
+        return code
     except CommandError as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2

@@ -53,10 +53,12 @@ def test_python_m(command):
     assert all(name in child.stdout for name in ("doctor", "bench", "explain", "run"))
 
 
-def test_a_reader_that_has_seen_enough(command, tmp_path):
-    (tmp_path / "large.pkl").write_bytes(pickle.dumps(dict.fromkeys(range(500), "x" * 5000)))
-    program = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-m', 'oobpickle', "
-    program += "'explain', 'large.pkl'], stdout=subprocess.PIPE, stderr=subprocess.PIPE); "
+@pytest.mark.parametrize("n", [1, 500])  # all of it is in the buffer of stdout, or not
+def test_a_reader_that_has_seen_enough(command, tmp_path, n):
+    (tmp_path / "large.pkl").write_bytes(pickle.dumps(dict.fromkeys(range(n), "x" * 5000)))
+    program = "import os, subprocess, sys; os.environ.pop('PYTHONUNBUFFERED', None); "
+    program += "p = subprocess.Popen([sys.executable, '-m', 'oobpickle', 'explain', 'large.pkl'], "
+    program += "stdout=subprocess.PIPE, stderr=subprocess.PIPE); "
     program += "p.stdout.close(); sys.exit(len(p.stderr.read()) or p.wait() not in (0, 1))"
     (tmp_path / "head.py").write_text(program)
 
