@@ -3,8 +3,8 @@
 What
     ``python benchmarks/steps.py [--passes 3] [--json FILE]`` prints microseconds: a block leased
     and given back, beside few and many live ones, and an array sent through a pipe and received.
-    And what a task of a plain ``Pool(1)`` takes above a copy in it whose result is not sent: no
-    library can be faster, since that is all waking, with caches that the copy has filled.
+    And what a task of a plain ``Pool(1)`` takes above a copy in it whose result is not sent: the
+    waking of threads, which every library pays, with caches that the copy has filled.
 
 How it works
     Each pass takes the median of seven batches, and the least and the most of all passes are

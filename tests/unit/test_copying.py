@@ -44,7 +44,6 @@ def test_bytes_of_any_size(nbytes, has_core, monkeypatch):
     assert (source == destination).all()
 
 
-@pytest.mark.skipif(core is None, reason="it is the core that copies past the caches")
 @pytest.mark.parametrize("nbytes", [32 * MIB - 1, 32 * MIB, 32 * MIB + 63, 40 * MIB + 64])
 @pytest.mark.parametrize("to", [0, 1, 16, 63])
 @pytest.mark.parametrize("start", [0, 1, 40])

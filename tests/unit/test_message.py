@@ -365,9 +365,7 @@ def test_an_attribute_that_a_reducer_lacks_is_what_is_said():
 def test_what_is_registered_between_two_attempts_counts(monkeypatch):
     message = core.Message(None, 1 << 30, _envelope.tables({}))
     for expected in (Plain, str):
-        pickler = pickle.Pickler(message, 5, buffer_callback=message.take)
-        pickler.dispatch_table = message.table
-        pickler.dump([Plain(1), Plain(2)])
+        take_apart([Plain(1), Plain(2)], message)
         assert [type(one) for one in pickle.loads(message.stream)] == [expected, expected]
         message.clear()
         monkeypatch.setitem(copyreg.dispatch_table, Plain, lambda plain: (str, ("registered",)))

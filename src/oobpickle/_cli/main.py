@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         code = int(given.command(given))
-        if sys.stdout is sys.__stdout__ and sys.stdout and not sys.stdout.closed:
+        if given.command is not _run:  # whose program may have closed it
             sys.stdout.flush()  # at the end of the process nobody could catch what this raises
         return code
     except CommandError as error:

@@ -146,10 +146,13 @@ void block_enter(struct block *block, u64 nbytes)
 }
 
 /* Take what nobody uses out of our page tables, if it is much: there are pools that replace a
-   process which has grown, and that counts. */
-void leave_others(struct blocks *blocks, u64 nbytes)
+   process which has grown, and that counts. `message` is all of its blocks: the next needs as much. */
+void leave_others(struct blocks *blocks, PyObject *message)
 {
-    u64 limit = blocks->entered_limit, most = 2 * nbytes > limit ? 2 * nbytes : limit, left = 0;
+    u64 nbytes = 0, left = 0;
+    for (Py_ssize_t i = 0; i < PyList_Size(message); i++)
+        nbytes += ((struct block *)PyList_GetItem(message, i))->nbytes;
+    const u64 limit = blocks->entered_limit, most = 2 * nbytes > limit ? 2 * nbytes : limit;
     /* Not for a little: each time costs a look at all of them. */
     if (blocks->entered_nbytes <= most || blocks->unused_nbytes < most / 8)
         return;

@@ -220,7 +220,9 @@ static PyObject *lease(PyObject *self, PyObject *const *arguments, Py_ssize_t n_
     }
     result = fill(list, blocks, needs, n, leased);
     list = NULL;
-    if (result && !map_all(blocks, result, needs)) {
+    if (result && map_all(blocks, result, needs)) {
+        leave_others(blocks, result);
+    } else if (result) {
         Py_DECREF(result);
         result = shortage(DETACHED, need, 0);
     }
@@ -391,21 +393,14 @@ static PyObject *depart(PyObject *Py_UNUSED(self), PyObject *list)
     return for_each(list, depart_one);
 }
 
-/* settle([Block]): it has left, or may have. Only now it is known how much the message, and probably the
-   next one, needs in our page tables. */
+/* settle([Block]): it has left, or may have */
 static PyObject *settle(PyObject *self, PyObject *list)
 {
-    u64 total = 0;
-    Py_ssize_t n = length_of(list);
-    for (Py_ssize_t i = 0; i < n; i++) {
-        const struct block *block = block_at(list, i);
-        if (block == NULL)
-            return NULL;
-        total += block->nbytes;
-    }
-    PyObject *done = for_each(list, settle_one);
-    if (total && !has_ended(of(self)))
-        leave_others(of(self), total);
+    list = list_taken(list);
+    PyObject *done = list ? for_each(list, settle_one) : NULL;
+    if (done && !has_ended(of(self)))
+        leave_others(of(self), list);
+    Py_XDECREF(list);
     return done;
 }
 
@@ -541,7 +536,6 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
     if (!PyArg_ParseTuple(arguments, "y*O!p|y*", &pairs, &PyList_Type, &needs, &keep, &sizes))
         return NULL;
     Py_ssize_t n = pairs.len / 16;
-    u64 total = 0;
     list = PyList_New(n); /* before a look at the arena: this may run finalizers, which may end it */
     if (list == NULL)
         goto done;
@@ -574,7 +568,6 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
             list = PyErr_Occurred() ? NULL : PyLong_FromSsize_t(i);
             goto done;
         }
-        total += nbytes;
         PyList_SetItem(list, i, (PyObject *)block);
     }
     if (list && sizes.len && !narrow_all(list, &sizes)) {
@@ -595,7 +588,7 @@ static PyObject *claim(PyObject *self, PyObject *arguments)
     for (Py_ssize_t i = 0; list && i < n; i++)
         tail_note((struct block *)PyList_GetItem(list, i));
     if (list)
-        leave_others(blocks, total);
+        leave_others(blocks, list);
 done:
     PyBuffer_Release(&pairs);
     if (sizes.obj)

@@ -130,50 +130,10 @@ void copy_in_pieces(copy_piece *copy, const void *with, size_t n, size_t nbytes)
         copy(with, 0, n);
 }
 
-#ifdef __SSE2__
-#define LINE ((size_t)64) /* of a cache */
-
-static void copy_lines(char *to, const char *from, size_t nbytes)
-{
-    const __m128i_u *read = (const __m128i_u *)(const void *)from;
-    __m128i *write = (__m128i *)(void *)to;
-    for (size_t n = nbytes / LINE; n > 0; n--, read += 4, write += 4) {
-        __m128i first = read[0], second = read[1], third = read[2], fourth = read[3];
-        _mm_stream_si128(write, first);
-        _mm_stream_si128(write + 1, second);
-        _mm_stream_si128(write + 2, third);
-        _mm_stream_si128(write + 3, fourth);
-    }
-}
-
-static void copy_past_caches(char *to, const char *from, size_t nbytes)
-{
-    size_t before = -(uintptr_t)to % LINE;
-    if (before > nbytes)
-        before = nbytes;
-    size_t after = (nbytes - before) % LINE, lines = nbytes - before - after;
-    memcpy(to, from, before);
-    copy_lines(to + before, from + before, lines);
-    memcpy(to + before + lines, from + before + lines, after);
-    _mm_sfence(); /* else it may be seen after what is written next: that the message is there */
-}
-#else
-static void copy_past_caches(char *to, const char *from, size_t nbytes)
-{
-    memcpy(to, from, nbytes);
-}
-#endif
-
 struct contiguous {
     char *to;
     const char *from;
 };
-
-static void copy_contiguous_past_caches(const void *with, size_t at, size_t n)
-{
-    const struct contiguous *memory = with;
-    copy_past_caches(memory->to + at, memory->from + at, n);
-}
 
 static void copy_contiguous(const void *with, size_t at, size_t n)
 {
@@ -181,9 +141,39 @@ static void copy_contiguous(const void *with, size_t at, size_t n)
     memcpy(memory->to + at, memory->from + at, n);
 }
 
+#ifdef __SSE2__
+#define LINE ((size_t)64) /* of a cache */
+
+static void copy_past_caches(const void *with, size_t at, size_t n)
+{
+    const struct contiguous *memory = with;
+    char *to = memory->to + at;
+    const char *from = memory->from + at;
+    size_t before = -(uintptr_t)to % LINE; /* the next line begins */
+    if (before > n)
+        before = n;
+    memcpy(to, from, before);
+    to += before;
+    from += before;
+    for (n -= before; n >= LINE; n -= LINE, to += LINE, from += LINE) {
+        const __m128i_u *read = (const __m128i_u *)(const void *)from;
+        __m128i *write = (__m128i *)(void *)to;
+        __m128i first = read[0], second = read[1], third = read[2], fourth = read[3];
+        _mm_stream_si128(write, first);
+        _mm_stream_si128(write + 1, second);
+        _mm_stream_si128(write + 2, third);
+        _mm_stream_si128(write + 3, fourth);
+    }
+    memcpy(to, from, n);
+    _mm_sfence(); /* else it may be seen after what is written next: that the message is there */
+}
+#else
+#define copy_past_caches copy_contiguous
+#endif
+
 void copy_now(char *to, const void *from, size_t nbytes)
 {
-    copy_piece *copy = nbytes < LEAST ? copy_contiguous : copy_contiguous_past_caches;
+    copy_piece *copy = nbytes < LEAST ? copy_contiguous : copy_past_caches;
     copy_in_pieces(copy, &(struct contiguous){to, from}, nbytes, nbytes);
 }
 

@@ -339,7 +339,7 @@ void block_release(struct block *block);
 void block_detach(struct block *block);
 void block_become_copy(struct block *block, char *copy, u64 nbytes);
 void count_in(struct blocks *blocks, u32 counter, u64 amount);
-void leave_others(struct blocks *blocks, u64 nbytes);
+void leave_others(struct blocks *blocks, PyObject *message);
 void tail_note(struct block *block);
 void tails_cut(struct blocks *blocks);
 int block_type_make(PyObject *module);

@@ -438,5 +438,7 @@ PyObject *publish(PyObject *self, PyObject *list)
     for (Py_ssize_t i = 0; i < n && problem == ROOM; i++)
         if (view_map((struct block *)PyList_GetItem(views, i)) != 0)
             problem = SPACE;
+    if (problem == ROOM)
+        leave_others(blocks, views);
     return made_or_shortage(views, problem);
 }

@@ -281,6 +281,27 @@ def resident_size(method):
     assert shrunk < 24 * MIB, shrunk
 
 
+def _publish(nbytes, n=1):
+    """Store `n` objects for others, have all of them for a moment, and drop them."""
+    stored = [oobpickle.broadcast(np.full(nbytes, 7, np.uint8)) for _ in range(n)]
+    return all(one.value[-1] == 7 for one in stored)
+
+
+def resident_size_of_who_publishes(method):
+    """Nor does a worker grow by what it has stored for others."""
+    context = multiprocessing.get_context(method)
+    with oobpickle.enabled(capacity=256 * MIB) as arena, context.Pool(1, _little) as pool:
+        assert pool.apply(_publish, (80_000,))
+        before = pool.apply(_resident_nbytes)
+        assert pool.apply(_publish, (NBYTES, 12))
+        assert pool.apply(_publish, (80_000, 2))
+        grown = pool.apply(_resident_nbytes) - before
+        assert arena.statistics().n_fallbacks == 0
+        pool.close()
+        pool.join()
+    assert grown < 4 * NBYTES, grown
+
+
 @functools.cache
 def _several():
     return [message(seed, NBYTES) for seed in range(8)]
