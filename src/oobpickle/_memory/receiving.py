@@ -34,7 +34,8 @@ from oobpickle._memory.options import Options
 from oobpickle._native import core
 
 _LEAST_KEPT_NBYTES: Final = 64 << 20
-_SHARE_KEPT: Final = 8
+_KEPT_OF_AVAILABLE: Final = 4  # a quarter of what the machine has available
+_KEPT_OF_LIMIT: Final = 8  # a cgroup at its limit kills, and does not ask others to make room
 _LOOK_EVERY_S: Final = 1.0
 
 Block = tuple[int, int]  # index and generation
@@ -134,16 +135,17 @@ class Receiving:
     def keep_within_limit(self) -> None:
         """Bound what free blocks may keep.
 
-        The larger of 64 MiB and an eighth of the memory that there is: the lowest limit of a memory
-        cgroup above this process or, if that is less, what the machine has available. What is
-        released when there is more gives its pages back to the system.
+        A quarter of what the machine has available or, if that is less, an eighth of the lowest
+        limit of a memory cgroup above this process; but 64 MiB at least. What is released when
+        there is more gives its pages back to the system.
         """
         if self._blocks.resident > _LEAST_KEPT_NBYTES:
             now = time.monotonic()
             if now >= self._look_again_at:
                 self._look_again_at = now + _LOOK_EVERY_S
-                least = min(headroom.limit_nbytes(), headroom.available_on_machine_nbytes())
-                self._blocks.keep_nbytes = max(_LEAST_KEPT_NBYTES, least // _SHARE_KEPT)
+                most = [limit // _KEPT_OF_LIMIT for limit, *_ in headroom.limits()]
+                most.append(headroom.available_on_machine_nbytes() // _KEPT_OF_AVAILABLE)
+                self._blocks.keep_nbytes = max(_LEAST_KEPT_NBYTES, min(most))
 
     def receive(self, call: Callable[..., tuple[Any, Block | None]], *args: Any) -> Any:
         """Take a message out of its channel, and keep its blocks from being reclaimed.

@@ -27,7 +27,7 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 def _limit():
     """Let free blocks keep 4 MiB, as far as this process sees to it."""
     receiving._LEAST_KEPT_NBYTES = LIMIT
-    headroom.limit_nbytes = lambda: 8 * LIMIT
+    headroom.available_on_machine_nbytes = lambda: 4 * LIMIT
 
 
 def _make(seed, nbytes=NBYTES):

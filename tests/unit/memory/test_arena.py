@@ -689,8 +689,17 @@ def test_what_was_prepared_is_not_idle_before_it_was_used(arena, how):
         assert MIB == table["idle"]
 
 
-def test_the_limit_follows_the_memory_that_there_is(arena, monkeypatch):
-    monkeypatch.setattr(headroom, "limit_nbytes", lambda: 1 << 30)
+@pytest.mark.parametrize(
+    ("limits", "available", "kept"),
+    [
+        ([], 1 << 30, (1 << 30) // 4),
+        ([3 << 30, 1 << 30], 16 << 30, (1 << 30) // 8),
+        ([8 << 30], 1 << 30, (1 << 30) // 4),
+    ],
+)
+def test_the_limit_follows_the_memory_that_there_is(arena, monkeypatch, limits, available, kept):
+    monkeypatch.setattr(headroom, "limits", lambda: [(n, "", "", ("", "")) for n in limits])
+    monkeypatch.setattr(headroom, "available_on_machine_nbytes", lambda: available)
     (view,) = arena.receiving.claim(*send(arena, b"x" * MIB))
     assert arena.blocks.keep_nbytes == 64 * MIB
     del view
@@ -698,7 +707,7 @@ def test_the_limit_follows_the_memory_that_there_is(arena, monkeypatch):
     monkeypatch.setattr("oobpickle._memory.receiving._LEAST_KEPT_NBYTES", MIB // 2)
     arena.receiving.claim(*send(arena, b"x" * MIB))
 
-    assert arena.blocks.keep_nbytes == (1 << 30) // 8
+    assert arena.blocks.keep_nbytes == kept
 
 
 def test_a_fork_makes_ordinary_memory_of_what_is_held(arena):
