@@ -30,6 +30,6 @@ cc -std=c11 -O1 -g -fno-omit-frame-pointer "${flags[@]}" -fPIC -shared -pthread 
   "$root"/src/oobpickle/_core/*.c -o "$work/src/oobpickle/_core.abi3.so"
 cd "$root"
 # ThreadSanitizer's shadow has no room for an address space that is arranged at random (setarch -R).
-LD_PRELOAD=$preloaded ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1 \
+LD_PRELOAD=$preloaded ASAN_OPTIONS=detect_leaks=0:abort_on_error=1:allocator_may_return_null=1:handle_segv=0 \
   TSAN_OPTIONS=die_after_fork=0:allocator_may_return_null=1:handle_segv=0:exitcode=66 \
   PYTHONMALLOC=malloc PYTHONPATH="$work/src" setarch -R "$python" -m pytest "$@"
