@@ -1,6 +1,6 @@
 """Install and uninstall: how oobpickle gets into ``multiprocessing`` and out again.
 
-**What.** `install`, `uninstall`, `enabled` and `statistics`.
+**What.** `install`, `uninstall`, `enabled` and `statistics`; the warnings at the end of a block.
 
 **How it works.** What is replaced is in `_hook.replacements`; each replacement does what it
 replaced unless the hook is in.

@@ -1,10 +1,13 @@
 """Why a message travels in-band: every reason, and its text.
 
 **What.** `REASONS`, and the counters of each in a participant's row; `Fallback`, which shows them,
-and `describe_fallbacks`, the text of the warning at the end of the block.
+and `describe_fallbacks`, the text of the warning that ``_api.enabled.__exit__`` gives at the end of
+the block.
 
-**How it works.** Where memory cannot be had an `ArenaFullError` carries the reason; where a channel
-must not be used, the hook names it. ``_hook.installed.Hook.count_fallback`` counts both.
+**How it works.** Where memory cannot be had an `ArenaFullError` carries the reason: of ``enum
+shortage`` in ``_core/core.h``, or from `_memory.sending`. Where a channel must not be used
+`_hook.connections` and `_hook.multiprocess` name it. ``_hook.installed.Hook.count_fallback`` counts
+both.
 
 **Lifetime.** See `_statistics`.
 

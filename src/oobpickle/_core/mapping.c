@@ -7,7 +7,7 @@ mapped from the file again (share).
 
 How it works. The file is as sparse as it likes, so blocks never move; but a process maps what it
 uses. A window is mapped without access and unlocked, and units of 2 MiB become accessible as blocks
-in them are used: so mlockall(2) of any kind brings no hole in. Where the system allows no further
+in them are used: so mlockall(2) of any kind brings no hole in. There huge pages are asked for. Where the system allows no further
 mapping, the whole window does. A window knows how many objects have an address in it; one that
 nobody uses can be unmapped. That is done seldom: to map a touched MiB again costs 200 us.
 

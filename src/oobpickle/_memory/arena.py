@@ -26,7 +26,7 @@ from typing import SupportsIndex
 from oobpickle import _faults, _statistics, _system
 from oobpickle._errors import ArenaError, ArenaFullError
 from oobpickle._foreign import ignoring, pass_on_foreign
-from oobpickle._memory import fork
+from oobpickle._memory import fork_hooks
 from oobpickle._memory.files import Files, name_of, open_by_name
 from oobpickle._memory.options import Options
 from oobpickle._memory.receiving import Receiving
@@ -56,7 +56,7 @@ class SharedArena:
         self.receiving = Receiving(self.blocks, self.options, self.try_join)
         self.unloaded = Unloaded(self.blocks)
         self.needs_of: Callable[[object], list[int]] = _cannot_pickle
-        fork.start()
+        fork_hooks.start()
 
     @classmethod
     def create(cls, options: Options) -> SharedArena:

@@ -1,6 +1,7 @@
 """The calls of a merge in rounds of one ``joblib.Parallel``.
 
-**What.** `Joblib` serves a ``joblib.Parallel``, whatever its backend.
+**What.** `Joblib` serves a ``joblib.Parallel``, whatever its backend. How joblib's own messages go
+through the arena is in `_hook.loky`.
 
 **How it works.** A ``Parallel`` takes calls and returns all results, so what was started is run
 together when somebody waits for it. joblib maps large arguments read-only, so a left operand is

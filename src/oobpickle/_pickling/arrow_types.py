@@ -18,7 +18,7 @@ import sys
 from typing import Any, Final
 
 from oobpickle._pickling.byte_types import Reduce, Taker
-from oobpickle._pickling.rebuild import inherits
+from oobpickle._pickling.replaced import inherits
 
 _REDUCERS: Final = ("__reduce_ex__", "__reduce__")
 _LEAST_WASTED_NBYTES: Final = 512

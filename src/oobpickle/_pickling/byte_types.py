@@ -22,7 +22,7 @@ from collections.abc import Callable
 from pickle import PickleBuffer
 from typing import Any, Final, Protocol
 
-from oobpickle._pickling.rebuild import Rebuild, inherits
+from oobpickle._pickling.replaced import Rebuild, inherits
 
 #: Below this the pickler copies less than a call of a reducer takes.
 LEAST_NBYTES: Final = 64 << 10

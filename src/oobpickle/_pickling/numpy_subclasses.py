@@ -19,7 +19,7 @@ import sys
 from typing import TYPE_CHECKING, Any, Final
 
 from oobpickle._pickling.byte_types import LEAST_NBYTES, Reduce, Taker, as_bytes
-from oobpickle._pickling.rebuild import Rebuild, inherits
+from oobpickle._pickling.replaced import Rebuild, inherits
 
 if TYPE_CHECKING:
     import numpy as np

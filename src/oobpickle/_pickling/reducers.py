@@ -20,7 +20,8 @@ instead, by `oobpickle._core.Message`, which is a sink too and writes the same s
 **When it cannot.** Arrays with Python objects in them and empty arrays take NumPy's way. Other
 classes: `numpy_subclasses` for those of arrays, `byte_types` for Python's own memory,
 `arrow_types` for slices of pyarrow's arrays. A further kind needs a line in `special_reducer`, and
-its base class in `may_be_special` of ``_core/message.c``, which asks only about those."""
+its base class where the search ends early: in `DispatchTable.__missing__`, and in `may_be_special`
+of ``_core/message.c``."""
 
 from __future__ import annotations
 
@@ -34,7 +35,7 @@ from pickle import PickleBuffer
 from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from oobpickle._pickling import arrow_types, byte_types, numpy_subclasses
-from oobpickle._pickling.rebuild import Rebuild
+from oobpickle._pickling.replaced import Rebuild
 
 if TYPE_CHECKING:
     import numpy as np

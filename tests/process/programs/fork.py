@@ -13,7 +13,7 @@ from inside import Token, content, fork, is_in_arena, message, reap, verify
 
 import oobpickle
 from internals import inner
-from oobpickle._memory import fork as fork_module
+from oobpickle._memory import fork_hooks
 from oobpickle._native import core
 
 SIZES = (65_536, 70_001, 1_000_000, 5_000_000)
@@ -759,7 +759,7 @@ def subprocess_with_preexec_fn():
 
 
 def without_an_arena_the_hooks_do_nothing():
-    assert fork_module.start.cache_info().currsize == 0
+    assert fork_hooks.start.cache_info().currsize == 0
     reap(fork(lambda: None))
     arena = oobpickle.install(capacity=64 * MIB)
     _received(1)

@@ -528,13 +528,13 @@ def test_importing_and_using_it_for_what_has_no_arrays_needs_no_numpy(path):
 
 def test_without_the_extension_module_it_is_the_same(path, monkeypatch):
     from oobpickle import _copying
-    from oobpickle._pickling import rebuild
+    from oobpickle._pickling import replaced
 
     obj = [np.arange(MIB), np.arange(MIB)[::2], bytearray(100_000), np.ones((2, 2)).view(np.matrix)]
     oobpickle.dump(obj, path)
     before = path.read_bytes()
     monkeypatch.setattr(_copying, "core", None)
-    monkeypatch.setattr(rebuild, "Rebuild", rebuild._Rebuild)
+    monkeypatch.setattr(replaced, "Rebuild", replaced._Rebuild)
     oobpickle.dump(obj, path)
 
     assert path.read_bytes() == before

@@ -1,7 +1,8 @@
-"""Rebuild: what is pickled in the place of an object, as the call that makes it.
+"""What a sender pickles in the place of an object: the call that makes it.
 
 **What.** `Rebuild` is a function and its arguments. `inherits` tells whether a class leaves
-something to a base.
+something to a base. A receiver has nothing of this: ``pickle.loads`` makes the calls, in
+`oobpickle._envelope`.
 
 **How it works.** A reducer can replace one object by one call. What it wants to replace *inside*
 the arguments of that call it wraps in a `Rebuild`, which the pickler then meets as an object.
