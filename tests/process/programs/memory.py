@@ -14,7 +14,7 @@ from inside import content, eventually, fork, message, reap, verify
 
 import oobpickle
 from internals import inner
-from oobpickle._memory import headroom, receiving
+from oobpickle._memory import receiving
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 
@@ -27,7 +27,7 @@ MCL_CURRENT, MCL_FUTURE, MCL_ONFAULT = 1, 2, 4
 def _limit():
     """Let free blocks keep 4 MiB, as far as this process sees to it."""
     receiving._LEAST_KEPT_NBYTES = LIMIT
-    headroom.available_on_machine_nbytes = lambda: 4 * LIMIT
+    receiving._KEPT_OF_AVAILABLE = 1 << 40
 
 
 def _make(seed, nbytes=NBYTES):
