@@ -57,7 +57,7 @@ struct block *block_leased(struct blocks *blocks, u32 index, u64 nbytes)
     struct block *block = block_new(blocks, index, get(&row->generation), nbytes);
     if (block) {
         block->state = LEASED;
-        block->reserved = row_resident(row, index);
+        block->reserved = table_resident(&blocks->table, index);
     }
     return block;
 }
@@ -188,7 +188,7 @@ static u64 kept_pages(const struct block *block)
 void tail_note(struct block *block)
 {
     struct blocks *blocks = block->blocks;
-    u64 resident = row_resident(table_row(&blocks->table, block->index), block->index);
+    u64 resident = table_resident(&blocks->table, block->index);
     if (block->state != HELD || !block->is_using || blocks->n_tails == TAILS ||
         resident <= kept_pages(block))
         return;
@@ -212,8 +212,7 @@ static void tail_forget(struct block *block)
 static int64_t tail_uncount(struct block *block, u64 kept)
 {
     struct blocks *blocks = block->blocks;
-    struct row *row = table_row(&blocks->table, block->index);
-    u64 resident = row_resident(row, block->index), left = 0;
+    u64 resident = table_resident(&blocks->table, block->index), left = 0;
     const bool was_deaf = blocks->lock.is_deaf;
     blocks->lock.keeps_gil = blocks->lock.is_deaf = true;
     enum taken taken = lock_take(&blocks->lock, 0, is_alive, blocks);
@@ -283,9 +282,7 @@ static void punch(struct block *block, bool keeps_gil)
     const struct mapping *mapping = mapping_of(blocks, block->index);
     char *address = block->is_using ? block->address : NULL;
     struct row *row = table_row(&blocks->table, block->index);
-    u64 nbytes = row_resident(row, block->index);
-    if (nbytes > place.stride)
-        nbytes = place.stride;
+    u64 nbytes = table_resident(&blocks->table, block->index);
     tell_emptied(row);
     PyThreadState *ours = let_others_run(blocks, keeps_gil);
     mapping_punch(mapping, place.offset, address, nbytes);
@@ -297,7 +294,7 @@ static bool is_too_much(const struct block *block)
 {
     const struct header *header = &block->blocks->table.shared->header;
     int64_t idle = (int64_t)get(&header->idle);
-    u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
+    u64 nbytes = table_resident(&block->blocks->table, block->index);
     return get(&header->closed) || is_on_disk(&block->blocks->table, block->index) ||
            (idle > 0 ? (u64)idle : 0) + nbytes > block->blocks->keep_nbytes;
 }
@@ -325,7 +322,7 @@ void block_release(struct block *block)
         ((state == LEASED && block_fresh(block)) || (!block->is_kept && is_too_much(block))))
         /* An array has died, and the disk may be writing what was in it: others can go on meanwhile. */
         punch(block, state != HELD || !on_disk);
-    u64 resident = row_resident(row, block->index);
+    u64 resident = table_resident(&blocks->table, block->index);
     FAULT("release.begun");
     /* Ours, although the sender of a message that we give up was another: as long as we live nobody
        else frees it before it is on the stack. */
@@ -437,7 +434,7 @@ u64 block_fresh(const struct block *block)
 {
     if (block->blocks->table.shared == NULL)
         return 0;
-    u64 nbytes = row_resident(table_row(&block->blocks->table, block->index), block->index);
+    u64 nbytes = table_resident(&block->blocks->table, block->index);
     return nbytes > block->reserved ? nbytes - block->reserved : 0;
 }
 
@@ -460,7 +457,7 @@ static PyObject *get_resident(PyObject *self, void *Py_UNUSED(closure))
     const struct block *block = (struct block *)self;
     struct table_view *table = &block->blocks->table;
     return PyLong_FromUnsignedLongLong(
-        table->shared ? row_resident(table_row(table, block->index), block->index) : 0);
+        table->shared ? table_resident(table, block->index) : 0);
 }
 
 /* Make up to so many more bytes of the pages that were counted for a leased block; -1 with errno. */
@@ -476,7 +473,7 @@ static int reserve_up_to(struct block *block, u64 most)
         nbytes = most;
     u64 at = known_of(block)->place.offset + block->reserved;
     const struct mapping *mapping = mapping_of(blocks, block->index);
-    char *address = block->address ? block->address + block->reserved : NULL;
+    char *address = block->is_using ? block->address + block->reserved : NULL;
     bool by_fault = blocks->table.by_fault && counted >= HUGE && address;
     PyThreadState *ours = let_others_run(blocks, blocks->lock.keeps_gil);
     int result = mapping_reserve(mapping, at, address, nbytes, by_fault);
@@ -485,7 +482,7 @@ static int reserve_up_to(struct block *block, u64 most)
         return -1;
     FAULT("block.reserved");
     block->reserved += nbytes;
-    if (address && !block->is_apart) {
+    if (address) {
         struct known *known = known_of(block);
         blocks->entered_nbytes += block->reserved - known->entered;
         known->entered = block->reserved;

@@ -153,6 +153,7 @@ void table_count_idle(struct table_view *table, u32 index, int64_t nbytes);
 bool row_is(struct table_view *table, u32 index, enum state state, u64 generation);
 bool row_is_damaged(struct table_view *table, u32 index);
 u64 row_resident(const struct row *row, u32 index);
+u64 table_resident(struct table_view *table, u32 index);
 u64 row_nbytes(const struct row *row);
 void row_quarantine(struct table_view *table, u32 index);
 bool row_change(struct row *row, u32 index, u64 seen, u64 low);

@@ -73,7 +73,7 @@ static void privatize(struct block *block, bool is_owned, bool keep_file)
     FAULT("fork.privatized");
     if (keep_file)
         return;
-    u64 resident = row_resident(table_row(&blocks->table, block->index), block->index);
+    u64 resident = table_resident(&blocks->table, block->index);
     if (resident > pages) /* of a larger message before */
         mapping_punch(mapping, known->place.offset + pages, NULL, resident - pages);
     block->is_emptied = true;
@@ -105,7 +105,7 @@ static void account(struct blocks *blocks)
 {
     for (struct block *block = blocks->first; block; block = block->after)
         if (block->is_emptied && block->state == HELD && block->epoch == epoch() &&
-            row_resident(table_row(&blocks->table, block->index), block->index))
+            table_resident(&blocks->table, block->index))
             row_emptied(&blocks->table, block->index);
 }
 

@@ -78,6 +78,32 @@ static bool is_number_of_rows(const struct table_view *table, u64 n_rows)
     return n_rows >= table->n_known && n_rows <= ROWS;
 }
 
+/* Whether a place is where `make_row` may have put it: of two rows in one file the later one is behind,
+   none lies in two windows, and a large one has its own. With a right check it may be forged all the
+   same; what this process maps never overlaps. */
+static bool is_in_order(const struct table_view *table, u32 index, const struct place *place)
+{
+    const u64 within = place->offset % WINDOW;
+    const u32 file = place->size_class & ON_DISK;
+    const struct place *other;
+    if (place->stride > WINDOW ? within != 0 : within + place->stride > WINDOW)
+        return false;
+    for (u32 i = index < table->n_known ? index : table->n_known; i-- > 0;) {
+        other = &table->known[i].place;
+        if (other->nbytes && (other->size_class & ON_DISK) == file) {
+            if (other->offset + other->stride > place->offset)
+                return false;
+            break;
+        }
+    }
+    for (u32 i = index + 1; i < table->n_known; i++) {
+        other = &table->known[i].place;
+        if (other->nbytes && (other->size_class & ON_DISK) == file)
+            return place->offset + place->stride <= other->offset;
+    }
+    return true;
+}
+
 static bool read_place(struct table_view *table, u32 index, struct place *place)
 {
     u64 packed = get(&table_row(table, index)->place);
@@ -89,7 +115,8 @@ static bool read_place(struct table_view *table, u32 index, struct place *place)
     u64 file_nbytes = place->size_class & ON_DISK ? table->disk_nbytes : table->data_nbytes;
     place->nbytes = class_nbytes(place->size_class);
     place->stride = class_stride(place->size_class);
-    return place->stride <= file_nbytes && place->offset <= file_nbytes - place->stride;
+    return place->stride <= file_nbytes && place->offset <= file_nbytes - place->stride &&
+           is_in_order(table, index, place);
 }
 
 /* Where the word with the check was overwritten, the other one counts if it is that of a last row. */
@@ -128,12 +155,12 @@ static bool learn_rows(struct table_view *table)
         table->known = known;
         table->n_room = 2 * n_rows;
     }
-    for (u32 i = table->n_known; i < n_rows; i++) {
-        table->known[i] = (struct known){0};
-        if (!read_place(table, i, &table->known[i].place))
-            table->known[i].place.nbytes = 0;
+    for (; table->n_known < n_rows; table->n_known++) {
+        struct known *known = &table->known[table->n_known];
+        *known = (struct known){0};
+        if (!read_place(table, table->n_known, &known->place))
+            known->place.nbytes = 0;
     }
-    table->n_known = n_rows;
     return true;
 }
 
@@ -281,6 +308,13 @@ u64 row_resident(const struct row *row, u32 index)
 {
     u64 packed = get(&row->resident), nbytes = packed & RESIDENT_MASK;
     return packed == resident_word(index, nbytes) ? nbytes : 0;
+}
+
+/* The same of a block that this process knows: of a forged number no more than the block has room for. */
+u64 table_resident(struct table_view *table, u32 index)
+{
+    u64 nbytes = row_resident(table_row(table, index), index), most = table->known[index].place.stride;
+    return nbytes < most ? nbytes : most;
 }
 
 /* Change the commit word that was seen to one with another owner or state; false if it has changed. */

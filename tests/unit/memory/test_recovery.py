@@ -11,7 +11,7 @@ from pickle import PickleBuffer
 import pytest
 
 from conftest import eventually
-from oobpickle import ArenaFullError
+from oobpickle import ArenaFullError, EnvelopeError
 from oobpickle._envelope import tables
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
@@ -26,6 +26,8 @@ from table import (
     RELEASED,
     UNPROVEN,
     Table,
+    place_word,
+    resident_word,
 )
 
 MIB = 1 << 20
@@ -275,6 +277,83 @@ def test_a_second_count_of_rows_that_is_not_the_last_is_not_believed(arena):
     vanish(other)
     arena.reclaim.reap()
     del leases[:]
+
+
+@pytest.mark.parametrize(
+    ("row", "offset", "size_class", "is_refused"),
+    [
+        (1, 0, None, True),  # where the first one is
+        (1, 40 * MIB, None, False),
+        (1, 63 * MIB, 40, True),  # in two windows
+        (1, 65 * MIB, 60, True),  # large, and not in a window of its own
+        (0, 40 * MIB, None, False),  # of two that overlap the later one is refused
+    ],
+)
+def test_what_is_mapped_never_overlaps(arena, row, offset, size_class, is_refused):
+    """Also if somebody forges a place with a right check: else it could be made inaccessible."""
+    sent = [send(arena, content * 5000) for content in (b"a", b"b", b"c")]
+    table = Table.of(arena)
+    before = table.rows[:3].copy()
+    other = SharedArena.attach(*(os.dup(fd) for fd in arena.descriptors))
+    if size_class is None:
+        size_class = table.size_class(row)
+    table.rows["place"][row] = place_word(row, offset, size_class)
+
+    found = []
+    for pairs, needs in sent:
+        try:
+            found.append(other.receiving.claim(pairs, needs))
+        except EnvelopeError:
+            found.append(None)
+
+    assert (found[row] is None) == is_refused
+    assert found[1 - row] is None or bytes(found[1 - row][0]) == bytes([97 + 1 - row]) * 5000
+    refused = [n for n in range(3) if found[n] is None]
+    del found
+    table.rows["place"][:3] = before["place"]
+    for n in refused:  # whoever has known the right place all the time gets it
+        table.rows["commit"][n] = before["commit"][n]
+        assert bytes(arena.receiving.claim(*sent[n])[0]) == bytes([97 + n]) * 5000
+    vanish(other)
+    arena.reclaim.reap()
+
+
+@pytest.mark.parametrize("act", ["fork", "cut", "drop", "send"])
+def test_who_believes_a_forged_number_of_pages_gives_back_no_other_blocks(arena, act):
+    pairs, needs = send(arena, b"c" * 5000)
+    (kept,) = arena.receiving.claim(*send(arena, b"a" * MIB))
+    sent = send(arena, b"b" * MIB)
+    table = Table.of(arena)
+    first, second, _ = (index for index, *_ in table.owned())
+    table.rows["resident"][second] = resident_word(second, 32 * MIB)
+    if act == "fork":
+        if os.fork() == 0:
+            os._exit(0)
+        os.wait()
+    elif act == "send":
+        del kept
+        arena.receiving.claim(*send(arena, b"c" * MIB))
+    elif act == "drop":
+        arena.blocks.keep_nbytes = 0
+        del kept
+    else:
+        table.rows["resident"][first] = resident_word(first, 32 * MIB)
+        small = arena.receiving.claim(pairs, needs)
+        arena.receiving.claim(*send(arena, b"d"))  # cuts off what is more than the message took
+        assert bytes(small[0]) == b"c" * 5000
+        del small
+
+    (other,) = arena.receiving.claim(*sent)
+    assert bytes(other) == b"b" * MIB
+    for n in range(
+        table.n_rows
+    ):  # it is still what was forged, where nobody had reason to change it
+        if table.resident(n) == 32 * MIB:
+            table.rows["resident"][n] = resident_word(n, 0)
+    if act != "cut":
+        arena.receiving.claim(pairs, needs)
+    table["dirty"] = 1  # the next step adds up
+    arena.acquire([100]).release()
 
 
 def test_what_may_be_read_unseen_is_kept_though_its_channel_was_not_proven(arena):
