@@ -320,7 +320,13 @@ def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memor
         raise EnvelopeError(f"{n_named} blocks for buffers that need {len(needs)}")
     if n_named > 1 and len(set(struct.unpack(f"<{2 * n_named}Q", pairs)[::2])) != n_named:
         raise EnvelopeError("an envelope names a block twice")
-    parts = core.spread(claim(pairs, needs, sizes), sizes, True)
+    blocks = claim(pairs, needs, sizes)
+    try:
+        parts = core.spread(blocks, sizes, True)
+    except (ValueError, IndexError) as error:  # sizes that are none, with a right checksum
+        raise EnvelopeError(f"an envelope that does not fit its blocks: {error}") from error
+    finally:
+        del blocks
     # A need of 0 is a reference, which has a mapping of its own.
     return (arena.receiving.within_limit(parts) if 0 in needs else parts), stream
 

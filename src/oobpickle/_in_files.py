@@ -22,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import pickle
 import struct
 from typing import Any, Final
 
@@ -31,7 +30,10 @@ from oobpickle._foreign import pass_on_foreign
 from oobpickle._native import core
 
 _Identity = tuple[int, int, int, int]
-_LENGTH: Final = struct.Struct("<I")
+_Named = tuple[bytes, _Identity, int]  # path, and descriptor in the sender
+_PLACE: Final = struct.Struct("<3QI")  # number of the buffer, offset, bytes, number of the file
+_FILE: Final = struct.Struct("<3QqiI")  # identity, descriptor, bytes of the path that follows
+_END: Final = struct.Struct("<i2IQ")  # pid, how many places and files, bytes of all before
 _MOST_LOOKED_AT: Final = 64
 #: Without O_NONBLOCK the open of a FIFO waits for its other end.
 _FLAGS: Final = os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY
@@ -62,9 +64,13 @@ class Kept:
 
 def describe(places: list[tuple[int, int, int, core.MappedFile]]) -> bytes:
     """Return what is put behind the stream of a message, whose `Message.places` these are."""
-    files = {file: file.name for *_, file in places}
-    told = pickle.dumps((os.getpid(), [(*place, files[file]) for *place, file in places]), 5)
-    return told + _LENGTH.pack(len(told))
+    numbers = {file: n for n, file in enumerate(dict.fromkeys(file for *_, file in places))}
+    told = [_PLACE.pack(*place, numbers[file]) for *place, file in places]
+    for file in numbers:
+        path, identity, fd = file.name
+        told += _FILE.pack(*identity, fd, len(path)), path
+    body = b"".join(told)
+    return body + _END.pack(os.getpid(), len(places), len(numbers), len(body))
 
 
 def fill(buffers: list[Any], stream: memoryview) -> None:
@@ -80,12 +86,14 @@ def fill(buffers: list[Any], stream: memoryview) -> None:
     Raises
     ------
     EnvelopeError
-        If a file cannot be had as it was.
+        If a file cannot be had as it was, or what `describe` returned is damaged.
     """
     try:
-        (n_told,) = _LENGTH.unpack(stream[-_LENGTH.size :])
-        sender, places = pickle.loads(stream[-_LENGTH.size - n_told :])
-        for number, at, nbytes, (path, identity, fd) in places:
+        sender, places, files = _told(stream)
+        for number, at, nbytes, n in places:
+            if number >= len(buffers) or n >= len(files) or at + nbytes > files[n][1][2]:
+                raise _damaged()
+            path, identity, fd = files[n]
             mapped = core.mapped_as(identity)
             if mapped is not None:
                 buffers[number] = memoryview(mapped)[at : at + nbytes]
@@ -94,6 +102,31 @@ def fill(buffers: list[Any], stream: memoryview) -> None:
                 buffers[number] = _found(names, identity, at, nbytes)
     finally:
         del buffers, stream  # an error refers to this frame
+
+
+def _told(stream: memoryview) -> tuple[int, list[tuple[int, int, int, int]], list[_Named]]:
+    """Return the sender's pid, places with the number of their file, and the files."""
+    try:
+        sender, n_places, n_files, n_told = _END.unpack(stream[-_END.size :])
+        told = bytes(stream[-_END.size - n_told : -_END.size])
+        at, files = n_places * _PLACE.size, []
+        places = list(_PLACE.iter_unpack(told[:at]))
+        for _ in range(n_files):
+            device, inode, nbytes, mtime_ns, fd, n = _FILE.unpack_from(told, at)
+            at += _FILE.size + n
+            files.append((told[at - n : at], (device, inode, nbytes, mtime_ns), fd))
+    except struct.error as error:
+        raise _damaged() from error
+    if at != n_told or len(places) != n_places:
+        raise _damaged()
+    return sender, places, files
+
+
+def _damaged() -> EnvelopeError:
+    return EnvelopeError(
+        "arrays of this message lie in files, and what it says of them is damaged: some process "
+        "has written where it should not. The message is lost."
+    )
 
 
 def _found(names: tuple[bytes, str], identity: _Identity, at: int, nbytes: int) -> memoryview:
@@ -110,6 +143,8 @@ def _found(names: tuple[bytes, str], identity: _Identity, at: int, nbytes: int) 
         except OSError as error:
             pass_on_foreign(error)
             reasons.append(error.strerror)
+        except ValueError as error:  # no path at all
+            reasons.append(str(error))
     path, in_sender = names
     raise EnvelopeError(
         f"arrays of this message lie in the file {os.fsdecode(path)}, which process {os.getpid()} "

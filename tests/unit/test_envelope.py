@@ -297,6 +297,58 @@ def test_a_forged_envelope_with_a_right_checksum_is_refused(arena, counts, body)
     pickle.loads(envelope)
 
 
+@pytest.mark.parametrize(
+    "told",
+    [
+        _envelope._in_files._END.pack(1, 2**32 - 1, 0, 0),
+        _envelope._in_files._END.pack(1, 0, 2**32 - 1, 0),
+        _envelope._in_files._END.pack(1, 0, 0, 2**64 - 1),
+        bytes(28) + _envelope._in_files._END.pack(1, 1, 0, 28),  # in no file
+        struct.pack("<3QI", 9, 0, 1, 0) + bytes(40) + _envelope._in_files._END.pack(1, 1, 1, 68),
+        struct.pack("<3QI", 0, 1, 1, 0) + bytes(40) + _envelope._in_files._END.pack(1, 1, 1, 68),
+        bytes(28) + struct.pack("<3QqiI", 0, 0, 0, 0, 0, 1) + b"\0"
+        + _envelope._in_files._END.pack(1, 1, 1, 69),
+        b"none",
+    ],
+)  # fmt: skip
+def test_a_forged_list_of_files_is_refused(arena, told):
+    envelope = pack(arena, np.ones(100_000))
+    index, generation = _envelope.head_of(envelope, arena.identity)
+    stream = oobpickle.dumps(np.ones(100_000)).stream + told
+    body = struct.pack("<3Q", index, generation, 800_000) + stream
+
+    with pytest.raises(EnvelopeError, match=r"in files|in the file"):
+        _envelope.unpack_envelope(reframe(arena, (1, 1, _envelope._IN_FILES, len(stream)), body))
+
+    assert 0 == arena.statistics().n_blocks["in_flight"] == arena.statistics().n_blocks["held"]
+
+
+def test_a_forged_size_that_is_a_reference_without_its_offset_is_refused(arena):
+    envelope = pack(arena, np.ones(100_000))
+    index, generation = _envelope.head_of(envelope, arena.identity)
+    sizes = struct.pack("<2Q", 800_000, 1 << 63 | 8)
+    forged = reframe(arena, (1, 2, 0, 0), struct.pack("<2Q", index, generation) + sizes)
+
+    with pytest.raises(EnvelopeError, match="does not fit its blocks"):
+        _envelope.unpack_envelope(forged)
+
+    assert 0 == arena.statistics().n_blocks["held"]
+
+
+@pytest.mark.parametrize("n", range(4))
+def test_a_forged_name_without_a_descriptor_is_refused(arena, n):
+    envelope = pack(arena, np.ones(1000))
+    framed = framed_in(envelope)
+    framed[8] ^= 1  # the identity, so that the name is looked at
+    struct.pack_into("<i", framed, 28 + 4 * n, -1)
+    struct.pack_into("<I", framed, 4, zlib.crc32(framed[8:]))
+
+    with pytest.raises(EnvelopeError, match="cannot reach"):
+        _envelope.unpack_envelope(bytes(framed))
+
+    pickle.loads(envelope)
+
+
 @pytest.mark.parametrize("argument", [None, 5, "text", [1], bytearray(100), b""])
 def test_what_is_no_bytes_is_no_envelope(argument):
     with pytest.raises(EnvelopeError, match="envelope"):

@@ -224,7 +224,8 @@ def open_by_name(name: bytes) -> tuple[int, ...]:
         If that process is gone, is another user's, or has not got this arena.
     """
     pid, *numbers = _ADDRESS.unpack(name[_IDENTITY_NBYTES:])
-    numbers = [number for number in numbers if number != _NO_DISK]
+    if numbers[-1] == _NO_DISK:
+        numbers.pop()
     paths: list[int] = []
     fds: list[int] = []
     try:
