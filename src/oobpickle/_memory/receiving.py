@@ -135,19 +135,20 @@ class Receiving:
     def keep_within_limit(self) -> None:
         """Bound what free blocks may keep.
 
-        A quarter of what the machine has available without the arena or, if that is less, an eighth
-        of the lowest limit of a memory cgroup above this process; but 64 MiB at least. What is
-        released when there is more gives its pages back to the system.
+        A quarter of what the machine has available without the arena, half of what it has now, or
+        an eighth of the lowest limit of a memory cgroup above this process, whichever is least; but
+        64 MiB at least. What is released when there is more gives its pages back to the system.
         """
         resident = self._blocks.resident
         if resident > _LEAST_KEPT_NBYTES:
             now = time.monotonic()
             if now >= self._look_again_at:
                 self._look_again_at = now + _LOOK_EVERY_S
-                # What has pages now is available once it is given back.
-                available = headroom.available_on_machine_nbytes() + resident
+                available = headroom.available_on_machine_nbytes()
                 most = [limit // _KEPT_OF_LIMIT for limit, *_ in headroom.limits()]
-                most.append(available // _KEPT_OF_AVAILABLE)
+                # What has pages now is available once it is given back; but not all of it may be,
+                # and what is left now is not to become less.
+                most += (available + resident) // _KEPT_OF_AVAILABLE, available // 2
                 self._blocks.keep_nbytes = max(_LEAST_KEPT_NBYTES, min(most))
 
     def receive(self, call: Callable[..., tuple[Any, Block | None]], *args: Any) -> Any:

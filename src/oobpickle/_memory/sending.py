@@ -362,6 +362,8 @@ class Sending:
         in_band = min(10 * total, 2 * _MARGIN_NBYTES, limit // 2)
         margin = max(min(_MARGIN_NBYTES, limit // 4), in_band)
         room = headroom.available_nbytes() - margin
+        if nbytes > room and self._reclaim.punch_idle():  # free blocks of other sizes had pages
+            room = headroom.available_nbytes() - margin
         if nbytes > room:
             raise ArenaFullError(
                 f"too little memory: need {format_nbytes(total)} of fresh pages, "

@@ -169,6 +169,21 @@ def test_too_little_memory_on_the_machine_is_found_before_it_is_taken(arena, mon
     assert 0 == arena.blocks.resident
 
 
+def test_free_blocks_of_other_sizes_give_their_pages_when_memory_is_short(make_arena, monkeypatch):
+    arena = make_arena(capacity=256 * MIB)
+    arena.blocks.keep_nbytes = 256 * MIB
+    arena.acquire([MIB] * 100).release()
+    assert arena.blocks.resident == 100 * MIB
+    monkeypatch.setattr("oobpickle._memory.sending._MARGIN_NBYTES", 0)
+    monkeypatch.setattr(headroom, "available_nbytes", lambda: 150 * MIB - arena.blocks.resident)
+    arena.sending._allowance = 0
+
+    lease = arena.acquire([60 * MIB], wait_timeout=0)
+
+    assert arena.blocks.resident == 60 * MIB
+    lease.release()
+
+
 @pytest.mark.parametrize("wait_timeout", [None, 1e-3])
 def test_what_waits_in_vain_by_default_does_so_once(make_arena, monkeypatch, wait_timeout):
     """Until there is room again; who says how long to wait is taken at his word."""
@@ -693,6 +708,7 @@ def test_what_was_prepared_is_not_idle_before_it_was_used(arena, how):
     ("limits", "available", "kept", "is_machines"),
     [
         ([], 1 << 30, (1 << 30) // 4, True),
+        ([], MIB // 2, MIB // 4, False),  # what is held may stay: half of what is left
         ([3 << 30, 1 << 30], 16 << 30, (1 << 30) // 8, False),
         ([9 << 30], 1 << 30, (1 << 30) // 4, True),
     ],
@@ -700,17 +716,18 @@ def test_what_was_prepared_is_not_idle_before_it_was_used(arena, how):
 def test_the_limit_follows_the_memory_that_there_is(
     arena, monkeypatch, limits, available, kept, is_machines
 ):
+    sent = [send(arena, b"x" * MIB) for _ in range(2)]
     monkeypatch.setattr(headroom, "limits", lambda: [(n, "", "", ("", "")) for n in limits])
     monkeypatch.setattr(headroom, "available_on_machine_nbytes", lambda: available)
-    (view,) = arena.receiving.claim(*send(arena, b"x" * MIB))
+    (view,) = arena.receiving.claim(*sent[0])
     assert arena.blocks.keep_nbytes == 64 * MIB
     del view
 
-    monkeypatch.setattr("oobpickle._memory.receiving._LEAST_KEPT_NBYTES", MIB // 2)
-    (view,) = arena.receiving.claim(*send(arena, b"x" * MIB))
+    monkeypatch.setattr("oobpickle._memory.receiving._LEAST_KEPT_NBYTES", MIB // 64)
+    (view,) = arena.receiving.claim(*sent[1])
 
     # What has pages is counted as available: it will be, when the view has died.
-    assert arena.blocks.keep_nbytes == kept + (MIB // 4 if is_machines else 0)
+    assert arena.blocks.keep_nbytes == kept + (2 * MIB // 4 if is_machines else 0)
     assert bytes(view) == b"x" * MIB
 
 
