@@ -305,30 +305,34 @@ def _joined(name: bytes) -> SharedArena:
 
 def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:
     rest, n_pairs, claim = parsed.body, _PAIR_NBYTES * parsed.n_blocks, arena.receiving.claim
-    if parsed.indirect:
-        (index_nbytes,) = struct.unpack_from("<Q", rest, _PAIR_NBYTES)
-        if index_nbytes < n_pairs + 8 * parsed.n_buffers + parsed.n_stream:
-            raise EnvelopeError(f"an index of {index_nbytes} bytes for {parsed.n_blocks} blocks")
-        (rest,) = claim(bytes(rest[:_PAIR_NBYTES]), [index_nbytes], is_index=True)
-    start = n_pairs + 8 * parsed.n_buffers
-    sizes = bytes(rest[n_pairs:start])
-    stream = rest[start : start + parsed.n_stream]
-    pairs = bytes(rest[_PAIR_NBYTES if parsed.indirect else 0 : n_pairs])
-    needs = core.plan(sizes)
-    n_named = len(pairs) // _PAIR_NBYTES
-    if len(needs) != n_named:
-        raise EnvelopeError(f"{n_named} blocks for buffers that need {len(needs)}")
-    if n_named > 1 and len(set(struct.unpack(f"<{2 * n_named}Q", pairs)[::2])) != n_named:
-        raise EnvelopeError("an envelope names a block twice")
-    blocks = claim(pairs, needs, sizes)
+    blocks = parts = stream = None
     try:
-        parts = core.spread(blocks, sizes, True)
-    except (ValueError, IndexError) as error:  # sizes that are none, with a right checksum
-        raise EnvelopeError(f"an envelope that does not fit its blocks: {error}") from error
+        if parsed.indirect:
+            (index_nbytes,) = struct.unpack_from("<Q", rest, _PAIR_NBYTES)
+            if index_nbytes < n_pairs + 8 * parsed.n_buffers + parsed.n_stream:
+                raise EnvelopeError(
+                    f"an index of {index_nbytes} bytes for {parsed.n_blocks} blocks"
+                )
+            (rest,) = claim(bytes(rest[:_PAIR_NBYTES]), [index_nbytes], is_index=True)
+        start = n_pairs + 8 * parsed.n_buffers
+        sizes = bytes(rest[n_pairs:start])
+        stream = rest[start : start + parsed.n_stream]
+        pairs = bytes(rest[_PAIR_NBYTES if parsed.indirect else 0 : n_pairs])
+        needs = core.plan(sizes)
+        n_named = len(pairs) // _PAIR_NBYTES
+        if len(needs) != n_named:
+            raise EnvelopeError(f"{n_named} blocks for buffers that need {len(needs)}")
+        if n_named > 1 and len(set(struct.unpack(f"<{2 * n_named}Q", pairs)[::2])) != n_named:
+            raise EnvelopeError("an envelope names a block twice")
+        blocks = claim(pairs, needs, sizes)
+        try:
+            parts = core.spread(blocks, sizes, True)
+        except (ValueError, IndexError) as error:  # sizes that are none, with a right checksum
+            raise EnvelopeError(f"an envelope that does not fit its blocks: {error}") from error
+        # A need of 0 is a reference, which has a mapping of its own.
+        return (arena.receiving.within_limit(parts) if 0 in needs else parts), stream
     finally:
-        del blocks
-    # A need of 0 is a reference, which has a mapping of its own.
-    return (arena.receiving.within_limit(parts) if 0 in needs else parts), stream
+        del rest, blocks, parts, stream  # an error refers to this frame
 
 
 def introduce(arena: SharedArena) -> None:

@@ -117,6 +117,8 @@ def _told(stream: memoryview) -> tuple[int, list[tuple[int, int, int, int]], lis
             files.append((told[at - n : at], (device, inode, nbytes, mtime_ns), fd))
     except struct.error as error:
         raise _damaged() from error
+    finally:
+        del stream  # an error refers to this frame
     if at != n_told or len(places) != n_places:
         raise _damaged()
     return sender, places, files

@@ -335,6 +335,21 @@ def test_a_forged_size_that_is_a_reference_without_its_offset_is_refused(arena):
     assert 0 == arena.statistics().n_blocks["held"]
 
 
+def test_an_error_that_is_kept_holds_no_index_of_its_message(arena):
+    envelope = pack(arena, [np.full(1000, i) for i in range(2000)])
+    parsed = _envelope._parse(bytes(framed_in(envelope)))
+    assert parsed.indirect
+    body = bytes(parsed.body[: 24 + _envelope.START_NBYTES])
+    flags = _envelope._INDIRECT | _envelope._IN_FILES
+    counts = (parsed.n_blocks, parsed.n_buffers, flags, parsed.n_stream)
+
+    with pytest.raises(EnvelopeError, match="in files") as caught:
+        _envelope.unpack_envelope(reframe(arena, counts, body))
+
+    assert 0 == arena.statistics().n_blocks["held"]
+    assert "in files" in str(caught.value)
+
+
 @pytest.mark.parametrize("n", range(4))
 def test_a_forged_name_without_a_descriptor_is_refused(arena, n):
     envelope = pack(arena, np.ones(1000))

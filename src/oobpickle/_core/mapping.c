@@ -380,7 +380,7 @@ int mapping_reserve(const struct mapping *mapping, u64 offset, char *address, u6
     do
         result = fallocate(mapping->data.fd, FALLOC_FL_KEEP_SIZE, (off_t)offset, (off_t)nbytes);
     while (again(result));
-    if (result == 0 && !mapping->is_on_disk)
+    if (result == 0 && address && !mapping->is_on_disk)
         populate(address, nbytes, true);
     return result;
 }

@@ -167,7 +167,7 @@ static bool learn_rows(struct table_view *table)
 /* Whether there is such a block, and its place is in order. */
 bool table_knows(struct table_view *table, u32 index)
 {
-    if (index >= table->n_known && (index >= table_n_rows(table) || !learn_rows(table)))
+    if (index >= table->n_known && (!learn_rows(table) || index >= table->n_known))
         return false;
     struct known *known = &table->known[index];
     if (known->place.nbytes == 0) /* damaged, or not written yet when it was read first */
@@ -423,7 +423,7 @@ enum shortage table_lease(struct table_view *table, u64 nbytes, u32 where, u32 s
     half *link = find_sound(table, size_class, nbytes, slot);
     u32 found = link ? get_half(link) - 1 : 0;
     struct row *row = table_row(table, found);
-    u64 have = link ? row_resident(row, found) : 0, want = table_pages(table, where, nbytes);
+    u64 have = link ? table_resident(table, found) : 0, want = table_pages(table, where, nbytes);
     if (want > have && !where) {
         u64 resident = get(&header->resident);
         *room = resident < table->capacity ? table->capacity - resident : 0;
@@ -462,7 +462,7 @@ u32 table_take_warm(struct table_view *table, u32 size_class, u32 slot)
     struct row *row = table_row(table, index);
     put_half(head, get_half(&row->next));
     if (!(get(&row->channel) & PREPARED))
-        table_count_idle(table, index, -(int64_t)row_resident(row, index));
+        table_count_idle(table, index, -(int64_t)table_resident(table, index));
     row_lease(table, index, 0, slot);
     return index;
 }
@@ -580,7 +580,7 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
                 put(&row->channel, INCOMPLETE);
             state = FREE;
         }
-        u64 pages = row_resident(row, i);
+        u64 pages = table_knows(table, i) ? table_resident(table, i) : row_resident(row, i);
         bool is_idle = state == RELEASED || (state == FREE && !(get(&row->channel) & PREPARED));
         if (table_knows(table, i) && is_on_disk(table, i)) {
             on_disk += pages;
