@@ -408,6 +408,8 @@ def the_rest_is_called_off(method):
 
 
 def an_interrupt_in_the_parent(method):
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    sys.unraisablehook = _interrupt_again
     for engine in _each(method):
         with tempfile.TemporaryDirectory() as folder:
             threading.Thread(target=_interrupt_when_begun, args=(folder, engine)).start()
@@ -416,6 +418,12 @@ def an_interrupt_in_the_parent(method):
             assert oobpickle.merge(engine, _listed, range(4), chunksize=1) == [0, 1, 2, 3]
             assert len(os.listdir(folder)) < 900
         assert not _names_of_ours(os.getpid())
+
+
+def _interrupt_again(unraisable):
+    # CPython ignores what is raised in the callback of a weak reference.
+    assert unraisable.exc_type is KeyboardInterrupt, unraisable
+    signal.setitimer(signal.ITIMER_REAL, 0.01)  # not now: it would be raised in here
 
 
 def _interrupt_when_begun(folder, engine):
