@@ -305,7 +305,7 @@ def _joined(name: bytes) -> SharedArena:
 
 def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memoryview]:
     rest, n_pairs, claim = parsed.body, _PAIR_NBYTES * parsed.n_blocks, arena.receiving.claim
-    blocks = parts = stream = None
+    parts = stream = None
     try:
         if parsed.indirect:
             (index_nbytes,) = struct.unpack_from("<Q", rest, _PAIR_NBYTES)
@@ -324,15 +324,20 @@ def _claim(arena: SharedArena, parsed: _Parsed) -> tuple[list[memoryview], memor
             raise EnvelopeError(f"{n_named} blocks for buffers that need {len(needs)}")
         if n_named > 1 and len(set(struct.unpack(f"<{2 * n_named}Q", pairs)[::2])) != n_named:
             raise EnvelopeError("an envelope names a block twice")
-        blocks = claim(pairs, needs, sizes)
-        try:
-            parts = core.spread(blocks, sizes, True)
-        except (ValueError, IndexError) as error:  # sizes that are none, with a right checksum
-            raise EnvelopeError(f"an envelope that does not fit its blocks: {error}") from error
+        parts = _spread(claim(pairs, needs, sizes), sizes)
         # A need of 0 is a reference, which has a mapping of its own.
         return (arena.receiving.within_limit(parts) if 0 in needs else parts), stream
     finally:
-        del rest, blocks, parts, stream  # an error refers to this frame
+        del rest, parts, stream  # an error refers to this frame
+
+
+def _spread(blocks: list[memoryview], sizes: bytes) -> list[memoryview]:
+    try:
+        return core.spread(blocks, sizes, True)
+    except (ValueError, IndexError) as error:  # sizes that are none, with a right checksum
+        raise EnvelopeError(f"an envelope that does not fit its blocks: {error}") from error
+    finally:
+        del blocks  # an error refers to this frame
 
 
 def introduce(arena: SharedArena) -> None:

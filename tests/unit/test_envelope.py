@@ -329,25 +329,29 @@ def test_a_forged_size_that_is_a_reference_without_its_offset_is_refused(arena):
     sizes = struct.pack("<2Q", 800_000, 1 << 63 | 8)
     forged = reframe(arena, (1, 2, 0, 0), struct.pack("<2Q", index, generation) + sizes)
 
-    with pytest.raises(EnvelopeError, match="does not fit its blocks"):
+    with pytest.raises(EnvelopeError, match="does not fit its blocks") as caught:
         _envelope.unpack_envelope(forged)
 
     assert 0 == arena.statistics().n_blocks["held"]
+    assert "a reference without its offset" in str(caught.value)  # it is kept until here
 
 
-def test_an_error_that_is_kept_holds_no_index_of_its_message(arena):
+@pytest.mark.parametrize(
+    ("n_buffers", "flags", "said"),
+    [(2000, _envelope._IN_FILES, "in files"), (1, 0, "buffers that")],
+)
+def test_an_error_that_is_kept_holds_no_index_of_its_message(arena, n_buffers, flags, said):
     envelope = pack(arena, [np.full(1000, i) for i in range(2000)])
     parsed = _envelope._parse(bytes(framed_in(envelope)))
-    assert parsed.indirect
+    assert (parsed.indirect, parsed.n_buffers) == (True, 2000)
     body = bytes(parsed.body[: 24 + _envelope.START_NBYTES])
-    flags = _envelope._INDIRECT | _envelope._IN_FILES
-    counts = (parsed.n_blocks, parsed.n_buffers, flags, parsed.n_stream)
+    counts = (parsed.n_blocks, n_buffers, _envelope._INDIRECT | flags, parsed.n_stream)
 
-    with pytest.raises(EnvelopeError, match="in files") as caught:
+    with pytest.raises(EnvelopeError, match=said) as caught:
         _envelope.unpack_envelope(reframe(arena, counts, body))
 
     assert 0 == arena.statistics().n_blocks["held"]
-    assert "in files" in str(caught.value)
+    assert said in str(caught.value)  # it is kept until here
 
 
 @pytest.mark.parametrize("n", range(4))

@@ -17,7 +17,7 @@ import oobpickle
 from conftest import eventually
 from exploring import examples
 from messages import envelope_of, message_of
-from oobpickle import EnvelopeError, _envelope
+from oobpickle import EnvelopeError, _envelope, _in_files
 from oobpickle._memory.arena import SharedArena
 from oobpickle._memory.options import Options
 from oobpickle._native import core
@@ -627,3 +627,22 @@ def test_a_forked_child_has_what_its_parent_has(arena, path):
         assert file.read() == b"%d 0" % np.arange(N).sum()
     assert (loaded["a"] == np.arange(N)).all()
     eventually(lambda: len(mappings_of(path)) == 1)
+
+
+@pytest.mark.parametrize("change", ["offset", "size", "buffer"])
+def test_a_forged_place_is_refused(arena, path, change):
+    """Else a buffer would be shorter than its array, whose memory lies behind it then."""
+    loaded = oobpickle.load(path, mmap_mode="r")["a"]
+    ((number, at, nbytes, file),) = message_of(loaded, arena.blocks).places
+    told = {
+        "offset": (number, path.stat().st_size - nbytes + 1, nbytes, file),
+        "size": (number, at, path.stat().st_size, file),
+        "buffer": (number + 1, at, nbytes, file),
+    }[change]
+    right, wrong = (_in_files.describe([one]) for one in ((number, at, nbytes, file), told))
+    buffers = [None]
+    _in_files.fill(buffers, memoryview(right))
+    assert buffers[0].nbytes == nbytes
+
+    with pytest.raises(EnvelopeError, match="damaged"):
+        _in_files.fill([None], memoryview(wrong))

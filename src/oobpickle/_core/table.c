@@ -84,13 +84,13 @@ static bool is_number_of_rows(const struct table_view *table, u64 n_rows)
 static bool is_in_order(const struct table_view *table, u32 index, const struct place *place)
 {
     const u64 within = place->offset % WINDOW;
-    const u32 file = place->size_class & ON_DISK;
+    const bool on_disk = place->size_class & ON_DISK;
     const struct place *other;
     if (place->stride > WINDOW ? within != 0 : within + place->stride > WINDOW)
         return false;
     for (u32 i = index < table->n_known ? index : table->n_known; i-- > 0;) {
         other = &table->known[i].place;
-        if (other->nbytes && (other->size_class & ON_DISK) == file) {
+        if (other->nbytes && is_on_disk(table, i) == on_disk) {
             if (other->offset + other->stride > place->offset)
                 return false;
             break;
@@ -98,7 +98,7 @@ static bool is_in_order(const struct table_view *table, u32 index, const struct 
     }
     for (u32 i = index + 1; i < table->n_known; i++) {
         other = &table->known[i].place;
-        if (other->nbytes && (other->size_class & ON_DISK) == file)
+        if (other->nbytes && is_on_disk(table, i) == on_disk)
             return place->offset + place->stride <= other->offset;
     }
     return true;
@@ -580,9 +580,10 @@ void table_rebuild(struct table_view *table, bool (*is_alive)(void *, u32), void
                 put(&row->channel, INCOMPLETE);
             state = FREE;
         }
-        u64 pages = table_knows(table, i) ? table_resident(table, i) : row_resident(row, i);
+        bool is_known = table_knows(table, i);
+        u64 pages = is_known ? table_resident(table, i) : row_resident(row, i);
         bool is_idle = state == RELEASED || (state == FREE && !(get(&row->channel) & PREPARED));
-        if (table_knows(table, i) && is_on_disk(table, i)) {
+        if (is_known && is_on_disk(table, i)) {
             on_disk += pages;
         } else {
             resident += pages;

@@ -34,7 +34,7 @@ from oobpickle._memory.options import Options
 from oobpickle._native import core
 
 _LEAST_KEPT_NBYTES: Final = 64 << 20
-_KEPT_OF_AVAILABLE: Final = 4  # a quarter of what the machine has available
+_KEPT_OF_AVAILABLE: Final = 4
 _KEPT_OF_LIMIT: Final = 8  # a cgroup at its limit kills, and does not ask others to make room
 _LOOK_EVERY_S: Final = 1.0
 
